@@ -1,0 +1,44 @@
+# make course: set up, run every notebook at demo scale, write the report.   make test: set up, lint, test.
+PYTHON ?= python3
+SCALE ?= demo
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: setup course smoke test lint lab report publish clean
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f"Python 3.11 or newer is needed, this is {v[0]}.{v[1]}. Try: make $(MAKECMDGOALS) PYTHON=python3.12")'
+	@echo "Setting up $(VENV) (one to five minutes, once) ..."
+	@$(PYTHON) -m venv $(VENV) || (echo "venv failed. On Debian/Ubuntu: apt install python3-venv" && exit 1)
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[notebooks,dev]'
+	@touch $(READY)
+
+course: setup
+	$(BIN)/python -m lib run --scale $(SCALE)
+
+smoke: setup
+	$(BIN)/python -m lib run --scale smoke
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/nbstripout --verify --keep-output --keep-id --extra-keys 'metadata.widgets metadata.papermill cell.metadata.papermill cell.metadata.execution' notebooks/*.ipynb
+
+test: lint
+	$(BIN)/python -m pytest
+
+report: setup
+	$(BIN)/python -m lib report --scale $(SCALE)
+
+publish: setup
+	$(BIN)/python -m lib publish
+
+lab: setup
+	$(BIN)/jupyter lab --notebook-dir notebooks
+
+clean:
+	rm -rf $(VENV) runs .pytest_cache .ruff_cache .hypothesis *.egg-info
+	@echo "Kept: data/cache (downloaded assets). Remove it by hand to free about 0.8 GB."

@@ -1,0 +1,404 @@
+"""What every notebook needs before it starts: folders, seed, device, progress, and a record of the run.
+
+A notebook calls `start_run` once and hands every number, claim, table and figure it shows to the
+`Run` it gets back; `Run.finish` writes `results.json`.  Under `python -m lib run` the runner names the
+folder (`FEEDBACK_RUN_DIR`) and adds `run.json` beside it.
+
+Simplified: equal digits are promised only for the same machine, versions and thread count.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import hashlib
+import inspect
+import json
+import os
+import platform
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from tqdm import tqdm
+
+SCALES = ("smoke", "demo", "full")
+VERDICTS = ("same direction", "opposite", "not demonstrated")
+SHOWN_PACKAGES = ("torch", "transformers", "trl", "datasets", "numpy", "pandas")
+
+
+# --- folders and settings ------------------------------------------------------------------------
+
+
+def project_root() -> Path:
+    """Folder that holds `notebooks/` and `lib/`: `$FEEDBACK_ROOT`, the checkout, or the current folder."""
+    if os.environ.get("FEEDBACK_ROOT"):
+        return Path(os.environ["FEEDBACK_ROOT"]).expanduser().resolve()
+    checkout = Path(__file__).resolve().parents[1]
+    return checkout if (checkout / "pyproject.toml").exists() else Path.cwd()
+
+
+def cache_dir() -> Path:
+    """Folder of downloaded assets and paid replies: `$FEEDBACK_CACHE`, else `data/cache/`."""
+    chosen = os.environ.get("FEEDBACK_CACHE")
+    folder = Path(chosen).expanduser() if chosen else project_root() / "data" / "cache"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder.resolve()
+
+
+def secret(name: str, why: str) -> str:
+    """Value of a key from the environment or `.env` (never stored, never shown).
+
+    Raises ValueError that names the variable where it is missing.
+    """
+    from dotenv import dotenv_values
+
+    value = os.environ.get(name) or dotenv_values(project_root() / ".env").get(name)
+    if not value:
+        raise ValueError(
+            f"{why} needs {name}, which is not set. Export it, or copy .env.example to .env and fill it in."
+        )
+    return value
+
+
+def headless() -> bool:
+    """True where nobody watches a bar move: under the runner, in CI, or without a terminal or kernel."""
+    if os.environ.get("FEEDBACK_HEADLESS") or os.environ.get("CI"):
+        return True
+    return "ipykernel" not in sys.modules and not sys.stderr.isatty()
+
+
+def plain_mode() -> bool:
+    """True when `LIB_PLAIN=1`: every optimisation off, for tests that compare fast with plain paths."""
+    return os.environ.get("LIB_PLAIN", "") not in ("", "0")
+
+
+def set_seed(seed: int) -> torch.Generator:
+    """Seed python, numpy and torch; return a CPU generator with the same seed for samplers."""
+    from transformers import set_seed as seed_everything
+
+    seed_everything(seed)
+    return torch.Generator().manual_seed(seed)
+
+
+# --- device and dtype ----------------------------------------------------------------------------
+
+
+def get_device(name: str | None = None) -> torch.device:
+    """The device named, else CUDA, else Apple MPS, else CPU."""
+    if name:
+        return torch.device(name)
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def describe_device(device: torch.device | None = None) -> str:
+    """One line about the device, as stored with every result."""
+    device = device or get_device()
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type.upper()}, {platform.machine()}, {torch.get_num_threads()} threads"
+
+
+@lru_cache(maxsize=8)
+def inference_dtype(device: torch.device | None = None) -> torch.dtype:
+    """bfloat16 where a matrix product measured here is at least 1.3x faster in it, else float32.
+
+    CUDA with bf16 support is not measured: it is faster there.  `LIB_PLAIN=1` gives float32.
+    """
+    device = device or get_device()
+    if plain_mode():
+        return torch.float32
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    if device.type != "cpu":
+        return torch.float32
+    seconds = {d: _matmul_seconds(d) for d in (torch.float32, torch.bfloat16)}
+    return torch.bfloat16 if seconds[torch.float32] > 1.3 * seconds[torch.bfloat16] else torch.float32
+
+
+def _matmul_seconds(dtype: torch.dtype, size: int = 512, repeats: int = 5) -> float:
+    left, right = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
+    left @ right  # warm-up
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        left @ right
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def free_memory(*objects: object) -> None:
+    """Collect garbage and empty the accelerator's cache; delete your own names first.
+
+    Models given as arguments are moved to the meta device, which releases their weights even
+    while a notebook variable still points at them.
+    """
+    for thing in objects:
+        if isinstance(thing, torch.nn.Module):
+            thing.to("meta")
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+# --- progress and files --------------------------------------------------------------------------
+
+
+def progress(items: Iterable | None = None, *, total: int | None = None, label: str = "", unit="it"):
+    """A text progress bar; silent when headless (widgets would end up in the committed notebook)."""
+    return tqdm(
+        items, total=total, desc=label, unit=unit, disable=headless(), leave=False,
+        file=sys.stderr, dynamic_ncols=True, mininterval=0.3,
+    )  # fmt: skip
+
+
+def quiet_libraries() -> None:
+    """Switch off the progress bars and chatter of transformers and datasets."""
+    import datasets
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+
+
+def write_atomic(path: Path | str, content: str | bytes) -> Path:
+    """Write a file so that a reader sees the old content or the new one, never a part."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = content.encode("utf-8") if isinstance(content, str) else content
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as handle:
+        handle.write(data)
+        handle.flush()
+        os.fsync(handle.fileno())
+    os.chmod(handle.name, 0o644)
+    os.replace(handle.name, path)
+    return path
+
+
+def to_json(value: object) -> str:
+    """JSON with plain numbers: numpy scalars and arrays unpacked, NaN and infinities as null."""
+
+    def plain(item):
+        if isinstance(item, dict):
+            return {str(k): plain(v) for k, v in item.items()}
+        if isinstance(item, (list, tuple, set, np.ndarray)):
+            return [plain(v) for v in item]
+        if isinstance(item, (np.generic, torch.Tensor)):
+            return plain(item.item())
+        if isinstance(item, float) and not np.isfinite(item):
+            return None
+        return item if isinstance(item, (str, int, float, bool, type(None))) else str(item)
+
+    return json.dumps(plain(value), indent=2, ensure_ascii=False) + "\n"
+
+
+def content_hash(*parts: object) -> str:
+    """SHA-256 of the parts' JSON; equal content gives equal keys on every machine."""
+    text = json.dumps(parts, sort_keys=True, ensure_ascii=False, default=str)
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+class ReplyCache:
+    """Crash-safe store of replies that cost money or time, keyed by content (SQLite, one file).
+
+    Several processes may use one file; `put` keeps the first reply for a key, so a reply is
+    never replaced by a later one.
+    """
+
+    def __init__(self, path: Path | str):
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self._connect() as db:
+            db.execute("PRAGMA journal_mode=WAL")
+            db.execute("CREATE TABLE IF NOT EXISTS replies (key TEXT PRIMARY KEY, reply TEXT, at TEXT)")
+
+    @contextlib.contextmanager
+    def _connect(self):
+        db = sqlite3.connect(self.path, timeout=60)
+        try:
+            with db:
+                yield db
+        finally:
+            db.close()
+
+    def get(self, key: str):
+        """The stored reply (any JSON value), or None."""
+        with self._connect() as db:
+            row = db.execute("SELECT reply FROM replies WHERE key = ?", (key,)).fetchone()
+        return json.loads(row[0]) if row else None
+
+    def put(self, key: str, reply: object) -> None:
+        """Store a reply unless the key has one."""
+        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        with self._connect() as db:
+            db.execute("INSERT OR IGNORE INTO replies VALUES (?, ?, ?)", (key, json.dumps(reply), now))
+
+    def __len__(self) -> int:
+        with self._connect() as db:
+            return db.execute("SELECT COUNT(*) FROM replies").fetchone()[0]
+
+
+# --- the record of a run -------------------------------------------------------------------------
+
+
+@dataclass
+class Claim:
+    """One row of a closing table: what the paper says, what was measured here, and the verdict."""
+
+    claim: str
+    paper: str
+    here: str
+    rule: str
+    verdict: str
+    why: str = ""
+
+    def __post_init__(self):
+        if self.verdict not in VERDICTS:
+            raise ValueError(f"verdict is {self.verdict!r}; allowed: {', '.join(VERDICTS)}")
+
+
+@dataclass
+class Run:
+    """Everything one notebook measured.  Made by `start_run`; written by `finish`."""
+
+    notebook: str
+    scale: str
+    seed: int
+    folder: Path
+    metrics: dict[str, dict] = field(default_factory=dict)
+    claims: list[Claim] = field(default_factory=list)
+    figures: list[dict] = field(default_factory=list)
+    started: float = field(default_factory=time.time)
+
+    def metric(self, name: str, value, low=None, high=None, *, n=None, seeds: int = 1) -> None:
+        """Record one number with its interval, sample size and number of seeds."""
+        self.metrics[name] = {"value": value, "low": low, "high": high, "n": n, "seeds": seeds}
+
+    def claim(self, claim: str, *, paper: str, here: str, rule: str, verdict: str, why: str = "") -> str:
+        """Record a claim with the decision rule that was fixed before the run; return the verdict."""
+        self.claims.append(Claim(claim, paper, here, rule, verdict, why))
+        return verdict
+
+    def closing_table(self) -> pd.DataFrame:
+        """The notebook's last table: claim | paper | here | same direction? | why it differs."""
+        rows = [(c.claim, c.paper, c.here, c.verdict, c.why) for c in self.claims]
+        return pd.DataFrame(
+            rows, columns=["claim", "paper", "here", "same direction?", "why it differs"]
+        )
+
+    def save_figure(self, figure, name: str, *, caption: str, alt: str):
+        """Write `<name>.png` and `.svg` into the run's folder; return an image with alt text to show."""
+        import matplotlib.pyplot as plt
+        from IPython.display import Image
+
+        png = self.folder / f"{name}.png"
+        figure.savefig(png, dpi=120, bbox_inches="tight", metadata={"Software": None})
+        figure.savefig(
+            png.with_suffix(".svg"), bbox_inches="tight", metadata={"Date": None, "Creator": None}
+        )
+        plt.close(figure)
+        self.figures = [f for f in self.figures if f["name"] != name]
+        self.figures.append({"name": name, "caption": caption, "alt": alt})
+        return Image(data=png.read_bytes(), format="png", alt=alt)
+
+    def save_table(self, table: pd.DataFrame, name: str) -> Path:
+        """Write a table as `<name>.csv` into the run's folder, so figures can be redrawn without running."""
+        return write_atomic(self.folder / f"{name}.csv", table.to_csv(index=False))
+
+    def cached(self, name: str, make: Callable[[], pd.DataFrame], **key) -> pd.DataFrame:
+        """The table `make()` returns, kept in `work/`: a killed run continues with what was finished.
+
+        `key` names everything the table depends on; another key makes it again.
+        """
+        path = self.folder / "work" / f"{name}-{content_hash(name, key, lib_version())[:16]}.jsonl"
+        if path.exists():
+            return pd.read_json(path, orient="records", lines=True, dtype=False, convert_dates=False)
+        table = make()
+        write_atomic(path, table.to_json(orient="records", lines=True, double_precision=15))
+        return table
+
+    def finish(self) -> pd.DataFrame:
+        """Write `results.json` and return the metrics as a table."""
+        record = {
+            "notebook": self.notebook,
+            "scale": self.scale,
+            "seed": self.seed,
+            "device": describe_device(),
+            "metrics": self.metrics,
+            "claims": [asdict(c) for c in self.claims],
+            "figures": self.figures,
+        }
+        write_atomic(self.folder / "results.json", to_json(record))
+        table = pd.DataFrame.from_dict(self.metrics, orient="index")
+        return table.rename_axis("metric").reset_index()
+
+
+def start_run(notebook: str, *, scale: str, seed: int) -> Run:
+    """Check the scale, seed everything, and open the folder for this notebook's results.
+
+    Raises ValueError for an unknown scale or a seed that is not a whole number >= 0.
+    """
+    if scale not in SCALES:
+        raise ValueError(f"SCALE is {scale!r}; allowed: {', '.join(SCALES)}. Try SCALE = 'demo'.")
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise ValueError(f"SEED is {seed!r}; it must be a whole number >= 0.")
+    set_seed(seed)
+    quiet_libraries()
+    chosen = os.environ.get("FEEDBACK_RUN_DIR")
+    folder = Path(chosen) if chosen else project_root() / "runs" / "interactive" / notebook
+    folder.mkdir(parents=True, exist_ok=True)
+    return Run(notebook, scale, seed, folder)
+
+
+def describe_run(run: Run, **settings) -> pd.DataFrame:
+    """The parameters, versions and device of this run, as the table under the parameters cell."""
+    rows = [("scale", run.scale), ("seed", run.seed), ("device", describe_device())]
+    rows += [(name, value) for name, value in settings.items()]
+    rows += [("python", platform.python_version())]
+    rows += [(name, metadata.version(name)) for name in SHOWN_PACKAGES]
+    return pd.DataFrame(rows, columns=["setting", "value"]).astype(str)
+
+
+def scale_settings(table: dict[str, dict], scale: str) -> dict:
+    """Pick one scale's column from a notebook's table of settings `{name: {scale: value}}`."""
+    missing = [name for name, row in table.items() if scale not in row]
+    if missing:
+        raise ValueError(f"no {scale!r} value for the settings {', '.join(missing)}")
+    return {name: row[scale] for name, row in table.items()}
+
+
+@lru_cache(maxsize=1)
+def lib_version() -> str:
+    """Hash of the library's sources: results made by another `lib` are not taken for this one's."""
+    sources = sorted(Path(__file__).parent.glob("*.py"))
+    return content_hash([(p.name, p.read_text(encoding="utf-8")) for p in sources])[:16]
+
+
+def git_commit() -> str:
+    """Commit of the checkout, with `+` where files differ from it; `unknown` outside git."""
+    try:
+        describe = ["git", "describe", "--always", "--dirty=+", "--abbrev=10", "--exclude=*"]
+        found = subprocess.run(describe, cwd=project_root(), capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    return found.stdout.strip() or "unknown"
+
+
+def show_source(thing: Callable) -> object:
+    """Show a library function's source in a notebook, so that text and code cannot drift apart."""
+    from IPython.display import Code
+
+    return Code(inspect.getsource(thing), language="python")
