@@ -125,7 +125,9 @@ def inference_dtype(device: torch.device | None = None) -> torch.dtype:
     if device.type != "cpu":
         return torch.float32
     seconds = {d: _matmul_seconds(d) for d in (torch.float32, torch.bfloat16)}
-    return torch.bfloat16 if seconds[torch.float32] > 1.3 * seconds[torch.bfloat16] else torch.float32
+    return (
+        torch.bfloat16 if seconds[torch.float32] > 1.3 * seconds[torch.bfloat16] else torch.float32
+    )
 
 
 def _matmul_seconds(dtype: torch.dtype, size: int = 512, repeats: int = 5) -> float:
@@ -156,7 +158,9 @@ def free_memory(*objects: object) -> None:
 # --- progress and files --------------------------------------------------------------------------
 
 
-def progress(items: Iterable | None = None, *, total: int | None = None, label: str = "", unit="it"):
+def progress(
+    items: Iterable | None = None, *, total: int | None = None, label: str = "", unit="it"
+):
     """A text progress bar; silent when headless (widgets would end up in the committed notebook)."""
     return tqdm(
         items, total=total, desc=label, unit=unit, disable=headless(), leave=False,
@@ -179,7 +183,9 @@ def write_atomic(path: Path | str, content: str | bytes) -> Path:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     data = content.encode("utf-8") if isinstance(content, str) else content
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as handle:
+    with tempfile.NamedTemporaryFile(
+        dir=path.parent, prefix=f".{path.name}.", delete=False
+    ) as handle:
         handle.write(data)
         handle.flush()
         os.fsync(handle.fileno())
@@ -223,7 +229,9 @@ class ReplyCache:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self._connect() as db:
             db.execute("PRAGMA journal_mode=WAL")
-            db.execute("CREATE TABLE IF NOT EXISTS replies (key TEXT PRIMARY KEY, reply TEXT, at TEXT)")
+            db.execute(
+                "CREATE TABLE IF NOT EXISTS replies (key TEXT PRIMARY KEY, reply TEXT, at TEXT)"
+            )
 
     @contextlib.contextmanager
     def _connect(self):
@@ -244,7 +252,9 @@ class ReplyCache:
         """Store a reply unless the key has one."""
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         with self._connect() as db:
-            db.execute("INSERT OR IGNORE INTO replies VALUES (?, ?, ?)", (key, json.dumps(reply), now))
+            db.execute(
+                "INSERT OR IGNORE INTO replies VALUES (?, ?, ?)", (key, json.dumps(reply), now)
+            )
 
     def __len__(self) -> int:
         with self._connect() as db:
@@ -287,7 +297,9 @@ class Run:
         """Record one number with its interval, sample size and number of seeds."""
         self.metrics[name] = {"value": value, "low": low, "high": high, "n": n, "seeds": seeds}
 
-    def claim(self, claim: str, *, paper: str, here: str, rule: str, verdict: str, why: str = "") -> str:
+    def claim(
+        self, claim: str, *, paper: str, here: str, rule: str, verdict: str, why: str = ""
+    ) -> str:
         """Record a claim with the decision rule that was fixed before the run; return the verdict."""
         self.claims.append(Claim(claim, paper, here, rule, verdict, why))
         return verdict
@@ -325,7 +337,9 @@ class Run:
         """
         path = self.folder / "work" / f"{name}-{content_hash(name, key, lib_version())[:16]}.jsonl"
         if path.exists():
-            return pd.read_json(path, orient="records", lines=True, dtype=False, convert_dates=False)
+            return pd.read_json(
+                path, orient="records", lines=True, dtype=False, convert_dates=False
+            )
         table = make()
         write_atomic(path, table.to_json(orient="records", lines=True, double_precision=15))
         return table
@@ -391,7 +405,9 @@ def git_commit() -> str:
     """Commit of the checkout, with `+` where files differ from it; `unknown` outside git."""
     try:
         describe = ["git", "describe", "--always", "--dirty=+", "--abbrev=10", "--exclude=*"]
-        found = subprocess.run(describe, cwd=project_root(), capture_output=True, text=True, timeout=10)
+        found = subprocess.run(
+            describe, cwd=project_root(), capture_output=True, text=True, timeout=10
+        )
     except (OSError, subprocess.TimeoutExpired):
         return "unknown"
     return found.stdout.strip() or "unknown"

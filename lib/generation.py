@@ -1,0 +1,376 @@
+"""Sampling that keeps what learning from feedback needs: tokens, texts and log-probabilities.
+
+Each prompt is encoded once and its cache shared by the prompt's n samples; finished rows leave the
+batch.  Every sampled token comes with two log-probabilities: under the distribution it was drawn
+from (after temperature, top-k and top-p) and under the plain model (T = 1, no filter).  PPO ratios
+taken over the second while sampling from a filtered first are off-policy; both are kept so that a
+notebook can say which it uses.
+
+Random numbers are drawn per row and step before sampling starts, so a prompt's samples do not
+depend on how prompts are batched (up to rounding).
+"""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import pandas as pd
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_outputs import BaseModelOutput
+
+from lib import runtime
+
+ROWS_PER_BATCH = {"cpu": 128, "mps": 128, "cuda": 512}
+KEEP_SHARE = (
+    0.75  # rows are dropped when fewer than this share still run (dropping copies the cache)
+)
+FIRST_CANDIDATES = 256  # top-p looks at this many tokens before it sorts the vocabulary
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How tokens are drawn.  temperature 0 is greedy; top_k 0 and top_p 1 mean no filter."""
+
+    max_new_tokens: int = 20
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self):
+        checks = [
+            ("max_new_tokens", self.max_new_tokens, self.max_new_tokens >= 1, ">= 1"),
+            ("temperature", self.temperature, self.temperature >= 0, ">= 0 (0 is greedy)"),
+            ("top_k", self.top_k, self.top_k >= 0, ">= 0 (0 is off)"),
+            ("top_p", self.top_p, 0 < self.top_p <= 1, "in (0, 1] (1 is off)"),
+        ]
+        for name, given, good, allowed in checks:
+            if not good:
+                raise ValueError(f"{name} is {given!r}; it must be {allowed}.")
+
+
+@dataclass
+class Samples:
+    """Sampled continuations, one entry per row; rows of one prompt stand together, in prompt order."""
+
+    prompts: list[str]
+    prompt_index: list[int]
+    prompt_ids: list[list[int]]
+    response_ids: list[list[int]]  # no padding; ends with the end token where the row finished
+    texts: list[str]
+    log_probs: list[np.ndarray]  # under the distribution sampled from, (response tokens,)
+    model_log_probs: list[np.ndarray]  # under the plain model, (response tokens,)
+    finished: list[bool]  # ended by itself within max_new_tokens
+    seconds: float = 0.0
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    @property
+    def tokens(self) -> int:
+        """Sampled tokens in all."""
+        return sum(map(len, self.response_ids))
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per sample: prompt_index, prompt, text, response_tokens, finished, log_prob (sum)."""
+        return pd.DataFrame(
+            {
+                "prompt_index": self.prompt_index,
+                "prompt": self.prompts,
+                "text": self.texts,
+                "response_tokens": [len(ids) for ids in self.response_ids],
+                "finished": self.finished,
+                "log_prob": [float(lp.sum()) for lp in self.model_log_probs],
+            }
+        )
+
+    def padded(self, values: str, fill: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
+        """A field as a right-padded tensor (rows, time) and its mask (1 = real token)."""
+        rows = [torch.as_tensor(np.asarray(row)) for row in getattr(self, values)]
+        padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=fill)
+        lengths = torch.tensor([len(row) for row in rows])
+        return padded, (torch.arange(padded.shape[1]) < lengths[:, None]).to(torch.float32)
+
+
+def sample(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str] | Sequence[list[int]],
+    *,
+    n: int = 1,
+    seed: int = 0,
+    rows_per_batch: int | None = None,
+    label: str = "sampling",
+    **decoding,
+) -> Samples:
+    """Draw n continuations of each prompt; see `Decoding` for max_new_tokens, temperature, top_k, top_p.
+
+    Prompts are texts or token ids.  Decoder-only and encoder-decoder models.  With temperature 0 the
+    tokens equal those of `transformers.generate(do_sample=False)`.  Raises ValueError for n < 1, bad
+    decoding settings, an empty prompt without a start token, or a prompt too long for the model.
+    """
+    how = Decoding(**decoding)
+    if n < 1:
+        raise ValueError(f"n is {n!r}; at least one sample per prompt is drawn.")
+    started = time.perf_counter()
+    prompt_ids = encode_prompts(model, tokenizer, prompts, how.max_new_tokens)
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.rand(len(prompt_ids) * n, how.max_new_tokens, generator=generator)
+    rows: list[_Row | None] = [None] * (len(prompt_ids) * n)
+    rows_per_batch = rows_per_batch or ROWS_PER_BATCH.get(model.device.type, 128)
+    bar = runtime.progress(total=len(rows), label=label, unit="sample")
+    for batch in _length_batches(prompt_ids, max(1, rows_per_batch // n)):
+        places = [index * n + j for index in batch for j in range(n)]
+        drawn = _sample_batch(
+            model, tokenizer, [prompt_ids[i] for i in batch], n, noise[places], how
+        )
+        for place, row in zip(places, drawn, strict=True):
+            rows[place] = row
+        bar.update(len(places))
+    bar.close()
+    return _collect(tokenizer, prompts, prompt_ids, n, rows, time.perf_counter() - started)
+
+
+def encode_prompts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str] | Sequence[list[int]],
+    max_new_tokens: int,
+) -> list[list[int]]:
+    """Token ids of each prompt, with one start token at most, checked against the model's length."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    encoded = []
+    for index, prompt in enumerate(prompts):
+        ids = list(tokenizer(prompt)["input_ids"]) if isinstance(prompt, str) else list(prompt)
+        start = tokenizer.bos_token_id
+        if start is not None and ids[:2] == [start, start]:  # a chat template brings its own
+            ids = ids[1:]
+        if not ids and start is not None:
+            ids = [start]
+        if not ids:
+            raise ValueError(f"prompt {index} is empty and this tokenizer has no start token.")
+        if limit and not model.config.is_encoder_decoder and len(ids) + max_new_tokens > limit:
+            raise ValueError(
+                f"prompt {index} has {len(ids)} tokens; with {max_new_tokens} new ones that is over "
+                f"the model's {limit}. Shorten the prompt or lower max_new_tokens."
+            )
+        encoded.append(ids)
+    return encoded
+
+
+# --- drawing one token ---------------------------------------------------------------------------
+
+
+def draw_tokens(
+    logits: torch.Tensor, noise: torch.Tensor, how: Decoding
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One token per row by inverse-CDF sampling.
+
+    logits (rows, vocabulary), noise (rows,) uniform in [0, 1) -> tokens (rows,), their log-probability
+    under the sampling distribution (rows,), and under the plain model (rows,).
+    """
+    logits = logits.float()
+    log_normaliser = logits.logsumexp(-1)
+    if how.temperature == 0:
+        tokens = logits.argmax(-1)
+        sampling = torch.zeros_like(log_normaliser)
+    elif how.top_k == 0 and how.top_p == 1:
+        scaled = logits if how.temperature == 1 else logits / how.temperature
+        tokens = _invert_cdf(scaled.softmax(-1), noise)
+        sampling = scaled.gather(-1, tokens[:, None])[:, 0] - scaled.logsumexp(-1)
+    else:
+        tokens, sampling = _draw_filtered(logits / how.temperature, noise, how, FIRST_CANDIDATES)
+    return tokens, sampling, logits.gather(-1, tokens[:, None])[:, 0] - log_normaliser
+
+
+def _invert_cdf(probs: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """Index at which the cumulative probability passes noise x total; never a zero-probability one."""
+    cumulative = probs.cumsum(-1)
+    target = (noise.to(probs) * cumulative[:, -1])[:, None]
+    found = torch.searchsorted(cumulative, target, right=True)[:, 0]
+    last_possible = (probs > 0).to(torch.int8).cumsum(-1).argmax(-1)
+    return torch.minimum(found, last_possible)
+
+
+def _draw_filtered(scaled, noise, how: Decoding, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens and log-probabilities after top-k and top-p; rows whose nucleus is wider are sorted in full."""
+    values, candidates, covered = _filtered(scaled, how.top_k, how.top_p, width)
+    ranks = _invert_cdf(values.softmax(-1), noise)[:, None]
+    tokens = candidates.gather(-1, ranks)[:, 0]
+    log_probs = values.log_softmax(-1).gather(-1, ranks)[:, 0]
+    if not covered.all():
+        wide = (~covered).nonzero()[:, 0]
+        tokens[wide], log_probs[wide] = _draw_filtered(
+            scaled[wide], noise[wide], how, scaled.shape[-1]
+        )
+    return tokens, log_probs
+
+
+def _filtered(
+    logits: torch.Tensor, top_k: int, top_p: float, width: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The `width` likeliest tokens of each row, top-k and top-p applied.
+
+    Returns scaled logits in falling order (-inf where dropped), token ids, and whether the kept set
+    lies within `width`.  top-k first, then top-p: the smallest set of likeliest tokens whose share of
+    the (top-k) probability reaches top_p (Holtzman et al. 2020).
+    """
+    width = min(top_k or width, logits.shape[-1])
+    values, candidates = logits.topk(width)
+    total = values.logsumexp(-1) if top_k else logits.logsumexp(-1)
+    share = (values - total[:, None]).exp()
+    covered = torch.full_like(total, top_k > 0 or width == logits.shape[-1], dtype=torch.bool)
+    if top_p == 1:
+        return values, candidates, covered
+    cumulative = share.cumsum(-1)
+    values = values.masked_fill(cumulative - share >= top_p, float("-inf"))
+    return values, candidates, covered | (cumulative[:, -1] >= top_p)
+
+
+# --- one batch -----------------------------------------------------------------------------------
+
+
+@dataclass
+class _Row:
+    """One row while it is being sampled."""
+
+    tokens: list[int] = field(default_factory=list)
+    log_probs: list[float] = field(default_factory=list)
+    model_log_probs: list[float] = field(default_factory=list)
+    finished: bool = False
+
+
+@torch.inference_mode()
+def _sample_batch(model, tokenizer, prompt_ids, n, noise, how) -> list[_Row]:
+    """Stages: 1 encode prompts, 2 draw a token per running row, 3 drop finished rows, 4 step the model."""
+    decoder = _EncoderDecoder if model.config.is_encoder_decoder else _DecoderOnly
+    state = decoder(model, tokenizer.pad_token_id, prompt_ids, n)
+    ends = _end_tokens(model, tokenizer)
+    rows = [_Row() for _ in range(len(prompt_ids) * n)]
+    running = torch.arange(len(rows))  # which row each line of the batch is
+    for step in range(how.max_new_tokens):
+        tokens, sampling, plain = (
+            x.cpu() for x in draw_tokens(state.logits, noise[running, step].to(model.device), how)
+        )
+        done = torch.isin(tokens, ends)
+        for line, row in enumerate(running.tolist()):
+            if not rows[row].finished:
+                rows[row].tokens.append(int(tokens[line]))
+                rows[row].log_probs.append(float(sampling[line]))
+                rows[row].model_log_probs.append(float(plain[line]))
+                rows[row].finished = bool(done[line])
+        alive = torch.tensor([not rows[row].finished for row in running.tolist()])
+        if step + 1 == how.max_new_tokens or not alive.any():
+            break
+        if not runtime.plain_mode() and alive.float().mean() < KEEP_SHARE:
+            keep = alive.nonzero()[:, 0]
+            state.select(keep.to(model.device))
+            running, tokens = running[keep], tokens[keep]
+        state.advance(tokens.to(model.device))
+    return rows
+
+
+class _DecoderOnly:
+    """Cache, mask and next-token logits of a decoder-only batch; prompts are left-padded."""
+
+    def __init__(self, model, pad_id, prompt_ids, n):
+        self.model = model
+        ids, mask = (x.to(model.device) for x in pad_rows(prompt_ids, pad_id, "left"))
+        if runtime.plain_mode():
+            ids, mask, n = ids.repeat_interleave(n, 0), mask.repeat_interleave(n, 0), 1
+        self.takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+        self.mask, self.cache = mask, None
+        self._forward(ids)
+        if n > 1:
+            self.cache.batch_repeat_interleave(n)
+            self.mask = self.mask.repeat_interleave(n, 0)
+            self.logits = self.logits.repeat_interleave(n, 0)
+
+    def _forward(self, ids):
+        extra = {}
+        if self.takes_positions:
+            positions = (self.mask.cumsum(-1) - 1).clamp(min=0)
+            extra["position_ids"] = positions[:, -ids.shape[1] :]
+        out = self.model(
+            input_ids=ids, attention_mask=self.mask, past_key_values=self.cache,
+            use_cache=True, logits_to_keep=1, **extra,
+        )  # fmt: skip
+        self.cache, self.logits = out.past_key_values, out.logits[:, -1]
+
+    def select(self, keep):
+        self.cache.batch_select_indices(keep)
+        self.mask = self.mask[keep]
+
+    def advance(self, tokens):
+        self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], -1)
+        self._forward(tokens[:, None])
+
+
+class _EncoderDecoder:
+    """Encoder states (computed once per prompt), decoder cache and logits of a batch."""
+
+    def __init__(self, model, pad_id, prompt_ids, n):
+        self.model = model
+        ids, self.mask = (x.to(model.device) for x in pad_rows(prompt_ids, pad_id, "right"))
+        states = model.get_encoder()(input_ids=ids, attention_mask=self.mask).last_hidden_state
+        self.states, self.mask = states.repeat_interleave(n, 0), self.mask.repeat_interleave(n, 0)
+        self.cache = None
+        start = model.config.decoder_start_token_id
+        self.advance(torch.full((len(self.states),), start, device=model.device))
+
+    def select(self, keep):
+        self.cache.batch_select_indices(keep)
+        self.states, self.mask = self.states[keep], self.mask[keep]
+
+    def advance(self, tokens):
+        out = self.model(
+            encoder_outputs=BaseModelOutput(self.states), attention_mask=self.mask,
+            decoder_input_ids=tokens[:, None], past_key_values=self.cache, use_cache=True,
+        )  # fmt: skip
+        self.cache, self.logits = out.past_key_values, out.logits[:, -1]
+
+
+def pad_rows(rows: list[list[int]], pad_id: int, side: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids (rows, longest) padded on one side, and their mask (1 = real token)."""
+    width = max(map(len, rows))
+    ids = torch.full((len(rows), width), pad_id)
+    mask = torch.zeros_like(ids)
+    for line, row in enumerate(rows):
+        place = slice(width - len(row), width) if side == "left" else slice(0, len(row))
+        ids[line, place] = torch.tensor(row)
+        mask[line, place] = 1
+    return ids, mask
+
+
+def _end_tokens(model, tokenizer) -> torch.Tensor:
+    configured = getattr(model.generation_config, "eos_token_id", None)
+    configured = configured if isinstance(configured, list) else [configured]
+    found = {token for token in [*configured, tokenizer.eos_token_id] if token is not None}
+    return torch.tensor(sorted(found))
+
+
+def _length_batches(prompt_ids: list[list[int]], size: int) -> list[list[int]]:
+    """Prompt numbers in batches of `size`, prompts of like length together to waste little padding."""
+    order = sorted(range(len(prompt_ids)), key=lambda i: (len(prompt_ids[i]), i))
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+def _collect(tokenizer, prompts, prompt_ids, n, rows: list[_Row], seconds: float) -> Samples:
+    shown = [p if isinstance(p, str) else tokenizer.decode(p) for p in prompts]
+    texts = [tokenizer.decode(row.tokens, skip_special_tokens=True) for row in rows]
+    places = [i for i in range(len(prompt_ids)) for _ in range(n)]
+    return Samples(
+        prompts=[shown[i] for i in places],
+        prompt_index=places,
+        prompt_ids=[prompt_ids[i] for i in places],
+        response_ids=[row.tokens for row in rows],
+        texts=texts,
+        log_probs=[np.array(row.log_probs, dtype=np.float32) for row in rows],
+        model_log_probs=[np.array(row.model_log_probs, dtype=np.float32) for row in rows],
+        finished=[row.finished for row in rows],
+        seconds=seconds,
+    )

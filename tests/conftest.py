@@ -1,0 +1,49 @@
+"""Fixtures shared by the tests: tiny models (no download) and the real policy where it can be had."""
+
+import os
+
+os.environ.setdefault("FEEDBACK_HEADLESS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+from lib import assets, models
+
+WORDS = [*"the a cat dog sat ran on mat you are nice kind stupid idiot".split(), "."]  # noqa: SIM905
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """A decoder-only model over 15 words: about one sampled token in twenty ends the text."""
+    return models.build_tiny_model("tiny", words=WORDS)
+
+
+@pytest.fixture(scope="session")
+def tiny_seq2seq():
+    return models.build_tiny_model("tiny-encoder-decoder", words=WORDS)
+
+
+def asset(name):
+    """An offline asset's folder; the test is skipped where it is neither cached nor downloadable."""
+    try:
+        return assets.fetch(name)
+    except assets.AssetError as error:
+        pytest.skip(f"asset {name!r} cannot be had here: {error}")
+
+
+@pytest.fixture(scope="session")
+def policy():
+    """SmolLM2-135M-Instruct in float32 and its tokenizer."""
+    asset("policy")
+    return models.load_policy("policy", dtype=torch.float32)
+
+
+@pytest.fixture(scope="session")
+def real_prompts():
+    """64 real prompts of mixed length."""
+    from lib import data
+
+    asset("prompts")
+    found = data.load_prompts("realtoxicityprompts", n=64, seed=1)["prompt"]
+    return [p if i % 3 else p + " " + found[i - 1] for i, p in enumerate(found)]

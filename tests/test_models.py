@@ -1,0 +1,58 @@
+"""Tiny models need no download and are the same every time; loading checks names."""
+
+import pytest
+import torch
+
+from lib import models
+
+
+def test_tiny_models_are_reproducible_and_leave_the_global_seed_alone():
+    torch.manual_seed(7)
+    expected = torch.rand(1)
+    torch.manual_seed(7)
+    first, _ = models.build_tiny_model("tiny")
+    assert torch.equal(torch.rand(1), expected)
+    second, _ = models.build_tiny_model("tiny")
+    for left, right in zip(first.parameters(), second.parameters(), strict=True):
+        assert torch.equal(left, right)
+
+
+def test_tiny_tokenizer_round_trip_and_chat():
+    _, tokenizer = models.build_tiny_model("tiny", words=["you", "are", "kind", "."])
+    ids = tokenizer("you are kind .")["input_ids"]
+    assert tokenizer.decode(ids) == "you are kind ."
+    assert tokenizer("unknown")["input_ids"] == [tokenizer.unk_token_id]
+    chat = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "you are"}], tokenize=False, add_generation_prompt=True
+    )
+    names = tokenizer.convert_ids_to_tokens(tokenizer(chat)["input_ids"])
+    assert names == ["<user>", "you", "are", "<assistant>"]
+
+
+def test_sample_words_cover_the_sample_texts():
+    words = models.sample_words()
+    assert len(words) > 100
+    assert all(word.strip() == word and word for word in words)
+
+
+@pytest.mark.parametrize("name", models.TINY_MODELS)
+def test_load_policy_gives_eval_mode_and_left_padding(name):
+    model, tokenizer = models.load_policy(name)
+    assert not model.training
+    assert tokenizer.padding_side == "left"
+    assert models.count_parameters(model)["total"] < 300_000
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(ValueError, match="unknown tiny model 'small'"):
+        models.build_tiny_model("small")
+    with pytest.raises(ValueError, match="policy"):
+        models.load_policy("no-such-model")
+
+
+def test_policy_loads_and_speaks(policy):
+    model, tokenizer = policy
+    assert models.count_parameters(model)["total"] == 134_515_008
+    ids = tokenizer("The capital of France is", return_tensors="pt")
+    best = model(**ids).logits[0, -1].argmax()
+    assert tokenizer.decode(best).strip() == "Paris"
