@@ -1,0 +1,150 @@
+"""Supervised fine-tuning through `trl.SFTTrainer`, with tokenisation and loss masks made here.
+
+Loss falls on completions, or on the assistant's turns of a conversation, and on the end token, once.
+Prompt and completion are tokenised apart, as when sampling.  Sequences longer than `max_length` lose
+their end (and with it the end token); how many did is in `history.attrs["truncated"]`.
+Encoder-decoder models, which SFTTrainer does not take, go through its parent, `transformers.Trainer`.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import datasets
+import pandas as pd
+import torch
+import transformers
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lib import runtime
+
+NO_LOSS = -100  # label of a token without loss
+COLUMNS = ["step", "epoch", "loss", "learning_rate", "grad_norm", "held_out_loss"]
+
+
+def encode_completions(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], completions: Sequence[str]
+) -> list[dict]:
+    """Rows of input_ids and labels: the prompt without loss, the completion and one end token with."""
+    rows = []
+    for prompt, completion in zip(prompts, completions, strict=True):
+        before = tokenizer(prompt)["input_ids"]
+        after = tokenizer(completion, add_special_tokens=False)["input_ids"]
+        if after[-1:] != [tokenizer.eos_token_id]:
+            after = [*after, tokenizer.eos_token_id]
+        rows.append({"input_ids": before + after, "labels": [NO_LOSS] * len(before) + after})
+    return rows
+
+
+def encode_conversations(
+    tokenizer: PreTrainedTokenizerBase, conversations: Sequence[list[dict]]
+) -> list[dict]:
+    """Rows of input_ids and labels: loss on what the assistant says and on the end of its turns.
+
+    A conversation is a list of {"role", "content"}.  Raises ValueError where the turns cannot be told
+    apart, because it starts with the assistant or the chat template does not write turn by turn.
+    """
+    end, rows = tokenizer.eos_token_id, []
+    for number, messages in enumerate(conversations):
+        text, spans = _assistant_spans(tokenizer, messages, number)
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ids = encoded["input_ids"]
+        spoken = [any(a <= start < b for a, b in spans) for start, _ in encoded["offset_mapping"]]
+        labels = [token if said else NO_LOSS for token, said in zip(ids, spoken, strict=True)]
+        ended = [token for token in labels if token != NO_LOSS][-1:] == [end]
+        if messages[-1]["role"] == "assistant" and not ended:
+            ids, labels = [*ids, end], [*labels, end]
+        rows.append({"input_ids": ids, "labels": labels})
+    return rows
+
+
+def _assistant_spans(tokenizer, messages, number) -> tuple[str, list[tuple[int, int]]]:
+    def render(turns, **options):
+        return tokenizer.apply_chat_template(turns, tokenize=False, **options)
+
+    text, spans = render(messages), []
+    for turn in [i for i, message in enumerate(messages) if message["role"] == "assistant"]:
+        before = render(messages[:turn], add_generation_prompt=True) if turn else None
+        upto = render(messages[: turn + 1])
+        if before is None or not (upto.startswith(before) and text.startswith(upto)):
+            raise ValueError(
+                f"conversation {number}: the assistant's turn {turn} cannot be located. Start with "
+                "another role, and use a chat template that only appends as turns are added."
+            )
+        spans.append((len(before), len(upto.rstrip())))
+    return text, spans
+
+
+def loss_tokens(tokenizer: PreTrainedTokenizerBase, row: dict) -> pd.DataFrame:
+    """The tokens of an encoded row and whether each carries loss: look at it before training."""
+    tokens = [tokenizer.decode([token]) for token in row["input_ids"]]
+    return pd.DataFrame({"token": tokens, "loss": [label != NO_LOSS for label in row["labels"]]})
+
+
+def train_sft(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: list[dict],
+    *,
+    held_out: list[dict] | None = None,
+    folder: Path | str | None = None,
+    max_length: int = 512,
+    **arguments,
+) -> pd.DataFrame:
+    """Train `model` in place (float32; bfloat16 autocast on CUDA) and return its history (`COLUMNS`).
+
+    `rows` come from `encode_completions` or `encode_conversations`; `arguments` are those of
+    `transformers.TrainingArguments`, such as learning_rate or num_train_epochs.  Checkpoints go to
+    `folder`, from which a killed run continues; ValueError where it belongs to another run.
+    """
+    model.float()
+    train, truncated = _dataset(model, rows, max_length)
+    test = _dataset(model, held_out, max_length)[0] if held_out else None
+    with tempfile.TemporaryDirectory() as scratch:
+        output = Path(folder or scratch)
+        runtime.claim_folder(output, "SFT", rows, held_out, max_length, arguments)
+        arguments = {"save_strategy": "steps" if folder else "no", "save_steps": 50, **arguments}
+        trainer = _trainer(model, tokenizer, train, test, output_dir=str(output), **arguments)
+        whole = output.glob("checkpoint-*/trainer_state.json")  # the file that is written last
+        steps = [int(path.parent.name.removeprefix("checkpoint-")) for path in whole]
+        trainer.train(resume_from_checkpoint=f"{output}/checkpoint-{max(steps)}" if steps else None)
+    model.eval()
+    history = pd.DataFrame(trainer.state.log_history).groupby("step", as_index=False).first()
+    history = history.rename(columns={"eval_loss": "held_out_loss"}).reindex(columns=COLUMNS)
+    history.attrs["truncated"] = truncated
+    return history
+
+
+def _dataset(model, rows, max_length) -> tuple[datasets.Dataset, int]:
+    cut = [{name: ids[:max_length] for name, ids in row.items()} for row in rows]
+    silent = [i for i, row in enumerate(cut) if all(label == NO_LOSS for label in row["labels"])]
+    if silent:
+        raise ValueError(
+            f"{len(silent)} of {len(rows)} examples (first: number {silent[0]}) have no token with loss "
+            f"within max_length {max_length}. Raise it, or leave out what has no answer to learn."
+        )
+    if model.config.is_encoder_decoder:  # prompt to the encoder, completion to the decoder
+        places = [row["labels"].count(NO_LOSS) for row in cut]
+        parts = zip([r["input_ids"] for r in cut], [r["labels"] for r in cut], places, strict=True)
+        cut = [{"input_ids": ids[:n], "labels": labels[n:]} for ids, labels, n in parts]
+    return datasets.Dataset.from_list(cut), sum(len(row["input_ids"]) > max_length for row in rows)
+
+
+def _trainer(model, tokenizer, train, test, **arguments):
+    import trl
+
+    runtime.quiet_libraries()
+    on_cuda = model.device.type == "cuda"
+    fixed = {
+        "logging_steps": 1, "report_to": "none", "disable_tqdm": True, "save_total_limit": 2,
+        "eval_strategy": "epoch" if test else "no", "gradient_checkpointing": False,
+        "bf16": on_cuda and torch.cuda.is_bf16_supported(), "use_cpu": model.device.type == "cpu",
+    }  # fmt: skip
+    data = dict(model=model, processing_class=tokenizer, train_dataset=train, eval_dataset=test)
+    if model.config.is_encoder_decoder:
+        collator = transformers.DataCollatorForSeq2Seq(tokenizer, model)
+        arguments = transformers.TrainingArguments(**fixed, **arguments)
+        return transformers.Trainer(args=arguments, data_collator=collator, **data)
+    return trl.SFTTrainer(args=trl.SFTConfig(max_length=None, **fixed, **arguments), **data)
