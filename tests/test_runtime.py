@@ -1,0 +1,154 @@
+"""Seeds, records, caches: what every notebook stands on."""
+
+import json
+import threading
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from lib import runtime
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    monkeypatch.setenv("FEEDBACK_RUN_DIR", str(tmp_path / "run"))
+    return runtime.start_run("test", scale="smoke", seed=3)
+
+
+def test_start_run_refuses_bad_scale_and_seed():
+    with pytest.raises(ValueError, match="SCALE is 'big'; allowed: smoke, demo, full"):
+        runtime.start_run("x", scale="big", seed=0)
+    for seed in (-1, 1.5, "0", True):
+        with pytest.raises(ValueError, match="SEED is"):
+            runtime.start_run("x", scale="smoke", seed=seed)
+
+
+def test_start_run_seeds_everything(run, tmp_path, monkeypatch):
+    first = torch.rand(2), np.random.rand()
+    monkeypatch.setenv("FEEDBACK_RUN_DIR", str(tmp_path / "other"))
+    runtime.start_run("test", scale="smoke", seed=3)
+    again = torch.rand(2), np.random.rand()
+    runtime.start_run("test", scale="smoke", seed=3)
+    assert torch.equal(torch.rand(2), again[0])
+    assert np.random.rand() == again[1]
+    assert first[0].shape == (2,)
+
+
+def test_results_json_has_the_agreed_shape(run):
+    run.metric("emt", np.float32(0.5), 0.4, float("nan"), n=np.int64(7), seeds=2)
+    run.claim("c", paper="p", here="h", rule="r", verdict="not demonstrated", why="w")
+    run.finish()
+    stored = json.loads((run.folder / "results.json").read_text())
+    assert stored["notebook"] == "test" and stored["scale"] == "smoke" and stored["seed"] == 3
+    assert stored["metrics"]["emt"] == {"value": 0.5, "low": 0.4, "high": None, "n": 7, "seeds": 2}
+    assert stored["claims"][0]["verdict"] == "not demonstrated"
+    assert list(run.closing_table()["same direction?"]) == ["not demonstrated"]
+
+
+def test_unknown_verdict_is_refused(run):
+    with pytest.raises(ValueError, match="verdict is 'yes'; allowed: same direction"):
+        run.claim("c", paper="p", here="h", rule="r", verdict="yes")
+
+
+def test_figure_is_written_twice_and_carries_alt_text(run):
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots()
+    axes.plot([0, 1])
+    image = run.save_figure(figure, "line", caption="c", alt="a rising line")
+    data, metadata = image._repr_mimebundle_()
+    assert metadata["image/png"]["alt"] == "a rising line" and "image/png" in data
+    assert (run.folder / "line.png").stat().st_size > 1000
+    assert (run.folder / "line.svg").read_text().lstrip().startswith("<?xml")
+    assert run.figures == [{"name": "line", "caption": "c", "alt": "a rising line"}]
+
+
+def test_cached_step_is_made_once_and_again_for_another_key(run):
+    calls = []
+
+    def make():
+        calls.append(1)
+        return pd.DataFrame(
+            {"text": ["None", "NA", "1", "a\r\nb", "é", ""], "x": [0.1, 1, 2, 3, 4, 5]}
+        )
+
+    first = run.cached("step", make, n=1)
+    again = run.cached("step", make, n=1)
+    assert len(calls) == 1
+    pd.testing.assert_frame_equal(first, again, check_dtype=False)
+    run.cached("step", make, n=2)
+    assert len(calls) == 2
+
+
+def test_write_atomic_never_shows_a_part(tmp_path):
+    path = tmp_path / "file.txt"
+    contents = ["a" * 200_000, "b" * 200_000]
+    runtime.write_atomic(path, contents[0])
+    seen = set()
+    done = threading.Event()
+
+    def read():
+        while not done.is_set():
+            seen.add(path.read_text())
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    for i in range(30):
+        runtime.write_atomic(path, contents[i % 2])
+    done.set()
+    reader.join()
+    assert seen <= set(contents)
+    assert [p.name for p in tmp_path.iterdir()] == ["file.txt"]
+
+
+def test_reply_cache_keeps_the_first_reply_across_instances_and_threads(tmp_path):
+    path = tmp_path / "replies.sqlite"
+    caches = [runtime.ReplyCache(path) for _ in range(4)]
+    key = runtime.content_hash("model", {"b": 1, "a": 2})
+    assert key == runtime.content_hash("model", {"a": 2, "b": 1})
+    threads = [threading.Thread(target=c.put, args=(key, {"n": i})) for i, c in enumerate(caches)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    kept = caches[0].get(key)
+    caches[1].put(key, "later")
+    assert runtime.ReplyCache(path).get(key) == kept
+    assert len(caches[2]) == 1
+    assert caches[3].get("absent") is None
+
+
+def test_json_is_plain():
+    text = runtime.to_json(
+        {"a": np.arange(2), "b": torch.tensor(1.5), "c": float("inf"), 1: {2}}
+    )
+    assert json.loads(text) == {"a": [0, 1], "b": 1.5, "c": None, "1": [2]}
+
+
+def test_secret_reads_dotenv_and_names_what_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setenv("FEEDBACK_ROOT", str(tmp_path))
+    monkeypatch.delenv("SOME_KEY", raising=False)
+    with pytest.raises(ValueError, match="SOME_KEY, which is not set"):
+        runtime.secret("SOME_KEY", "The test")
+    (tmp_path / ".env").write_text("SOME_KEY=abc\n")
+    assert runtime.secret("SOME_KEY", "The test") == "abc"
+
+
+def test_plain_mode_samples_in_float32(monkeypatch):
+    runtime.inference_dtype.cache_clear()
+    monkeypatch.setenv("LIB_PLAIN", "1")
+    assert runtime.inference_dtype() == torch.float32
+    runtime.inference_dtype.cache_clear()
+
+
+def test_scale_settings_names_what_is_missing():
+    with pytest.raises(ValueError, match="no 'full' value for the settings b"):
+        runtime.scale_settings({"a": {"full": 1}, "b": {"demo": 2}}, "full")
+
+
+def test_free_memory_releases_a_models_weights():
+    layer = torch.nn.Linear(10, 10)
+    runtime.free_memory(layer)
+    assert layer.weight.device.type == "meta"
