@@ -56,7 +56,7 @@ class Index:
         self.hashes = True  # in the links, as on PyPI
         handler = functools.partial(self._Handler, self, wheel.name)
         self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
         self.url = f"http://127.0.0.1:{self.server.server_port}/simple"
 
     def close(self):
