@@ -1,0 +1,77 @@
+"""The command line: `python -m lib run | list | publish | report` (`--help` after each)."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from lib import runtime
+
+try:
+    from lib import runner
+except ModuleNotFoundError as error:
+    sys.exit(f"{error.name} is missing. Try: pip install -c constraints.txt -e '.[notebooks]'")
+
+
+def _run(options: argparse.Namespace) -> int:
+    names = runner.resolve_notebooks(options.notebooks)
+    chosen = runner.assign_parameters(names, options.parameters)
+    return runner.run_notebooks(names, options.scale, chosen, force=options.force)[0]
+
+
+def _list(options: argparse.Namespace) -> int:
+    print(runner.list_notebooks())
+    return 0
+
+
+def _publish(options: argparse.Namespace) -> int:
+    return runner.publish(runner.resolve_notebooks(options.notebooks))
+
+
+def _report(options: argparse.Namespace) -> int:
+    print(f"Report: {runner.write_report(options.scale)}")
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser; each subcommand sets `command`, a function of the parsed options."""
+    parser = argparse.ArgumentParser(prog="python -m lib", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, command, text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(command=command)
+        return sub
+
+    run = add("run", _run, "run notebooks (all of them if none is named)")
+    listing = add("list", _list, "the notebooks, their questions, and what has run")
+    publishing = add("publish", _publish, "write the committed notebooks and plots/ (demo scale)")
+    report = add("report", _report, "write the page of results, runs/<scale>/index.html")
+    for sub in (run, publishing):
+        text = "name, file or number, such as 10_toxicity_meter or 10"
+        sub.add_argument("notebooks", nargs="*", metavar="NOTEBOOK", help=text)
+    for sub in (run, report):
+        sub.add_argument("--scale", choices=runtime.SCALES, default="demo")
+    run.add_argument("--force", action="store_true", help="repeat finished notebooks from scratch")
+    run.add_argument(
+        "-p", dest="parameters", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
+        help="set a notebook's parameter; VALUE is JSON where it parses as JSON, else text",
+    )  # fmt: skip
+    listing.description = "State at each scale, with the wall time of the last run."
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; return its exit code (2 for a request that cannot be met)."""
+    options = build_parser().parse_args(arguments)
+    try:
+        return options.command(options)
+    except runner.RequestError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
