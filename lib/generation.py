@@ -29,7 +29,7 @@ ROWS_PER_BATCH = {"cpu": 128, "mps": 128, "cuda": 512}
 KEEP_SHARE = (
     0.75  # rows are dropped when fewer than this share still run (dropping copies the cache)
 )
-FIRST_CANDIDATES = 256  # top-p looks at this many tokens before it sorts the vocabulary
+FIRST_CANDIDATES = 2048  # top-p looks at this many tokens first; measured: 256 sorts every second row
 
 
 @dataclass(frozen=True)
@@ -103,13 +103,15 @@ def sample(
     *,
     n: int = 1,
     seed: int = 0,
+    noise: torch.Tensor | None = None,
     rows_per_batch: int | None = None,
     label: str = "sampling",
     **decoding,
 ) -> Samples:
     """Draw n continuations of each prompt; see `Decoding` for max_new_tokens, temperature, top_k, top_p.
 
-    Prompts are texts or token ids.  Decoder-only and encoder-decoder models.  With temperature 0 the
+    Prompts are texts or token ids.  `noise`, uniform (rows, max_new_tokens), takes the place of `seed`
+    where several processes share one batch.  Decoder-only and encoder-decoder models.  With temperature 0 the
     tokens equal those of `transformers.generate(do_sample=False)`.  Raises ValueError for n < 1, bad
     decoding settings, an empty prompt without a start token, or a prompt too long for the model.
     """
@@ -118,8 +120,9 @@ def sample(
         raise ValueError(f"n is {n!r}; at least one sample per prompt is drawn.")
     started = time.perf_counter()
     prompt_ids = encode_prompts(model, tokenizer, prompts, how.max_new_tokens)
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.rand(len(prompt_ids) * n, how.max_new_tokens, generator=generator)
+    if noise is None:
+        generator = torch.Generator().manual_seed(seed)
+        noise = torch.rand(len(prompt_ids) * n, how.max_new_tokens, generator=generator)
     rows: list[_Row | None] = [None] * (len(prompt_ids) * n)
     rows_per_batch = rows_per_batch or ROWS_PER_BATCH.get(model.device.type, 128)
     bar = runtime.progress(total=len(rows), label=label, unit="sample")
