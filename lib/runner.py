@@ -55,6 +55,8 @@ DEAD_KERNEL = (
     "the kernel died. The usual reason is too little memory (seen here: {seen}). Close other programs, "
     "choose smaller values with -p or a smaller --scale, and run again: finished steps are kept."
 )
+BADGE = re.compile(r"!\[([^]]*)\]\(https?:[^)]*\)")  # an image from the net; its text is kept
+LOCAL_LINK = re.compile(r"\]\((?!\w+:|#)([^)\s]+)\)")
 NOT_LITERAL = object()  # a parameter whose default is computed, so its type is unknown
 FORMULA = re.compile(  # code and escaped dollars stand first, so that no formula begins in them
     r"(?s)(?P<code>```.*?```|~~~.*?~~~|``.*?``|`[^`]*`|\\\$)|\$\$(?P<block>.+?)\$\$"
@@ -193,30 +195,31 @@ def assign_parameters(names: list[str], given: list[tuple[str, str]]) -> dict[st
 def _imported_modules(source: str, package: Path) -> set[Path]:
     """Modules of the package that this Python source imports."""
     names = {"__init__"}
-    for node in ast.walk(ast.parse(source)):
+    every = {path.stem for path in package.glob("*.py")}
+    for plain in (str, TransformerManager().transform_cell):  # a cell may have IPython's % and !
+        with contextlib.suppress(SyntaxError):
+            tree = ast.parse(plain(source))
+            break
+    else:  # it will fail when it runs; until then it may depend on anything
+        return {package / f"{name}.py" for name in every}
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names |= {a.name.split(".")[1] for a in node.names if a.name.startswith("lib.")}
         elif isinstance(node, ast.ImportFrom):
             base = ("lib." * bool(node.level) + (node.module or "")).strip(".").split(".")
             if base[0] == "lib":
                 names |= set(base[1:2]) or {alias.name for alias in node.names}
-    every = {path.stem for path in package.glob("*.py")}
     return {package / f"{name}.py" for name in (every if "*" in names else names & every)}
 
 
-def lib_modules(notebook: NotebookNode, package: Path = LIB) -> list[Path]:
+def lib_modules(notebook: NotebookNode, package: Path) -> list[Path]:
     """The `lib` modules that a notebook imports, and those that they import, and so on."""
-    code = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
-    try:
-        plain = "\n".join(TransformerManager().transform_cell(source) for source in code)
-        waiting = _imported_modules(plain, package)
-    except SyntaxError:  # it will fail when it runs; until then it may depend on anything
-        waiting = set(package.glob("*.py"))
+    sources = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
     found: set[Path] = set()
-    while waiting:
-        found |= waiting
-        waiting = {m for p in waiting for m in _imported_modules(p.read_text("utf-8"), package)}
-        waiting -= found
+    while sources:
+        new = {m for source in sources for m in _imported_modules(source, package)} - found
+        found |= new
+        sources = [module.read_text("utf-8") for module in new]
     return sorted(found)
 
 
@@ -231,7 +234,7 @@ def fingerprint(path: Path, scale: str, parameters: dict) -> str:
     """Hash of everything a notebook's result depends on: its cells, not its outputs, ids or metadata."""
     notebook = read_notebook(path)
     cells = [[cell.cell_type, cell.source, _tagged(cell, "parameters")] for cell in notebook.cells]
-    modules = [[module.name, module.read_text("utf-8")] for module in lib_modules(notebook)]
+    modules = [[module.name, module.read_text("utf-8")] for module in lib_modules(notebook, LIB)]
     return runtime.content_hash(cells, scale, parameters, modules, _small_data())
 
 
@@ -292,7 +295,8 @@ class Watch(threading.Thread):
     def __init__(self, label: str):
         super().__init__(daemon=True)
         self.label, self.peak, self.cells = label, 0, 0
-        self.index, self.line, self.heading = -1, "", ""  # of the cell that runs
+        self.index, self.heading = -1, ""  # of the cell that runs
+        self.started: list[dict] = []  # one for each cell of the executed notebook
         self.began, self.stopped = time.time(), threading.Event()
         self.live = sys.stdout.isatty()
 
@@ -305,7 +309,8 @@ class Watch(threading.Thread):
     def cell_started(self, cell: NotebookNode, cell_index: int) -> None:
         """Called by nbclient before each cell; the injected parameters are no cell of the source."""
         self.index += not _tagged(cell, "injected-parameters")
-        self.line = next(iter(cell.source.strip().splitlines()), "")
+        line = next(iter(cell.source.strip().splitlines()), "")
+        self.started.append({"index": self.index, "line": line[:100]})
         if cell.cell_type == "markdown":
             headings = re.findall(r"^#+\s+(.+)$", cell.source, re.MULTILINE)
             self.heading = headings[-1] if headings else self.heading
@@ -385,9 +390,10 @@ def _clear_folder(folder: Path, everything: bool) -> None:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def _failure(watch: Watch, name: str, message: str) -> tuple[str, dict]:
-    """Status and failing cell: its place in the notebook (0 is the first), its first line, the error."""
-    return "failed", {"index": watch.index, "line": watch.line, "name": name, "message": message}
+def _failure(watch: Watch, name: str, message: str, cell: int = -1) -> tuple[str, dict]:
+    """Status and error, with the failing cell's place in the source (0 is the first) and first line."""
+    place = watch.started[cell] if watch.started else {}
+    return "failed", {**place, "name": name, "message": message}
 
 
 def _papermill(record: dict, folder: Path, watch: Watch) -> tuple[str, dict | None]:
@@ -397,16 +403,14 @@ def _papermill(record: dict, folder: Path, watch: Watch) -> tuple[str, dict | No
     env = {**os.environ, "FEEDBACK_RUN_DIR": str(folder), "FEEDBACK_HEADLESS": "1"}
     env |= {"HF_HUB_OFFLINE": "1"} if scale == "smoke" else {}
     paths = [find_notebooks()[record["notebook"]], folder / "executed.ipynb"]
-    source, target = (
-        str(p).replace("{", "{{").replace("}", "}}") for p in paths
-    )  # it formats them
+    paths = [str(p).replace("{", "{{").replace("}", "}}") for p in paths]  # papermill formats them
     try:
         papermill.execute_notebook(
-            source, target, values, engine_name="course", kernel_name="python3", language="python",
+            *paths, values, engine_name="course", kernel_name="python3", language="python",
             progress_bar=False, cwd=root, start_timeout=180, watch=watch, env=env,
         )  # fmt: skip
     except PapermillExecutionError as error:
-        return _failure(watch, error.ename, error.evalue)
+        return _failure(watch, error.ename, error.evalue, error.cell_index)
     except DeadKernelError:
         seen = f"{memory(watch.peak)} of {memory(psutil.virtual_memory().total)}"
         return _failure(watch, "DeadKernelError", DEAD_KERNEL.format(seen=seen))
@@ -567,9 +571,17 @@ def _math_to_mathml(text: str) -> str:
             html = convert(formula, display="block" if match["block"] else "inline")
         except Exception:  # latex2mathml has no common error class
             return f"`{match[0]}`"
+        html = re.sub(' xmlns="[^"]*"', "", html)  # nbconvert would rename the tags in headings
         return re.sub(r"[*_|\\`$~]", lambda mark: f"&#{ord(mark[0])};", html)  # no markdown in it
 
     return FORMULA.sub(replace, text)
+
+
+def _link_from_run(link: re.Match) -> str:
+    """A notebook's link to another one leads to its results, others to the same file as before."""
+    if link[1].endswith(".ipynb"):
+        return f"](../index.html#{Path(link[1]).stem})"
+    return f"](../../../notebooks/{link[1]})"
 
 
 def notebook_html(notebook: NotebookNode, title: str) -> str:
@@ -578,10 +590,8 @@ def notebook_html(notebook: NotebookNode, title: str) -> str:
 
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
-            offline = re.sub(
-                r"!\[([^]]*)\]\(https?:[^)]*\)", r"\1", cell.source
-            )  # badges: their text
-            cell.source = _math_to_mathml(offline)
+            text = LOCAL_LINK.sub(_link_from_run, BADGE.sub(r"\1", cell.source))
+            cell.source = _math_to_mathml(text)
     exporter = HTMLExporter(
         template_name="classic",  # the default template drops the figures' alt text
         extra_template_basedirs=[str(LIB)],
@@ -641,7 +651,9 @@ def write_report(scale: str) -> Path:
 def _map_text(value: object, change: Callable[[str], str]) -> object:
     """Apply `change` to every text in a JSON value, images aside."""
     if isinstance(value, dict):
-        return {k: v if k.startswith("image/p") else _map_text(v, change) for k, v in value.items()}
+        return {
+            k: v if re.match("image/(?!svg)", k) else _map_text(v, change) for k, v in value.items()
+        }
     if isinstance(value, list):
         return [_map_text(item, change) for item in value]
     return change(value) if isinstance(value, str) else value
@@ -681,11 +693,7 @@ def clean_notebook(source: NotebookNode, executed: NotebookNode) -> NotebookNode
     for node in (clean, *clean.cells):
         for key in ("papermill", "widgets", "execution", "ExecuteTime"):
             node.metadata.pop(key, None)
-    clean.metadata.kernelspec = {
-        "display_name": "Python 3",
-        "language": "python",
-        "name": "python3",
-    }
+    clean.metadata.kernelspec = dict(display_name="Python 3", language="python", name="python3")
     clean.metadata.language_info = {"name": "python"}
     clean.nbformat_minor = max(clean.nbformat_minor, 5)
     return clean
@@ -696,9 +704,7 @@ def _publishable_text(notebook: NotebookNode) -> str:
 
     def refuse_keys(text: str) -> str:
         if KEYS.search(text):
-            raise RequestError(
-                f"cell {i} shows what looks like a key; remove it and revoke the key"
-            )
+            raise RequestError(f"cell {i} shows what looks like a key; remove and revoke it")
         return text
 
     for i, cell in enumerate(notebook.cells, start=1):
@@ -706,13 +712,11 @@ def _publishable_text(notebook: NotebookNode) -> str:
         if _hide_paths(cell.source) != cell.source:
             raise RequestError(f"cell {i} names a folder of this machine; write a relative path")
     text = nbformat.writes(notebook, indent=1) + "\n"
-    if len(text) > MAX_PUBLISHED:
+    if len(text.encode()) > MAX_PUBLISHED:
         sizes = [(len(json.dumps(cell)), i) for i, cell in enumerate(notebook.cells, start=1)]
         biggest = [f"cell {i} ({size // 1000} kB)" for size, i in sorted(sizes)[:-4:-1]]
-        raise RequestError(
-            f"{len(text) // 1000} kB, over the limit of {MAX_PUBLISHED // 1000} kB: "
-            + ", ".join(biggest)
-        )
+        limit = f"{len(text) // 1000} kB, over the limit of {MAX_PUBLISHED // 1000} kB"
+        raise RequestError(f"{limit}; the biggest: {', '.join(biggest)}")
     return text
 
 
