@@ -29,7 +29,9 @@ ROWS_PER_BATCH = {"cpu": 128, "mps": 128, "cuda": 512}
 KEEP_SHARE = (
     0.75  # rows are dropped when fewer than this share still run (dropping copies the cache)
 )
-FIRST_CANDIDATES = 2048  # top-p looks at this many tokens first; measured: 256 sorts every second row
+FIRST_CANDIDATES = (
+    2048  # top-p looks at this many tokens first; measured: 256 sorts every second row
+)
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,14 @@ Never loads remote code or pickled weights.
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import json
 import re
+from dataclasses import dataclass
 
 import torch
+from torch.utils._pytree import tree_map
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -27,6 +31,7 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
+from transformers.modeling_outputs import BaseModelOutput
 
 from lib import assets, runtime
 
@@ -75,6 +80,231 @@ def count_parameters(model: torch.nn.Module) -> dict[str, int]:
     """Number of parameters, in all and trainable."""
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
     return {"total": sum(s for s, _ in sizes), "trainable": sum(s for s, needs in sizes if needs)}
+
+
+# --- what trains, and the frozen trunk below it --------------------------------------------------
+
+
+def set_trainable(
+    model: PreTrainedModel, train: str = "top", *, layers: int = 2, lora_rank: int = 8
+) -> int:
+    """Choose what trains, in place; return how many of the lowest decoder layers stay frozen.
+
+    "top": the `layers` uppermost decoder layers and the norm after them.  "lora": adapters of rank
+    `lora_rank` (alpha = rank,
+    no dropout) on every linear map of those layers.  "all": everything.  What is not frozen trunk
+    becomes float32; the trunk keeps its dtype.  ValueError for other names or numbers of layers.
+    """
+    stack = decoder_layers(model)
+    if train not in ("top", "lora", "all"):
+        raise ValueError(f"train is {train!r}; allowed: 'top', 'lora', 'all'.")
+    if train != "all" and not 1 <= layers <= len(stack):
+        raise ValueError(
+            f"layers is {layers}; this model has {len(stack)}: give 1 to {len(stack)}."
+        )
+    frozen = 0 if train == "all" else len(stack) - layers
+    _raise_above_trunk(model, stack, frozen)
+    model.requires_grad_(train == "all")
+    if train == "lora":
+        _add_lora(model, stack[frozen:], lora_rank)
+    elif train == "top":
+        for module in [*stack[frozen:], *_norms_after(model, stack)]:
+            module.requires_grad_(True)
+    return frozen
+
+
+def decoder_layers(model: PreTrainedModel) -> torch.nn.ModuleList:
+    """The decoder's layers, lowest first.  Raises ValueError where they cannot be found."""
+    config = model.config
+    depth = getattr(config, "num_decoder_layers", None) or config.num_hidden_layers
+    stacks = (m for m in model.get_decoder().modules() if isinstance(m, torch.nn.ModuleList))
+    found = next((stack for stack in stacks if len(stack) == depth), None)
+    if found is None:
+        raise ValueError(f"no stack of {depth} decoder layers found in {type(model).__name__}.")
+    return found
+
+
+def _norms_after(model, stack) -> list[torch.nn.Module]:
+    parent = next(m for m in model.get_decoder().modules() if stack in m.children())
+    children = [*parent.children()]
+    later = children[children.index(stack) + 1 :]
+    return [module for module in later if "norm" in type(module).__name__.lower()]
+
+
+def _raise_above_trunk(model, stack, frozen: int) -> None:
+    trunk_dtype = next(stack[0].parameters()).dtype
+    model.float()
+    if frozen and trunk_dtype != torch.float32 and not model.config.is_encoder_decoder:
+        stack[:frozen].to(trunk_dtype)
+        for layer in stack:  # each computes in its own dtype, whatever the layer below hands up
+            layer.register_forward_pre_hook(_to_own_dtype, with_kwargs=True)
+
+
+def _to_own_dtype(layer, args, kwargs):
+    def cast(item):
+        floating = isinstance(item, torch.Tensor) and item.is_floating_point()
+        return item.to(dtype) if floating else item
+
+    dtype = next(layer.parameters()).dtype
+    return tree_map(cast, (args, kwargs))
+
+
+def lora_config(model: PreTrainedModel, layers: torch.nn.ModuleList, rank: int):
+    """A `peft.LoraConfig` for every linear map of the given layers: alpha = rank, no dropout."""
+    from peft import LoraConfig
+    from transformers.pytorch_utils import Conv1D
+
+    linear = {m for m in layers.modules() if isinstance(m, (torch.nn.Linear, Conv1D))}
+    names = [name for name, module in model.named_modules() if module in linear]
+    if any("lora_" in name for name in names):
+        raise ValueError("this model carries adapters already; load it again for a new run.")
+    return LoraConfig(r=rank, lora_alpha=rank, lora_dropout=0.0, target_modules=names)
+
+
+def _add_lora(model, layers, rank: int) -> None:
+    from peft import inject_adapter_in_model
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # an adapter's first factor is random, its second zero
+        inject_adapter_in_model(lora_config(model, layers, rank), model)
+
+
+@dataclass
+class TokenBatch:
+    """Prompts and responses as tensors.  Decoder-only prompts are padded on the left, the rest right."""
+
+    prompt_ids: torch.Tensor  # (batch, prompt)
+    prompt_mask: torch.Tensor  # (batch, prompt), 1 = real token
+    response_ids: torch.Tensor  # (batch, time)
+    trunk: torch.Tensor | None = None  # hidden states on top of the frozen trunk
+
+    def rows(self, index) -> TokenBatch:
+        """The same, for some of the rows."""
+        trunk = None if self.trunk is None else self.trunk[index]
+        return TokenBatch(
+            self.prompt_ids[index], self.prompt_mask[index], self.response_ids[index], trunk
+        )
+
+    def inputs(self, model: PreTrainedModel) -> dict:
+        """Arguments with which `model` predicts every response token."""
+        if model.config.is_encoder_decoder:
+            start = model.config.decoder_start_token_id
+            shifted = torch.nn.functional.pad(self.response_ids[:, :-1], (1, 0), value=start)
+            prompt = {"input_ids": self.prompt_ids, "attention_mask": self.prompt_mask}
+            return {**prompt, "decoder_input_ids": shifted, "use_cache": False}
+        ids = torch.cat([self.prompt_ids, self.response_ids[:, :-1]], 1)
+        seen = torch.ones_like(self.response_ids[:, :-1])  # padding after the end is read by nobody
+        mask = torch.cat([self.prompt_mask, seen], 1)
+        inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+        if "position_ids" in inspect.signature(type(model).forward).parameters:
+            inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
+        return {**inputs, "logits_to_keep": self.response_ids.shape[1]}
+
+
+class SharedTrunkPolicy(torch.nn.Module):
+    """Policy, reference and value on one network whose lower part is frozen and computed once.
+
+    The trunk is what `set_trainable` froze: the lowest layers of a decoder-only model, or the encoder
+    of an encoder-decoder.  The reference is the same network with the trainable parameters at their
+    initial values.  Values are read by a two-layer head from the hidden state that predicts the
+    token, and send no gradient into the policy; or from `value_model`, a language model over the same
+    tokens that is trained whole (its output layer is taken off).  Dropout is off everywhere.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, frozen: int, value_model: PreTrainedModel | None = None
+    ):
+        super().__init__()
+        self.model, self.value_model = model.eval(), value_model
+        self.trunk_layers = (
+            [] if model.config.is_encoder_decoder else [*decoder_layers(model)[:frozen]]
+        )
+        trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self.initial = {name: parameter.detach().clone() for name, parameter in trainable.items()}
+        if value_model is not None:
+            value_model.float().requires_grad_(True).eval()
+            value_model.set_output_embeddings(torch.nn.Identity())
+        self.value_head = _value_head((value_model or model).config.hidden_size).to(model.device)
+
+    def parameter_groups(self) -> tuple[list[torch.nn.Parameter], list[torch.nn.Parameter]]:
+        """Trainable parameters of the policy, and of the value function."""
+        policy = [p for p in self.model.parameters() if p.requires_grad]
+        value = [p for n, p in self.named_parameters() if n.startswith("value_")]
+        return policy, value
+
+    def forward(
+        self, batch: TokenBatch, reference: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits (batch, time, vocabulary) that predict the response, values (batch, time) before each token.
+
+        Fills `batch.trunk` where it is empty and takes it from there otherwise.
+        """
+        shape, inputs, seen = batch.response_ids.shape, batch.inputs(self.model), []
+        with self._trunk(batch, inputs), _flat_input(self.model, shape[1], seen):
+            if reference:
+                output = torch.func.functional_call(self.model, self.initial, (), inputs)
+            else:
+                output = self.model(**inputs)
+        if self.model.config.is_encoder_decoder and not self._encoder_trains():
+            batch.trunk = output.encoder_last_hidden_state
+        hidden = seen[0].detach()
+        if self.value_model is not None and not reference:
+            hidden = self.value_model(**batch.inputs(self.value_model)).logits[:, -shape[1] :]
+        logits = output.logits.float().view(*shape, -1)
+        return logits, self.value_head(hidden).view(shape)
+
+    def _encoder_trains(self) -> bool:
+        return any(p.requires_grad for p in self.model.get_encoder().parameters())
+
+    @contextlib.contextmanager
+    def _trunk(self, batch: TokenBatch, inputs: dict):
+        """Within: the trunk's layers hand on `batch.trunk`, or store there what they compute."""
+        if self.model.config.is_encoder_decoder and batch.trunk is not None:
+            inputs["encoder_outputs"] = BaseModelOutput(batch.trunk)
+            del inputs["input_ids"]
+        hook = None
+        if batch.trunk is None and self.trunk_layers:
+            store = lambda layer, args, output: setattr(batch, "trunk", output.detach())  # noqa: E731
+            hook = self.trunk_layers[-1].register_forward_hook(store)
+        skipped = self.trunk_layers if hook is None else []
+        for layer in skipped:
+            layer.forward = lambda hidden, *args, **kwargs: batch.trunk
+        try:
+            yield
+        finally:
+            for layer in skipped:
+                del layer.forward
+            if hook is not None:
+                hook.remove()
+
+
+@contextlib.contextmanager
+def _flat_input(model: PreTrainedModel, time: int, seen: list):
+    """Within: the output layer sees the last `time` states as one matrix, which is kept in `seen`.
+
+    One matrix product instead of a batch of them: 1.5 times as fast on a CPU.
+    """
+
+    def flatten(_, args):
+        seen.append(args[0][:, -time:].flatten(0, 1))
+        return (seen[-1],)
+
+    hook = model.get_output_embeddings().register_forward_pre_hook(flatten)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _value_head(width: int) -> torch.nn.Module:
+    """hidden state -> scalar; starts at 0 everywhere."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        inner = [torch.nn.LayerNorm(width, elementwise_affine=False), torch.nn.Linear(width, width)]
+        last = torch.nn.Linear(width, 1)
+    torch.nn.init.zeros_(last.weight)
+    torch.nn.init.zeros_(last.bias)
+    return torch.nn.Sequential(*inner, torch.nn.GELU(), last)
 
 
 # --- tiny models ---------------------------------------------------------------------------------

@@ -1,0 +1,113 @@
+"""RLOO by `trl.RLOOTrainer`: the sequence-level peer of `ppo`, on the same prompts, rewards and budget.
+
+Each sample's baseline is the mean reward of its prompt's other samples (Ahmadian et al. 2024); there
+is no value function, and a response gets one reward.  TRL samples and trains by its own code.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lib import generation, models, ppo, runtime
+
+TRL_NAMES = {
+    "kl": "kl", "entropy": "entropy", "grad_norm": "grad_norm", "learning_rate": "learning_rate",
+    "clip_ratio/region_mean": "clip_fraction", "loss": "policy_loss",
+}  # fmt: skip
+
+
+def train_rloo(
+    policy: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    reward_fn: ppo.RewardFunction,
+    config: ppo.PPOConfig,
+) -> pd.DataFrame:
+    """Train LoRA adapters on `policy`'s top layers in place; return the columns of `train_ppo` TRL can fill.
+
+    Adapters whatever `config.train` says, because TRL's reference is the model without them; all
+    layers compute in float32.  Per-token rewards are summed; epochs, minibatches and sampling are the
+    config's; KL is TRL's, a fixed beta.  Raises ValueError for samples_per_prompt < 2.
+    """
+    import trl
+
+    if config.samples_per_prompt < 2:
+        raise ValueError(
+            f"samples_per_prompt is {config.samples_per_prompt}; RLOO compares the samples of a prompt, "
+            "so give 2 or more."
+        )
+    runtime.quiet_libraries()
+    models.set_trainable(policy, "all")
+    top = models.decoder_layers(policy)[-config.layers :]
+    score = _Score(reward_fn, tokenizer)
+    updates = (
+        config.epochs * config.batch // config.minibatch_size
+    )  # optimizer steps of one rollout
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = trl.RLOOConfig(
+            output_dir=folder, max_steps=config.steps * updates, num_iterations=config.epochs,
+            per_device_train_batch_size=config.minibatch_size, gradient_accumulation_steps=1,
+            steps_per_generation=config.batch // config.minibatch_size,
+            num_generations=config.samples_per_prompt, max_completion_length=config.max_new_tokens,
+            temperature=config.temperature, top_k=config.top_k, top_p=config.top_p,
+            beta=config.kl_coef, epsilon=config.clip, learning_rate=config.learning_rate,
+            lr_scheduler_type="constant", max_grad_norm=config.max_grad_norm, seed=config.seed,
+            disable_dropout=True, bf16=False, gradient_checkpointing=False, save_strategy="no",
+            logging_steps=1, report_to="none", disable_tqdm=True, use_cpu=policy.device.type == "cpu",
+        )  # fmt: skip
+        started = time.perf_counter()
+        trainer = trl.RLOOTrainer(
+            policy, reward_funcs=score, args=arguments, processing_class=tokenizer,
+            train_dataset=_dataset(prompts), peft_config=models.lora_config(policy, top, config.lora_rank),
+        )  # fmt: skip
+        trainer.train()
+    policy.eval()
+    return _history(trainer.state.log_history, score.rows, updates, time.perf_counter() - started)
+
+
+def _dataset(prompts):
+    import datasets
+
+    return datasets.Dataset.from_dict({"prompt": list(prompts)})
+
+
+class _Score:
+    """A reward function as TRL calls it; keeps a row of means for each rollout."""
+
+    __name__ = "reward"
+
+    def __init__(self, reward_fn, tokenizer):
+        self.reward_fn, self.tokenizer, self.rows = reward_fn, tokenizer, []
+
+    def __call__(self, prompts, completions, completion_ids, **_) -> list[float]:
+        started, none = time.perf_counter(), [np.full(len(ids), np.nan) for ids in completion_ids]
+        ended = [ids[-1:] == [self.tokenizer.eos_token_id] for ids in completion_ids]
+        samples = generation.Samples(
+            prompts=prompts, prompt_index=list(range(len(prompts))), texts=completions,
+            prompt_ids=self.tokenizer(prompts)["input_ids"], response_ids=completion_ids,
+            log_probs=none, model_log_probs=none, finished=ended,
+        )  # fmt: skip
+        totals, components = ppo.place_rewards(self.reward_fn(samples), samples)
+        row = {f"reward/{name}": values.mean() for name, values in components.items()}
+        row |= {"length": np.mean([len(ids) for ids in completion_ids]), "finished": np.mean(ended)}
+        row |= {"tokens_sample": samples.tokens, "seconds_score": time.perf_counter() - started}
+        self.rows.append({"reward": float(totals.sum(1).mean()), **row})
+        return totals.sum(1).tolist()
+
+
+def _history(logged: list[dict], scored: list[dict], updates: int, seconds: float) -> pd.DataFrame:
+    table = pd.DataFrame([row for row in logged if "loss" in row]).rename(columns=TRL_NAMES)
+    table["step"] = (table["step"] - 1) // updates + 1
+    means = (
+        table.reindex(columns=["step", *TRL_NAMES.values()]).groupby("step").mean().reset_index()
+    )
+    history = pd.concat([means, pd.DataFrame(scored)], axis=1)
+    history["kl"] = history["kl"] * history["length"]  # TRL logs nats a token
+    history["seconds_update"] = seconds / len(history)  # whole step: TRL does not report stages
+    return history

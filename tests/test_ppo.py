@@ -1,0 +1,520 @@
+"""PPO on a toy with a known optimum, its parts by hand, stops, resuming after kill -9, two processes."""
+
+import copy
+import dataclasses
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from lib import generation, losses, models, ppo, rloo
+
+ROOT = Path(__file__).parents[1]
+WORDS = ["a", "b", "c", "d", "e", "yes", "no", "."]
+PROMPTS = [f"{x} {y}" for x in WORDS for y in WORDS] + ["a b c d e", "yes"]
+TOY = ppo.PPOConfig(
+    steps=60, prompts_per_step=16, max_new_tokens=8, train="all", learning_rate=1e-3,
+    value_learning_rate=3e-3, kl_coef=0.01,
+)  # fmt: skip
+SHORT = dataclasses.replace(TOY, steps=3, prompts_per_step=8, minibatch_size=4, epochs=2)
+
+
+def toy(name="tiny"):
+    return models.build_tiny_model(name, words=WORDS)
+
+
+def share_of_yes(samples):
+    """The toy reward: share of "yes" in the response; the optimum is 1."""
+    return {"yes": [text.split().count("yes") / len(ids) for text, ids in both(samples)]}
+
+
+def both(samples):
+    return zip(samples.texts, samples.response_ids, strict=True)
+
+
+def train(config=TOY, reward_fn=share_of_yes, **options):
+    model, tokenizer = toy()
+    return ppo.train_ppo(model, tokenizer, PROMPTS, reward_fn, config, **options)
+
+
+def started(config=SHORT, name="tiny", reward_fn=share_of_yes, **options):
+    """A run and its first rollout, with advantages."""
+    run = ppo.PPO(*toy(name), PROMPTS, reward_fn, config, **options)
+    samples = run.sample(0)
+    rollout = run.roll_out(samples, run.score(samples)[0])
+    run.add_advantages(rollout)
+    return run, samples, rollout
+
+
+def without_times(history):
+    return history.drop(columns=[c for c in history if c.startswith("seconds_")])
+
+
+# --- learning ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_ppo_reaches_90_percent_of_the_optimum_within_60_steps(seed):
+    history = train(dataclasses.replace(TOY, seed=seed))
+    assert history["reward"][0] < 0.2
+    assert history["reward"].tail(5).mean() >= 0.9
+
+
+def test_with_shuffled_rewards_it_does_not_move():
+    history = train(reward_fn=ppo.shuffled(share_of_yes))
+    assert history["reward"].tail(10).mean() < 0.25
+
+
+def test_flipping_the_reward_flips_the_trend():
+    def minus(samples):
+        return [-value for value in share_of_yes(samples)["yes"]]
+
+    config = dataclasses.replace(TOY, steps=20)
+    up, down = train(config)["reward"], -train(config, minus)["reward"]  # both: share of "yes"
+    assert up.tail(5).mean() > up[0] + 0.2
+    assert down.tail(5).mean() < down[0] / 2
+
+
+def test_an_encoder_decoder_with_frozen_encoder_learns():
+    model, tokenizer = toy("tiny-encoder-decoder")
+    before = copy.deepcopy(model.get_encoder().state_dict())
+    config = dataclasses.replace(TOY, steps=25, train="top", layers=2, learning_rate=1e-2)
+    history = ppo.train_ppo(model, tokenizer, PROMPTS, share_of_yes, config)
+    assert history["reward"].tail(5).mean() > history["reward"][0] + 0.2
+    for name, weight in model.get_encoder().state_dict().items():
+        assert torch.equal(weight, before[name])
+
+
+def test_a_separate_value_model_learns_what_the_prompt_tells():
+    def paid_for_the_prompt(samples):
+        return [float("yes" in prompt) for prompt in samples.prompts]
+
+    value_model = models.build_tiny_model("tiny", words=WORDS, seed=5)[0]
+    config = dataclasses.replace(TOY, steps=30, learning_rate=1e-9, lam=1.0)
+    history = train(config, paid_for_the_prompt, value_model=value_model)
+    assert history["explained_variance"].tail(5).mean() > 0.5
+
+
+# --- rewards -------------------------------------------------------------------------------------
+
+
+def fake_samples(*lengths):
+    none = [np.zeros(n, dtype=np.float32) for n in lengths]
+    names = [f"text {i}" for i in range(len(lengths))]
+    return generation.Samples(
+        prompts=names, prompt_index=[*range(len(lengths))], prompt_ids=[[1]] * len(lengths),
+        response_ids=[[7] * n for n in lengths], texts=names, log_probs=none, model_log_probs=none,
+        finished=[True] * len(lengths),
+    )  # fmt: skip
+
+
+def test_a_number_is_paid_at_the_last_real_token_and_components_are_added():
+    given = {"whole": [1.0, 2.0], "tokens": [np.array([0.5, 0, 0.25]), [4.0]]}
+    rewards, sums = ppo.place_rewards(given, fake_samples(3, 1))
+    assert rewards.tolist() == [[0.5, 0, 1.25], [6, 0, 0]]
+    assert {k: v.tolist() for k, v in sums.items()} == {"whole": [1, 2], "tokens": [0.75, 4]}
+
+
+def test_rewards_of_segments_that_meet_are_added():
+    assert ppo.segment_rewards([1, 3, 3], [0.3, -0.3, 0.5], 5).tolist() == [0, 0.3, 0, 0.2, 0]
+    with pytest.raises(ValueError, match="response of 3 tokens"):
+        ppo.segment_rewards([3], [1.0], 3)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([1.0], "has 1 rows for 2 samples"),
+        ([1.0, [1.0, 2.0]], "sample 1 is .* each of its 1 response tokens"),
+        ({"x": [math.nan, 0.0]}, "'x' of sample 0"),
+    ],
+)
+def test_rewards_that_do_not_fit_are_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        ppo.place_rewards(given, fake_samples(3, 1))
+
+
+def test_shuffled_rewards_are_the_same_numbers_in_other_rows():
+    samples = fake_samples(*[2] * 20)
+    given = ppo.shuffled(lambda s: [float(i) for i in range(20)])(samples)["reward"]
+    assert sorted(given) == list(range(20)) and list(given) != list(range(20))
+
+
+def test_dense_and_final_reward_of_the_same_total():
+    """Equal returns at the first token for gamma = lambda = 1, but another gradient."""
+
+    def dense(samples):
+        return [[float(t == "yes") for t in tokens(ids)] for ids in samples.response_ids]
+
+    def final(samples):
+        return [float(sum(row)) for row in dense(samples)]
+
+    def tokens(ids):
+        return toy()[1].convert_ids_to_tokens(ids)
+
+    config = dataclasses.replace(SHORT, gamma=1.0, lam=1.0, whiten_advantages=False)
+    gradients, returns = [], []
+    for reward_fn in (dense, final):
+        run, _, rollout = started(config, reward_fn=reward_fn)
+        returns.append(rollout.returns)
+        run._accumulate(rollout, learns=1.0)
+        gradients.append(torch.cat([p.grad.flatten() for p in run.shared.parameter_groups()[0]]))
+    torch.testing.assert_close(returns[0][:, 0], returns[1][:, 0])
+    assert returns[0].sum() > 0 and not torch.allclose(returns[0], returns[1])
+    assert (gradients[0] - gradients[1]).norm() > 0.1 * gradients[1].norm()
+
+
+# --- the shared trunk ----------------------------------------------------------------------------
+
+KINDS = [
+    ("tiny", "top", 1), ("tiny", "lora", 1), ("tiny", "lora", 2), ("tiny", "all", 1),
+    ("tiny-encoder-decoder", "top", 1), ("tiny-encoder-decoder", "lora", 2),
+    ("tiny-encoder-decoder", "all", 1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "kind", "layers"), KINDS)
+def test_before_the_first_update_the_ratio_is_1_and_kl_is_0(name, kind, layers):
+    config = dataclasses.replace(SHORT, train=kind, layers=layers, temperature=0.7)
+    found = ppo.before_update(*toy(name), PROMPTS, config)
+    assert found["ratio_error"] < 1e-5 and found["kl"] == 0
+
+
+def test_the_check_sees_a_changed_policy():
+    run, _, rollout = started()
+    with torch.no_grad():
+        run.shared.parameter_groups()[0][0].add_(0.1)
+    stats = run._accumulate(rollout, learns=1.0)
+    assert stats["ratio_error"] > 1e-3
+    again = run.roll_out(run.sample(0), rollout.rewards)
+    assert (again.log_probs - again.ref_log_probs).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(("name", "kind", "layers"), KINDS)
+def test_log_probs_are_those_of_the_model_and_of_the_sampler(name, kind, layers):
+    """Trunk, padding and chunks change nothing: each row equals a plain forward pass of its own."""
+    config = dataclasses.replace(SHORT, train=kind, layers=layers, forward_rows=3)
+    run, samples, rollout = started(config, name)
+    plain = toy(name)[0]
+    for i, (prompt, response) in enumerate(
+        zip(samples.prompt_ids, samples.response_ids, strict=True)
+    ):
+        prompt, response = torch.tensor([prompt]), torch.tensor([response])
+        with torch.no_grad():
+            if plain.config.is_encoder_decoder:
+                start = torch.tensor([[plain.config.decoder_start_token_id]])
+                shifted = torch.cat([start, response[:, :-1]], 1)
+                logits = plain(input_ids=prompt, decoder_input_ids=shifted).logits
+            else:
+                logits = plain(torch.cat([prompt, response], 1)).logits[:, prompt.shape[1] - 1 : -1]
+        expected = logits.log_softmax(-1).gather(-1, response[..., None])[0, :, 0]
+        found = rollout.log_probs[i, : response.shape[1]]
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+        sampled = torch.from_numpy(samples.log_probs[i])
+        torch.testing.assert_close(found, sampled, atol=1e-5, rtol=1e-5)
+    assert rollout.log_probs.requires_grad is False
+
+
+def test_log_probs_follow_the_temperature():
+    run, samples, rollout = started(dataclasses.replace(SHORT, temperature=0.5))
+    sampled, mask = samples.padded("log_probs")
+    torch.testing.assert_close(rollout.log_probs * mask, sampled, atol=1e-5, rtol=1e-5)
+
+
+def test_the_trunk_is_computed_once_and_never_trained(monkeypatch):
+    run, samples, _ = started(dataclasses.replace(SHORT, train="top", layers=1))
+    before, computed = {n: p.clone() for n, p in run.policy.named_parameters()}, []
+    lower = models.decoder_layers(run.policy)[0]
+    monkeypatch.setattr(lower.mlp, "forward", counted(lower.mlp.forward, computed))
+    rollout = run.roll_out(samples, torch.rand(8, 8))
+    run.add_advantages(rollout)
+    run.update(rollout, 0)
+    assert len(computed) == 1  # one chunk: once for policy, reference, value and both epochs
+    changed = {n for n, p in run.policy.named_parameters() if not torch.equal(p, before[n])}
+    assert changed and all(n.startswith(("model.layers.1.", "model.norm")) for n in changed)
+
+
+def counted(function, calls):
+    def call(*args, **kwargs):
+        calls.append(1)
+        return function(*args, **kwargs)
+
+    return call
+
+
+def test_the_reference_stays_the_initial_policy():
+    run, samples, rollout = started(dataclasses.replace(SHORT, train="lora", layers=2))
+    run.update(rollout, 0)
+    again = run.roll_out(samples, rollout.rewards)
+    torch.testing.assert_close(again.ref_log_probs, rollout.log_probs)
+    assert not torch.allclose(again.log_probs, rollout.log_probs, atol=1e-3)
+
+
+def test_a_bfloat16_trunk_under_float32_layers():
+    """Mixed dtypes sample and train, and stay near the float32 policy."""
+    plain = started(dataclasses.replace(SHORT, train="top", layers=1))[2]
+    model, tokenizer = toy()
+    config = dataclasses.replace(SHORT, train="top", layers=1)
+    found = ppo.before_update(model.bfloat16(), tokenizer, PROMPTS, config)
+    assert found["ratio_error"] < 1e-5 and found["kl"] == 0
+    dtypes = [next(layer.parameters()).dtype for layer in models.decoder_layers(model)]
+    assert dtypes == [torch.bfloat16, torch.float32] and model.lm_head.weight.dtype == torch.float32
+    with torch.no_grad():
+        shared = models.SharedTrunkPolicy(model, frozen=1)
+        logits, _ = shared(dataclasses.replace(plain.tokens, trunk=None))
+    chosen = logits.log_softmax(-1).gather(-1, plain.tokens.response_ids[..., None])[..., 0]
+    assert ((chosen - plain.log_probs).abs() * plain.mask).max() < 0.05
+
+
+def test_set_trainable_refuses_what_it_cannot_do():
+    model = toy()[0]
+    with pytest.raises(ValueError, match="allowed: 'top', 'lora', 'all'"):
+        models.set_trainable(model, "some")
+    with pytest.raises(ValueError, match="give 1 to 2"):
+        models.set_trainable(model, "top", layers=3)
+    models.set_trainable(model, "lora", layers=1)
+    with pytest.raises(ValueError, match="carries adapters already"):
+        models.set_trainable(model, "lora", layers=1)
+
+
+# --- one step, piece by piece --------------------------------------------------------------------
+
+
+def test_advantages_are_those_of_reward_less_kl_penalty():
+    config = dataclasses.replace(SHORT, kl_coef=0.5, gamma=0.9, lam=0.8, whiten_advantages=False)
+    run, _, rollout = started(config)
+    rollout.ref_log_probs = rollout.log_probs - 0.3
+    run.add_advantages(rollout)
+    expected, _ = losses.gae(rollout.rewards - 0.5 * 0.3, rollout.values, rollout.mask, 0.9, 0.8)
+    torch.testing.assert_close(rollout.advantages, expected)
+
+
+@pytest.mark.parametrize("rows_at_once", [1, 3, 16])
+def test_micro_batches_add_up_to_the_minibatch(rows_at_once):
+    config = dataclasses.replace(SHORT, entropy_coef=0.1)
+    gradients = []
+    for rows in (rows_at_once, 8):
+        run, _, rollout = started(dataclasses.replace(config, forward_rows=rows))
+        run._accumulate(rollout, learns=1.0)
+        gradients.append(torch.cat([p.grad.flatten() for p in run.shared.parameter_groups()[0]]))
+    torch.testing.assert_close(gradients[0], gradients[1], atol=1e-6, rtol=1e-4)
+
+
+def test_minibatches_hold_every_row_once_whatever_the_number_of_processes():
+    run = ppo.PPO(*toy(), PROMPTS, share_of_yes, SHORT)  # 8 rows in minibatches of 4
+    whole = run.minibatches(3, 1)
+    assert sorted(whole.flatten().tolist()) == list(range(8)) and whole.shape == (2, 4)
+    assert not torch.equal(whole, run.minibatches(3, 0))
+
+    class Process:
+        num_processes = 2
+
+    shares = []
+    for Process.process_index in (0, 1):
+        run.accelerator = Process
+        shares.append(run.minibatches(3, 1) + 4 * Process.process_index)
+    assert torch.equal(torch.cat(shares, 1), whole)
+
+
+def test_prompts_go_round_without_repetition():
+    run = ppo.PPO(*toy(), PROMPTS[:16], share_of_yes, SHORT)
+    seen = [run.sample(step).prompts for step in range(4)]
+    assert sorted(seen[0] + seen[1]) == sorted(PROMPTS[:16]) == sorted(seen[2] + seen[3])
+    assert seen[:2] != seen[2:]
+
+
+def test_history_has_every_column_and_counts_tokens():
+    config = dataclasses.replace(SHORT, samples_per_prompt=2, kl_target=6.0, kl_horizon=1000)
+    history = train(config, lambda s: {"yes": share_of_yes(s)["yes"], "short": [-0.1] * len(s)})
+    wanted = """step stage reward reward/yes reward/short kl kl_k3 entropy length finished kl_coef
+        policy_loss value_loss clip_fraction explained_variance ratio_error grad_norm learning_rate"""
+    stages = [f"{unit}_{stage}" for unit in ("tokens", "seconds") for stage in ppo.STAGES]
+    assert set(wanted.split() + stages) == set(history.columns)
+    np.testing.assert_allclose(
+        history["reward"], history["reward/yes"] + history["reward/short"], atol=1e-6
+    )
+    np.testing.assert_allclose(history["tokens_sample"], history["length"] * 16)
+    assert history["kl"][0] == 0 and (history["kl_k3"] >= 0).all() and history["kl_k3"][2] > 0
+    # KL is far below the target, so beta falls by 20% x 16 / 1000 a step
+    np.testing.assert_allclose(history["kl_coef"], 0.01 * 0.9968 ** np.arange(3))
+    assert history.attrs["ratio_distribution"] == "softmax(logits / temperature)"
+
+
+def test_filtered_sampling_is_declared():
+    history = train(dataclasses.replace(SHORT, steps=1, top_k=5))
+    assert "unfiltered, unlike sampling" in history.attrs["ratio_distribution"]
+
+
+def test_adaptive_kl_reproduces_rewardlm_s_final_coefficient():
+    beta = 0.2
+    for _ in range(128):
+        beta = ppo.adapt_kl_coef(beta, kl=0.0, target=6.0, episodes=64, horizon=10_000)
+    assert beta == pytest.approx(0.16976, abs=5e-6)
+    assert ppo.adapt_kl_coef(0.1, 6.6, 6.0, 100, 1000) == pytest.approx(0.1 * (1 + 0.1 * 0.1))
+
+
+def test_value_pretraining_leaves_the_policy_alone():
+    config = dataclasses.replace(SHORT, value_pretrain_steps=2)
+    history = train(config, lambda samples: [1.0] * len(samples))
+    assert history["stage"].tolist() == ["value", "value", "ppo"]
+    assert (history["kl_k3"] == 0).all()  # measured before an update, and only the third acts
+    assert history["value_loss"][1] < history["value_loss"][0]
+
+
+# --- stops, best weights, resuming ---------------------------------------------------------------
+
+
+def test_it_stops_at_the_kl_and_entropy_limits():
+    by_kl = train(dataclasses.replace(TOY, stop_kl=0.5))
+    assert 1 < len(by_kl) < 60 and by_kl["kl_k3"].iloc[-1] > 0.5 > by_kl["kl_k3"].iloc[-2]
+    assert "above stop_kl 0.5" in by_kl.attrs["stopped"]
+    by_entropy = train(dataclasses.replace(TOY, stop_entropy=2.5))
+    assert len(by_entropy) < 60 and "below stop_entropy" in by_entropy.attrs["stopped"]
+
+
+def test_a_loss_that_is_not_finite_names_step_and_minibatch():
+    run, _, rollout = started()
+    rollout.advantages = rollout.advantages + math.inf
+    with pytest.raises(FloatingPointError, match="step 4, epoch 0, minibatch 0"):
+        run.update(rollout, 4)
+
+
+def test_the_policy_ends_with_the_best_held_out_weights():
+    model, tokenizer = toy()
+    scripted, weights = iter([1.0, 5.0, 2.0]), []
+
+    def reward(samples):
+        if samples.prompts != ["yes"]:
+            return share_of_yes(samples)
+        weights.append(copy.deepcopy(model.state_dict()))
+        return [next(scripted)]
+
+    config = dataclasses.replace(SHORT, steps=2, eval_every=1)
+    history = ppo.train_ppo(model, tokenizer, PROMPTS[:-1], reward, config, held_out=["yes"])
+    assert history["held_out_reward"].tolist() == [5.0, 2.0]
+    assert history.attrs["held_out_start"] == 1.0 and history.attrs["best_step"] == 1
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, weights[1][name])
+    assert any(not torch.equal(weights[1][name], weights[2][name]) for name in weights[1])
+
+
+RESUMED = dataclasses.replace(
+    SHORT, steps=6, checkpoint_every=2, eval_every=2, kl_target=1.0, kl_horizon=100,
+    value_pretrain_steps=1,
+)  # fmt: skip
+
+
+def train_resumable(folder):
+    """History and final weights of a short run that keeps checkpoints."""
+    model, tokenizer = toy()
+    reward = ppo.shuffled(share_of_yes)  # draws random numbers, which resuming must repeat
+    options = {"held_out": PROMPTS[:4], "folder": folder}
+    history = ppo.train_ppo(model, tokenizer, PROMPTS, reward, RESUMED, **options)
+    return history, model.state_dict()
+
+
+KILLED_RUN = """
+import os, signal, sys
+from lib import ppo
+from tests import test_ppo
+
+step = ppo.PPO.update
+def killing_update(self, rollout, number):
+    if number == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(self, rollout, number)
+ppo.PPO.update = killing_update
+test_ppo.train_resumable(sys.argv[1])
+"""
+
+
+def run_python(*arguments, timeout=120):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CI": "1"}
+    if sys.platform == "linux":
+        environment["GLOO_SOCKET_IFNAME"] = "lo"  # gloo stays on loopback
+    return subprocess.run(
+        [sys.executable, *arguments], env=environment, cwd=ROOT, capture_output=True, text=True,
+        timeout=timeout,
+    )  # fmt: skip
+
+
+def test_a_run_killed_with_sigkill_continues_to_the_same_history_and_weights(tmp_path):
+    killed = run_python("-c", KILLED_RUN, str(tmp_path / "killed"))
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert (tmp_path / "killed" / "checkpoint.pt").exists()
+    resumed, weights = train_resumable(tmp_path / "killed")
+    whole, expected = train_resumable(tmp_path / "whole")
+    assert len(whole) == 6
+    pd.testing.assert_frame_equal(without_times(resumed), without_times(whole), rtol=1e-5)
+    assert resumed.attrs == whole.attrs
+    for name, weight in expected.items():
+        torch.testing.assert_close(weights[name], weight, atol=1e-5, rtol=1e-5)
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path):
+    train(dataclasses.replace(SHORT, steps=1), folder=tmp_path)
+    with pytest.raises(ValueError, match="holds a run with other settings"):
+        train(dataclasses.replace(SHORT, steps=1, kl_coef=0.3), folder=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": 0}, "steps is 0; it must be above 0"),
+        ({"lam": 1.5}, "lam is 1.5"),
+        ({"kl_coef": -1.0}, "must not be negative"),
+        ({"minibatch_size": 5}, "minibatch_size 5 does not divide"),
+        ({"temperature": 0.0}, "temperature is 0.0"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(SHORT, **changes)
+
+
+def test_too_few_prompts_are_refused():
+    with pytest.raises(ValueError, match="2 prompts are fewer than prompts_per_step 8"):
+        ppo.train_ppo(*toy(), PROMPTS[:2], share_of_yes, SHORT)
+
+
+# --- several processes, and TRL's RLOO -----------------------------------------------------------
+
+
+def test_two_processes_give_the_losses_of_one(tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    # --multi_gpu is the launcher that starts several processes; the script puts them on the CPU (gloo)
+    launch = f"accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 \
+        --mixed_precision no --dynamo_backend no --main_process_port {port}".split()
+    script = ROOT / "tests" / "ppo_two_processes.py"
+    done = run_python("-m", *launch, str(script), str(tmp_path / "two.csv"))
+    assert done.returncode == 0, done.stderr
+    one = without_times(train(SHORT, held_out=PROMPTS[:3]))
+    two = without_times(pd.read_csv(tmp_path / "two.csv"))
+    pd.testing.assert_frame_equal(two, one, rtol=1e-4, atol=1e-4, check_dtype=False)
+
+
+def test_rloo_learns_from_the_same_reward_function():
+    config = dataclasses.replace(
+        TOY, steps=12, prompts_per_step=4, samples_per_prompt=4, layers=2, learning_rate=3e-2
+    )
+    model, tokenizer = toy()
+    history = rloo.train_rloo(model, tokenizer, PROMPTS, share_of_yes, config)
+    assert history["step"].tolist() == list(range(1, 13))
+    assert history["reward"].tail(3).mean() > history["reward"].head(3).mean() + 0.05
+    np.testing.assert_allclose(history["reward"], history["reward/yes"], rtol=1e-5)
+    assert set(history.columns) - {"seconds_update"} <= set(train(SHORT).columns)
+
+
+def test_rloo_needs_two_samples_of_a_prompt():
+    with pytest.raises(ValueError, match="samples_per_prompt is 1"):
+        rloo.train_rloo(*toy(), PROMPTS, share_of_yes, SHORT)
