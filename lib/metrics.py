@@ -8,7 +8,7 @@ the exact expectation over all subsets of size k.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -205,6 +205,12 @@ def decide(found: Interval | PairedDifference, *, better: str, threshold: float 
     if not (below or above):
         return "not demonstrated"
     return "same direction" if below == (better == "lower") else "opposite"
+
+
+def combine(verdicts: Iterable[str]) -> str:
+    """One verdict for a rule that several scorers or seeds must meet: theirs if all agree."""
+    found = set(verdicts)
+    return found.pop() if len(found) == 1 else "not demonstrated"
 
 
 # --- missing scores, and RewardLM's result tables ------------------------------------------------

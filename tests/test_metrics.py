@@ -139,6 +139,12 @@ def test_decide(low, high, better, verdict):
     assert metrics.decide(metrics.Interval(0, low, high, 5), better=better) == verdict
 
 
+def test_combine_needs_agreement():
+    assert metrics.combine(["opposite", "opposite"]) == "opposite"
+    assert metrics.combine(["opposite", "same direction"]) == "not demonstrated"
+    assert metrics.combine([]) == "not demonstrated"
+
+
 def table(rows, column="pro_API_response_score"):
     frame = pd.DataFrame(rows, columns=["prompts", "prompt_score", "response_score", column])
     return frame.assign(responses="r")
