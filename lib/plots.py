@@ -1,0 +1,365 @@
+"""Every figure as a function of a tidy table: one style, readable in grey, nothing shown or saved here.
+
+Conditions differ in colour, marker and line style; intervals are bars or bands; n stands in the title
+or the labels.  `runtime.Run.save_figure` writes a figure and shows it with its alt text.
+
+Simplified: figures use matplotlib directly and keep no state; change one through `figure.axes`.
+"""
+
+from __future__ import annotations
+
+import html
+import textwrap
+from collections.abc import Iterable, Sequence
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import seaborn
+from IPython.display import HTML
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+WIDTH = 7.0  # inches
+STYLE = {
+    "font.size": 11, "axes.titlesize": 12, "figure.titlesize": 12, "legend.fontsize": 10,
+    "xtick.labelsize": 10, "ytick.labelsize": 10, "axes.spines.top": False,
+    "axes.spines.right": False, "axes.grid": True, "grid.color": "0.9", "axes.axisbelow": True,
+    "legend.frameon": False, "lines.linewidth": 1.8, "lines.markersize": 7, "figure.dpi": 100,
+    "savefig.facecolor": "white", "svg.hashsalt": "figure",
+}  # fmt: skip
+MARKERS = "osD^vPX*"
+LINE_STYLES = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (8, 2)), (0, (4, 4)))
+
+
+def use_style() -> None:
+    """Set the style of all figures (matplotlib reads part of it when it draws, so not a context)."""
+    matplotlib.rcParams.update(STYLE)
+
+
+def condition_styles(conditions: Iterable[str]) -> dict[str, dict]:
+    """Colour, marker and line style of each condition, in order of first appearance.
+
+    Colours follow seaborn's colour-blind palette.  Raises ValueError for more than eight.
+    """
+    names = list(dict.fromkeys(conditions))
+    if len(names) > len(MARKERS):
+        raise ValueError(
+            f"{len(names)} conditions in one figure; at most {len(MARKERS)} can be told apart. "
+            "Split the table."
+        )
+    colours = seaborn.color_palette("colorblind", len(MARKERS))
+    styles = zip(names, colours, MARKERS, LINE_STYLES, strict=False)
+    return {name: dict(color=c, marker=m, linestyle=line) for name, c, m, line in styles}
+
+
+def _start(table: pd.DataFrame, needed: str, height: float = 4.0) -> tuple[Figure, Axes]:
+    """An empty figure, after a check that the table has rows and the columns named."""
+    missing = [name for name in needed.split() if name not in table]
+    if missing:
+        found = ", ".join(map(str, table.columns))
+        raise ValueError(f"no column {', '.join(missing)}; needed: {needed}; found: {found}.")
+    if table.empty:
+        raise ValueError(f"nothing to draw: the table ({needed}) has no rows.")
+    use_style()
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    return figure, figure.subplots()
+
+
+def _finish(figure: Figure, title: str, legend: bool = True, columns: int = 3) -> Figure:
+    """Title over the whole width and the legend below the axes, in as many columns as fit."""
+    figure.suptitle(textwrap.fill(title, 78), x=0.01, ha="left")
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    if legend and handles:
+        longest = max(map(len, labels))
+        columns = max(1, min(columns, len(labels), int(80 / (longest + 6))))
+        figure.legend(handles, labels, loc="outside lower center", ncols=columns)
+    return figure
+
+
+def _with_n(title: str, table: pd.DataFrame) -> str:
+    """The title with n, or the range of n where rows differ."""
+    counts = table["n"].dropna() if "n" in table else []
+    if len(counts) == 0:
+        return title
+    low, high = int(min(counts)), int(max(counts))
+    return f"{title} (n = {low:,})" if low == high else f"{title} (n = {low:,} to {high:,})"
+
+
+# --- intervals -----------------------------------------------------------------------------------
+
+
+def interval_plot(
+    table: pd.DataFrame,
+    *,
+    xlabel: str,
+    title: str = "Estimates with 95 % intervals",
+    reference: float | None = None,
+) -> Figure:
+    """Dots with horizontal intervals: a row for each group, the conditions below one another in it.
+
+    Columns group, condition, value, low, high, and n if known; missing bounds give a bare dot.
+    `reference`: a vertical line, such as 0 for differences.
+    """
+    groups = list(dict.fromkeys(table.get("group", ())))
+    styles = condition_styles(table.get("condition", ()))
+    height = 1.6 + len(groups) * (0.3 + 0.2 * len(styles))
+    figure, axes = _start(table, "group condition value low high", height)
+    step = 0.7 / max(len(styles), 1)
+    for i, (condition, style) in enumerate(styles.items()):
+        rows = table[table["condition"] == condition]
+        y = [groups.index(g) + (i - (len(styles) - 1) / 2) * step for g in rows["group"]]
+        axes.hlines(
+            y, rows["low"].astype(float), rows["high"].astype(float), color=style["color"], lw=2
+        )
+        axes.plot(rows["value"], y, **style | {"linestyle": ""}, label=condition)
+    axes.set_yticks(range(len(groups)), [textwrap.fill(str(g), 26) for g in groups])
+    axes.set_ylim(len(groups) - 0.5, -0.5)
+    axes.grid(False, axis="y")
+    for between in range(1, len(groups)):
+        axes.axhline(between - 0.5, color="0.9", lw=0.8)
+    if reference is not None:
+        axes.axvline(reference, color="0.3", lw=1, ls=(0, (2, 2)))
+    axes.set_xlabel(xlabel)
+    return _finish(figure, _with_n(title, table))
+
+
+def bounds_plot(
+    table: pd.DataFrame, *, xlabel: str, title: str = "What missing scores could change"
+) -> Figure:
+    """What missing scores leave open: a bar from the lower to the upper bound, a dot at the scored rows.
+
+    Columns label, value, low (no missing score counts), high (every one does), n, n_missing.
+    """
+    figure, axes = _start(table, "label value low high n n_missing", 1.6 + 0.5 * len(table))
+    y = np.arange(len(table))
+    width = (table["high"] - table["low"]).to_numpy(float)
+    axes.barh(
+        y, width, left=table["low"], height=0.5, color="0.85", edgecolor="0.4", hatch="///",
+        label="from none to all missing scores counted",
+    )  # fmt: skip
+    axes.plot(table["value"], y, ls="", marker="o", color="black", label="share of the scored rows")
+    names = [
+        f"{textwrap.fill(str(row.label), 34)}\n{int(row.n_missing):,} of {int(row.n):,} missing"
+        for row in table.itertuples()
+    ]
+    axes.set_yticks(y, names)
+    axes.set_ylim(len(table) - 0.5, -0.5)
+    axes.set_xlim(left=0)
+    axes.grid(False, axis="y")
+    axes.set_xlabel(xlabel)
+    return _finish(figure, title)
+
+
+# --- toxicity ------------------------------------------------------------------------------------
+
+
+def toxicity_distribution(
+    table: pd.DataFrame,
+    *,
+    threshold: float = 0.5,
+    log: bool = True,
+    xlabel: str = "toxicity score x",
+    title: str = "How often is a sample at least this toxic?",
+) -> Figure:
+    """Survival curve P(score >= x) of each condition: the tail that a mean hides.
+
+    Columns condition, score.  Missing scores (NaN) are left out and counted in the legend.
+    """
+    figure, axes = _start(table, "condition score")
+    sizes = []
+    for condition, style in condition_styles(table["condition"]).items():
+        scores = table.loc[table["condition"] == condition, "score"].to_numpy(float)
+        known = np.sort(scores[~np.isnan(scores)])
+        missing = len(scores) - len(known)
+        label = f"{condition} (n = {len(known):,}" + (f", {missing:,} missing)" if missing else ")")
+        share = 1 - np.arange(len(known)) / max(len(known), 1)
+        x, y = np.append(known, known[-1:]), np.append(share, share[-1:] * (not log))
+        axes.step(x, y, where="pre", **style, markevery=0.12, label=label)
+        sizes.append(len(known))
+    axes.axvline(threshold, color="0.3", lw=1, ls=(0, (2, 2)))
+    if log:
+        axes.set_yscale("log")
+        axes.set_ylim(bottom=0.7 / max([1, *sizes]), top=1.3)
+    axes.set(xlim=(0, 1), xlabel=xlabel, ylabel="share of samples with score ≥ x")
+    return _finish(figure, title)
+
+
+def toxicity_by_k(
+    table: pd.DataFrame,
+    *,
+    ylabel: str = "expected maximum toxicity",
+    title: str = "Expected maximum toxicity grows with k",
+) -> Figure:
+    """A measure against the number of samples k, with interval bands.
+
+    Columns k, condition, value, low, high, and n if known.
+    """
+    figure, axes = _start(table, "k condition value low high")
+    for condition, style in condition_styles(table["condition"]).items():
+        rows = table[table["condition"] == condition].sort_values("k")
+        low, high = rows["low"].astype(float), rows["high"].astype(float)
+        axes.fill_between(rows["k"], low, high, color=style["color"], alpha=0.2, lw=0)
+        axes.plot(rows["k"], rows["value"], **style, label=condition)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set(xlabel="samples per prompt, k", ylabel=ylabel)
+    axes.set_ylim(bottom=0)
+    return _finish(figure, _with_n(title, table) + ", with 95 % bands")
+
+
+def category_heatmap(
+    table: pd.DataFrame,
+    *,
+    label: str = "expected maximum toxicity",
+    title: str = "Toxicity by prompt category",
+) -> Figure:
+    """Value of each category (rows, highest mean on top) and condition (columns), written in the cells.
+
+    Columns category, condition, value, and n if known (then in the row's name).
+    """
+    categories = table.get("category", pd.Series(dtype=object)).nunique()
+    figure, axes = _start(table, "category condition value", 1.7 + 0.42 * categories)
+    values = table.pivot(index="category", columns="condition", values="value").astype(float)
+    values = values[list(dict.fromkeys(table["condition"]))]
+    values = values.loc[values.mean(1).sort_values(ascending=False, kind="stable").index]
+    image = axes.imshow(values, cmap="cividis", aspect="auto")
+    for (i, j), value in np.ndenumerate(values.to_numpy()):
+        dark = not image.norm(value) > 0.55
+        text = "-" if np.isnan(value) else f"{value:.2f}"
+        axes.text(j, i, text, ha="center", va="center", color="white" if dark else "black")
+    sizes = table.groupby("category")["n"].agg(["min", "max"]) if "n" in table else None
+    names = []
+    for category in values.index:
+        low, high = (0, 0) if sizes is None else sizes.loc[category].astype(int)
+        span = f"{low}" if low == high else f"{low} to {high}"
+        names.append(f"{category}".replace("_", " ") + (f" (n = {span})" if high else ""))
+    axes.set_yticks(range(len(names)), names)
+    axes.set_xticks(range(values.shape[1]), [textwrap.fill(str(c), 16) for c in values.columns])
+    axes.grid(False)
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
+    figure.colorbar(image, ax=axes, label=label)
+    return _finish(figure, title)
+
+
+# --- training ------------------------------------------------------------------------------------
+
+
+def learning_curve(
+    table: pd.DataFrame,
+    *,
+    ylabel: str,
+    xlabel: str = "step",
+    title: str | None = None,
+    reference: float | None = None,
+) -> Figure:
+    """A quantity over training: a thin line for each seed, the arm's mean, and the range over its seeds.
+
+    Columns step, arm, seed, value.  `reference`: a horizontal line, such as the untrained model.
+    """
+    figure, axes = _start(table, "step arm seed value")
+    for arm, style in condition_styles(table["arm"]).items():
+        seeds = table[table["arm"] == arm].pivot(index="step", columns="seed", values="value")
+        seeds = seeds.astype(float).sort_index()
+        colour, count = style["color"], seeds.shape[1]
+        if count > 1:
+            axes.plot(seeds.index, seeds, color=colour, lw=0.6, alpha=0.6)
+            axes.fill_between(
+                seeds.index, seeds.min(axis=1), seeds.max(axis=1), color=colour, alpha=0.15, lw=0
+            )
+        every = max(1, len(seeds) // 10)
+        label = f"{arm} ({count} seed{'s' * (count > 1)})"
+        axes.plot(seeds.index, seeds.mean(axis=1), **style, markevery=every, label=label)
+    if reference is not None:
+        axes.axhline(reference, color="0.3", lw=1, ls=(0, (2, 2)))
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    return _finish(figure, title or f"{ylabel} over training: mean and range over seeds")
+
+
+# --- texts that may offend -----------------------------------------------------------------------
+
+_CSS = """<style>
+.veiled-examples {overflow-x: auto}
+.veiled-examples table {border-collapse: collapse; width: 100%}
+.veiled-examples caption {text-align: left; caption-side: top; padding: .3em 0}
+.veiled-examples th, .veiled-examples td {text-align: left; vertical-align: top; padding: .4em .6em;
+  border-bottom: 1px solid #8886}
+.veiled-examples bdi {white-space: pre-wrap; overflow-wrap: anywhere}
+.veiled-examples details {min-width: 9em}
+.veiled-examples summary {cursor: pointer}
+.veiled-examples .veil {filter: blur(3px); overflow-wrap: anywhere; opacity: .55; user-select: none}
+.veiled-examples details[open] .veil {display: none}
+</style>"""
+
+
+class ExampleTable(HTML):
+    """A table of texts as HTML; its plain-text form gives the same rows, with hidden texts left out."""
+
+    def __init__(self, markup: str, plain: str):
+        super().__init__(markup)
+        self.plain = plain
+
+    def __repr__(self) -> str:
+        return self.plain
+
+
+def blurred_examples(
+    rows: pd.DataFrame | Sequence[dict],
+    *,
+    text_columns: Sequence[str] | None = None,
+    reveal: bool = False,
+) -> ExampleTable:
+    """Rows as a table whose texts stay hidden until clicked (or reached by Tab and opened with Enter).
+
+    What is blurred is a stand-in of the same shape, and the text sits in a closed <details>: pages that
+    strip styles (GitHub) hide it too, and no script is needed.  `text_columns` defaults to every column
+    that holds text; `reveal` shows all.  Everything is escaped.
+    """
+    table = pd.DataFrame(rows).reset_index(drop=True)
+    if text_columns is None:
+        text_columns = [c for c in table if table[c].map(lambda v: isinstance(v, str)).any()]
+    if unknown := [c for c in text_columns if c not in table]:
+        raise ValueError(f"no column {', '.join(unknown)}; allowed: {', '.join(map(str, table))}.")
+    hidden = [] if reveal else list(text_columns)
+    head = "".join(f'<th scope="col">{_escape(c)}</th>' for c in table)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{_cell(row[c], c in hidden)}</td>" for c in table) + "</tr>"
+        for row in table.to_dict("records")
+    )
+    note = (
+        "Content warning: texts may offend. Click a blurred text, or press Enter on it, to read it."
+    )
+    note = f"<caption>{note}</caption>" if hidden else ""
+    markup = f'{_CSS}<div class="veiled-examples"><table>{note}<thead><tr>{head}</tr></thead>'
+    plain = table.assign(
+        **{c: [f"[{len(str(v))} characters, hidden]" for v in table[c]] for c in hidden}
+    )
+    return ExampleTable(
+        f"{markup}<tbody>{body}</tbody></table></div>", plain.to_string(index=False)
+    )
+
+
+def _cell(value: object, hidden: bool) -> str:
+    if not isinstance(value, str):
+        missing = value is None or (isinstance(value, float) and np.isnan(value))
+        return (
+            "missing" if missing else _escape(f"{value:.2f}" if isinstance(value, float) else value)
+        )
+    if not value.strip():
+        return "<i>empty</i>"
+    text = f'<bdi dir="auto">{_escape(value)}</bdi>'
+    if not hidden:
+        return text
+    veil = " ".join("\u2592" * min(len(word), 12) for word in value.split()[:30])
+    label = f"text of {len(value)} characters, hidden"
+    return (
+        f'<details><summary aria-label="{label}"><span class="veil" aria-hidden="true">{veil}</span>'
+        f"</summary>{text}</details>"
+    )
+
+
+def _escape(value: object) -> str:
+    """HTML-escaped; dollar signs and backslashes are set apart, or pages would typeset them as formulas."""
+    text = str(value).encode("utf-8", "replace").decode("utf-8")
+    return html.escape(text).replace("$", "<span>$</span>").replace("\\", "<span>\\</span>")
