@@ -1,9 +1,8 @@
 """Losses and estimators of learning from feedback: pure functions, tensors -> tensor, no model inside.
 
-Shapes: `(batch, time)` holds one value per response token, responses padded on the right; `mask` has
-1 at real tokens and 0 at padding.  What stands at padding never matters, not even NaN or infinity.
-A loss that averages over tokens takes `count`, the number of tokens to divide by, for batches that
-are split over micro-batches or processes: the parts then add up to the loss of the whole.
+`(batch, time)` holds one value per response token, padded on the right; `mask` has 1 at real tokens, 0
+at padding, where any value may stand, even NaN.  `count` is the number of tokens to divide by when a
+batch is split over micro-batches or processes: the parts then add up to the loss of the whole.
 """
 
 from __future__ import annotations
@@ -103,11 +102,15 @@ def policy_loss(
 
 
 def clip_fraction(
-    log_probs: torch.Tensor, old_log_probs: torch.Tensor, mask: torch.Tensor, clip: float = 0.2
+    log_probs: torch.Tensor,
+    old_log_probs: torch.Tensor,
+    mask: torch.Tensor,
+    clip: float = 0.2,
+    count: torch.Tensor | float | None = None,
 ) -> torch.Tensor:
     """Share of real tokens whose ratio lies outside [1 - clip, 1 + clip]."""
     outside = (_ratio(log_probs, old_log_probs, mask) - 1).abs() > clip
-    return masked_mean(outside.to(log_probs.dtype), mask)
+    return masked_mean(outside.to(log_probs.dtype), mask, count)
 
 
 def value_loss(
@@ -178,9 +181,6 @@ def entropy(logits: torch.Tensor) -> torch.Tensor:
     """-sum_v p log p in nats: logits (..., vocabulary) -> (...).  Logits of -inf count as probability 0."""
     log_probs = logits.log_softmax(-1)
     return -(log_probs.exp() * log_probs.masked_fill(log_probs == -torch.inf, 0.0)).sum(-1)
-
-
-# --- reward models -------------------------------------------------------------------------------
 
 
 def pairwise_loss(preferred: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:

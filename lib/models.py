@@ -164,9 +164,15 @@ def lora_config(model: PreTrainedModel, layers: torch.nn.ModuleList, rank: int):
 def _add_lora(model, layers, rank: int) -> None:
     from peft import inject_adapter_in_model
 
+    size = (len(layers), rank)
+    if getattr(model, "adapter_size", None) == size:  # added by an earlier call: go on with them
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("lora_" in name)
+        return
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # an adapter's first factor is random, its second zero
         inject_adapter_in_model(lora_config(model, layers, rank), model)
+    model.adapter_size = size
 
 
 @dataclass

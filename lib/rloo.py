@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lib import generation, models, ppo, runtime
+from lib import generation, models, ppo, rewards, runtime
 
 TRL_NAMES = {
     "kl": "kl", "entropy": "entropy", "grad_norm": "grad_norm", "learning_rate": "learning_rate",
@@ -26,7 +26,7 @@ def train_rloo(
     policy: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
-    reward_fn: ppo.RewardFunction,
+    reward_fn: rewards.RewardFunction,
     config: ppo.PPOConfig,
 ) -> pd.DataFrame:
     """Train LoRA adapters on `policy`'s top layers in place; return the columns of `train_ppo` TRL can fill.
@@ -93,7 +93,7 @@ class _Score:
             prompt_ids=self.tokenizer(prompts)["input_ids"], response_ids=completion_ids,
             log_probs=none, model_log_probs=none, finished=ended,
         )  # fmt: skip
-        totals, components = ppo.place_rewards(self.reward_fn(samples), samples)
+        totals, components = rewards.place_rewards(self.reward_fn(samples), samples)
         row = {f"reward/{name}": values.mean() for name, values in components.items()}
         row |= {"length": np.mean([len(ids) for ids in completion_ids]), "finished": np.mean(ended)}
         row |= {"tokens_sample": samples.tokens, "seconds_score": time.perf_counter() - started}

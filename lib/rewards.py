@@ -1,0 +1,67 @@
+"""Where rewards are paid: on any token, on segments, or on whole responses; and the shuffled control."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+
+from lib import generation
+
+RewardFunction = Callable[[generation.Samples], object]  # returns what `place_rewards` takes
+
+
+def place_rewards(
+    given: object, samples: generation.Samples
+) -> tuple[torch.Tensor, dict[str, np.ndarray]]:
+    """What a reward function returned, as per-token rewards (batch, time) and each component's row sums.
+
+    Given: one number a row (paid at its last real token), one array a row (a number for each response
+    token), or a dict of named components, each one of these; everything is added up.  Raises
+    ValueError for missing rows, arrays of another length than the response, and non-finite rewards.
+    """
+    parts = given if isinstance(given, dict) else {"reward": given}
+    lengths = [len(ids) for ids in samples.response_ids]
+    total, sums = torch.zeros(len(lengths), max(lengths)), {}
+    for name, rows in parts.items():
+        if len(rows) != len(lengths):
+            raise ValueError(f"reward {name!r} has {len(rows)} rows for {len(lengths)} samples.")
+        sums[name] = np.zeros(len(lengths))
+        for i, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+            row = np.asarray(row, dtype=np.float64)
+            if row.shape not in ((), (length,)) or not np.isfinite(row).all():
+                raise ValueError(
+                    f"reward {name!r} of sample {i} is {row}; give one finite number, or one for each "
+                    f"of its {length} response tokens."
+                )
+            where = slice(length - 1, length) if row.shape == () else slice(0, length)
+            total[i, where] += torch.from_numpy(np.atleast_1d(row)).float()
+            sums[name][i] = row.sum()
+    return total, sums
+
+
+def segment_rewards(ends: Sequence[int], values: Sequence[float], length: int) -> np.ndarray:
+    """(length,) with each segment's reward at its last token; rewards that meet there are added.
+
+    Raises ValueError for an end outside the response.
+    """
+    if any(not 0 <= end < length for end in ends):
+        raise ValueError(f"a segment end of {list(ends)} is outside the {length} response tokens.")
+    row = np.zeros(length)
+    np.add.at(row, np.asarray(ends, dtype=int), np.asarray(values, dtype=float))
+    return row
+
+
+def shuffled(reward_fn: RewardFunction) -> RewardFunction:
+    """The control: `reward_fn`'s totals dealt out at random within the batch, so they tell nothing.
+
+    Draws from numpy's global generator, which `train_ppo` seeds at every step.
+    """
+
+    def control(samples: generation.Samples) -> dict[str, np.ndarray]:
+        _, sums = place_rewards(reward_fn(samples), samples)
+        order = np.random.permutation(len(samples))
+        return {name: values[order] for name, values in sums.items()}
+
+    return control
