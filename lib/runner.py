@@ -401,6 +401,7 @@ def _papermill(record: dict, folder: Path, watch: Watch) -> tuple[str, dict | No
     scale, root = record["scale"], runtime.project_root()
     values = record["given"] | ({"SCALE": scale} if "SCALE" in record["parameters"] else {})
     env = {**os.environ, "FEEDBACK_RUN_DIR": str(folder), "FEEDBACK_HEADLESS": "1"}
+    env["FEEDBACK_FINGERPRINT"] = record["fingerprint"]
     env |= {"HF_HUB_OFFLINE": "1"} if scale == "smoke" else {}
     paths = [find_notebooks()[record["notebook"]], folder / "executed.ipynb"]
     paths = [str(p).replace("{", "{{").replace("}", "}}") for p in paths]  # papermill formats them
@@ -410,6 +411,8 @@ def _papermill(record: dict, folder: Path, watch: Watch) -> tuple[str, dict | No
             progress_bar=False, cwd=root, start_timeout=180, watch=watch, env=env,
         )  # fmt: skip
     except PapermillExecutionError as error:
+        if error.ename == "StopHere" and (folder / "results.json").exists():
+            return "finished", None
         return _failure(watch, error.ename, error.evalue, error.cell_index)
     except DeadKernelError:
         seen = f"{memory(watch.peak)} of {memory(psutil.virtual_memory().total)}"
@@ -527,8 +530,11 @@ def summary(records: list[dict], scale: str) -> str:
 
 
 def question(notebook: NotebookNode) -> str:
-    """The one-sentence question that the first markdown cell asks."""
+    """The question a notebook asks: its title, where that is one, else its first cell's first question."""
     text = next((c.source for c in notebook.cells if c.cell_type == "markdown"), "")
+    title = re.match(r"# (?:\d+ )?(.*\?)", text)
+    if title:
+        return title[1].removeprefix("Start here: ")
     text = re.sub(r"^#.*$|<[^>]+>|\[!\[.*?\)\]\(.*?\)|!\[.*?\]\(.*?\)", "", text, flags=re.M)
     text = re.sub(r"\*\*|`|\[(?=[^\]]*\]\()|\]\([^)]*\)", "", text).strip()  # marks go, words stay
     sentences = re.split(r"(?<=[.?!])\s+|\n\s*\n", text)

@@ -294,6 +294,13 @@ class Claim:
             raise ValueError(f"verdict is {self.verdict!r}; allowed: {', '.join(VERDICTS)}")
 
 
+class StopHere(Exception):
+    """Raised by a notebook that ends early on purpose, after `Run.finish` (a dry run, for example)."""
+
+    def _render_traceback_(self) -> list[str]:
+        return [f"Stopped here on purpose: {self}"]
+
+
 @dataclass
 class Run:
     """Everything one notebook measured.  Made by `start_run`; written by `finish`."""
@@ -349,7 +356,8 @@ class Run:
 
         `key` names everything the table depends on; another key makes it again.
         """
-        path = self.folder / "work" / f"{name}-{content_hash(name, key, lib_version())[:16]}.jsonl"
+        made_by = os.environ.get("FEEDBACK_FINGERPRINT") or lib_version()
+        path = self.folder / "work" / f"{name}-{content_hash(name, key, made_by)[:16]}.jsonl"
         if path.exists():
             return pd.read_json(
                 path, orient="records", lines=True, dtype=False, convert_dates=False
