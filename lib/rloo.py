@@ -33,8 +33,10 @@ def train_rloo(
 
     Adapters whatever `config.train` says, because TRL's reference is the model without them; all
     layers compute in float32.  Per-token rewards are summed; epochs, minibatches and sampling are the
-    config's; KL is TRL's, a fixed beta.  Raises ValueError for samples_per_prompt < 2.
+    config's; KL is TRL's, a fixed beta.  Raises ValueError for samples_per_prompt < 2 and for
+    encoder-decoder models.
     """
+    import datasets
     import trl
 
     if config.samples_per_prompt < 2:
@@ -42,18 +44,19 @@ def train_rloo(
             f"samples_per_prompt is {config.samples_per_prompt}; RLOO compares the samples of a prompt, "
             "so give 2 or more."
         )
+    if policy.config.is_encoder_decoder:
+        raise ValueError("TRL's RLOO trains decoder-only models; use ppo.train_ppo for this one.")
     runtime.quiet_libraries()
     models.set_trainable(policy, "all")
     top = models.decoder_layers(policy)[-config.layers :]
     score = _Score(reward_fn, tokenizer)
-    updates = (
-        config.epochs * config.batch // config.minibatch_size
-    )  # optimizer steps of one rollout
+    slices = config.batch // config.minibatch_size
+    updates = config.epochs * slices  # optimizer steps on one rollout
     with tempfile.TemporaryDirectory() as folder:
         arguments = trl.RLOOConfig(
             output_dir=folder, max_steps=config.steps * updates, num_iterations=config.epochs,
             per_device_train_batch_size=config.minibatch_size, gradient_accumulation_steps=1,
-            steps_per_generation=config.batch // config.minibatch_size,
+            steps_per_generation=slices,
             num_generations=config.samples_per_prompt, max_completion_length=config.max_new_tokens,
             temperature=config.temperature, top_k=config.top_k, top_p=config.top_p,
             beta=config.kl_coef, epsilon=config.clip, learning_rate=config.learning_rate,
@@ -64,17 +67,12 @@ def train_rloo(
         started = time.perf_counter()
         trainer = trl.RLOOTrainer(
             policy, reward_funcs=score, args=arguments, processing_class=tokenizer,
-            train_dataset=_dataset(prompts), peft_config=models.lora_config(policy, top, config.lora_rank),
+            train_dataset=datasets.Dataset.from_dict({"prompt": list(prompts)}),
+            peft_config=models.lora_config(policy, top, config.lora_rank),
         )  # fmt: skip
         trainer.train()
     policy.eval()
     return _history(trainer.state.log_history, score.rows, updates, time.perf_counter() - started)
-
-
-def _dataset(prompts):
-    import datasets
-
-    return datasets.Dataset.from_dict({"prompt": list(prompts)})
 
 
 class _Score:

@@ -250,6 +250,29 @@ def counted(function, calls):
     return call
 
 
+def test_dropout_is_off_even_in_a_model_handed_over_in_training_mode():
+    model, tokenizer = toy("tiny-encoder-decoder")
+    for module in model.train().modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+    found = ppo.before_update(model, tokenizer, PROMPTS, SHORT)
+    assert found["ratio_error"] < 1e-5 and found["kl"] == 0
+
+
+@pytest.mark.parametrize("separate", [False, True])
+@pytest.mark.parametrize("name", ["tiny", "tiny-encoder-decoder"])
+def test_a_value_sees_the_tokens_before_it_and_no_others(name, separate):
+    value_model = models.build_tiny_model(name, words=WORDS, seed=3)[0] if separate else None
+    run, _, rollout = started(SHORT, name, value_model=value_model)
+    torch.nn.init.normal_(run.shared.value_head[-1].weight)
+    changed = dataclasses.replace(rollout.tokens, response_ids=rollout.tokens.response_ids.clone())
+    changed.response_ids[:, 3] = (changed.response_ids[:, 3] + 1) % 14
+    with torch.no_grad():
+        before, after = (run.evaluate(tokens)[1] for tokens in (rollout.tokens, changed))
+    torch.testing.assert_close(before[:, :4], after[:, :4])
+    assert ((before[:, 4] - after[:, 4]).abs() > 1e-4).all()
+
+
 def test_the_reference_stays_the_initial_policy():
     run, samples, rollout = started(dataclasses.replace(SHORT, train="lora", layers=2))
     run.update(rollout, 0)
