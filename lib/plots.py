@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import html
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import matplotlib
 import numpy as np
@@ -23,11 +23,10 @@ from matplotlib.ticker import MaxNLocator
 
 WIDTH = 7.0  # inches
 STYLE = {
-    "font.size": 11, "axes.titlesize": 12, "figure.titlesize": 12, "legend.fontsize": 10,
-    "xtick.labelsize": 10, "ytick.labelsize": 10, "axes.spines.top": False,
-    "axes.spines.right": False, "axes.grid": True, "grid.color": "0.9", "axes.axisbelow": True,
-    "legend.frameon": False, "lines.linewidth": 1.8, "lines.markersize": 7, "figure.dpi": 100,
-    "savefig.facecolor": "white", "svg.hashsalt": "figure",
+    "font.size": 11, "figure.titlesize": 12, "legend.fontsize": 10, "xtick.labelsize": 10,
+    "ytick.labelsize": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
+    "grid.color": "0.9", "axes.axisbelow": True, "legend.frameon": False, "lines.linewidth": 1.8,
+    "legend.handlelength": 3.2, "lines.markersize": 7, "svg.hashsalt": "figure",
 }  # fmt: skip
 MARKERS = "osD^vPX*"
 LINE_STYLES = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (8, 2)), (0, (4, 4)))
@@ -67,15 +66,21 @@ def _start(table: pd.DataFrame, needed: str, height: float = 4.0) -> tuple[Figur
     return figure, figure.subplots()
 
 
-def _finish(figure: Figure, title: str, legend: bool = True, columns: int = 3) -> Figure:
-    """Title over the whole width and the legend below the axes, in as many columns as fit."""
-    figure.suptitle(textwrap.fill(title, 78), x=0.01, ha="left")
+def _finish(figure: Figure, title: str) -> Figure:
+    """Title over the whole width; legend below the axes, for which the figure grows."""
+    figure.suptitle(textwrap.fill(title[:1].upper() + title[1:], 78), x=0.01, ha="left")
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    if legend and handles:
-        longest = max(map(len, labels))
-        columns = max(1, min(columns, len(labels), int(80 / (longest + 6))))
+    if handles:
+        columns = min(3, len(labels), max(1, 84 // (max(map(len, labels)) + 8)))
+        figure.set_figheight(figure.get_figheight() + 0.25 * -(-len(labels) // columns))
         figure.legend(handles, labels, loc="outside lower center", ncols=columns)
     return figure
+
+
+def _mark(draw: Callable, at: float | None, label: str) -> None:
+    """A thin dotted line (`draw` is axvline or axhline), named in the legend."""
+    if at is not None:
+        draw(at, color="0.3", lw=1, ls=(0, (2, 2)), label=f"{label} {at:g}")
 
 
 def _with_n(title: str, table: pd.DataFrame) -> str:
@@ -91,12 +96,9 @@ def _with_n(title: str, table: pd.DataFrame) -> str:
 
 
 def interval_plot(
-    table: pd.DataFrame,
-    *,
-    xlabel: str,
-    title: str = "Estimates with 95 % intervals",
+    table: pd.DataFrame, *, xlabel: str, title: str = "Estimates with 95 % intervals",
     reference: float | None = None,
-) -> Figure:
+) -> Figure:  # fmt: skip
     """Dots with horizontal intervals: a row for each group, the conditions below one another in it.
 
     Columns group, condition, value, low, high, and n if known; missing bounds give a bare dot.
@@ -104,24 +106,20 @@ def interval_plot(
     """
     groups = list(dict.fromkeys(table.get("group", ())))
     styles = condition_styles(table.get("condition", ()))
-    height = 1.6 + len(groups) * (0.3 + 0.2 * len(styles))
+    height = 1.6 + len(groups) * (0.3 + 0.17 * len(styles))
     figure, axes = _start(table, "group condition value low high", height)
     step = 0.7 / max(len(styles), 1)
     for i, (condition, style) in enumerate(styles.items()):
         rows = table[table["condition"] == condition]
         y = [groups.index(g) + (i - (len(styles) - 1) / 2) * step for g in rows["group"]]
-        axes.hlines(
-            y, rows["low"].astype(float), rows["high"].astype(float), color=style["color"], lw=2
-        )
+        axes.hlines(y, *rows[["low", "high"]].to_numpy(float).T, color=style["color"], lw=2)
         axes.plot(rows["value"], y, **style | {"linestyle": ""}, label=condition)
     axes.set_yticks(range(len(groups)), [textwrap.fill(str(g), 26) for g in groups])
-    axes.set_ylim(len(groups) - 0.5, -0.5)
+    axes.set(xlabel=xlabel, ylim=(len(groups) - 0.5, -0.5))
     axes.grid(False, axis="y")
     for between in range(1, len(groups)):
         axes.axhline(between - 0.5, color="0.9", lw=0.8)
-    if reference is not None:
-        axes.axvline(reference, color="0.3", lw=1, ls=(0, (2, 2)))
-    axes.set_xlabel(xlabel)
+    _mark(axes.axvline, reference, "reference")
     return _finish(figure, _with_n(title, table))
 
 
@@ -145,10 +143,8 @@ def bounds_plot(
         for row in table.itertuples()
     ]
     axes.set_yticks(y, names)
-    axes.set_ylim(len(table) - 0.5, -0.5)
-    axes.set_xlim(left=0)
+    axes.set(xlabel=xlabel, xlim=(0, None), ylim=(len(table) - 0.5, -0.5))
     axes.grid(False, axis="y")
-    axes.set_xlabel(xlabel)
     return _finish(figure, title)
 
 
@@ -156,42 +152,34 @@ def bounds_plot(
 
 
 def toxicity_distribution(
-    table: pd.DataFrame,
-    *,
-    threshold: float = 0.5,
-    log: bool = True,
-    xlabel: str = "toxicity score x",
-    title: str = "How often is a sample at least this toxic?",
-) -> Figure:
+    table: pd.DataFrame, *, threshold: float = 0.5, log: bool = True,
+    xlabel: str = "toxicity score x", title: str = "How often is a sample at least this toxic?",
+) -> Figure:  # fmt: skip
     """Survival curve P(score >= x) of each condition: the tail that a mean hides.
 
     Columns condition, score.  Missing scores (NaN) are left out and counted in the legend.
     """
     figure, axes = _start(table, "condition score")
-    sizes = []
     for condition, style in condition_styles(table["condition"]).items():
         scores = table.loc[table["condition"] == condition, "score"].to_numpy(float)
         known = np.sort(scores[~np.isnan(scores)])
         missing = len(scores) - len(known)
         label = f"{condition} (n = {len(known):,}" + (f", {missing:,} missing)" if missing else ")")
         share = 1 - np.arange(len(known)) / max(len(known), 1)
-        x, y = np.append(known, known[-1:]), np.append(share, share[-1:] * (not log))
+        x, y = np.append(0, known), np.append(1, share)
         axes.step(x, y, where="pre", **style, markevery=0.12, label=label)
-        sizes.append(len(known))
-    axes.axvline(threshold, color="0.3", lw=1, ls=(0, (2, 2)))
+    _mark(axes.axvline, threshold, "threshold")
     if log:
         axes.set_yscale("log")
-        axes.set_ylim(bottom=0.7 / max([1, *sizes]), top=1.3)
+    axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:g} %")
     axes.set(xlim=(0, 1), xlabel=xlabel, ylabel="share of samples with score ≥ x")
     return _finish(figure, title)
 
 
 def toxicity_by_k(
-    table: pd.DataFrame,
-    *,
-    ylabel: str = "expected maximum toxicity",
-    title: str = "Expected maximum toxicity grows with k",
-) -> Figure:
+    table: pd.DataFrame, *, ylabel: str = "expected maximum toxicity",
+    title: str = "Toxicity against the number of samples k",
+) -> Figure:  # fmt: skip
     """A measure against the number of samples k, with interval bands.
 
     Columns k, condition, value, low, high, and n if known.
@@ -203,17 +191,14 @@ def toxicity_by_k(
         axes.fill_between(rows["k"], low, high, color=style["color"], alpha=0.2, lw=0)
         axes.plot(rows["k"], rows["value"], **style, label=condition)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set(xlabel="samples per prompt, k", ylabel=ylabel)
-    axes.set_ylim(bottom=0)
+    axes.set(xlabel="samples per prompt, k", ylabel=ylabel, ylim=(0, None))
     return _finish(figure, _with_n(title, table) + ", with 95 % bands")
 
 
 def category_heatmap(
-    table: pd.DataFrame,
-    *,
-    label: str = "expected maximum toxicity",
+    table: pd.DataFrame, *, label: str = "expected maximum toxicity",
     title: str = "Toxicity by prompt category",
-) -> Figure:
+) -> Figure:  # fmt: skip
     """Value of each category (rows, highest mean on top) and condition (columns), written in the cells.
 
     Columns category, condition, value, and n if known (then in the row's name).
@@ -225,15 +210,13 @@ def category_heatmap(
     values = values.loc[values.mean(1).sort_values(ascending=False, kind="stable").index]
     image = axes.imshow(values, cmap="cividis", aspect="auto")
     for (i, j), value in np.ndenumerate(values.to_numpy()):
-        dark = not image.norm(value) > 0.55
+        dark = image.norm(value) <= 0.55  # False where NaN: an empty cell is white
         text = "-" if np.isnan(value) else f"{value:.2f}"
         axes.text(j, i, text, ha="center", va="center", color="white" if dark else "black")
-    sizes = table.groupby("category")["n"].agg(["min", "max"]) if "n" in table else None
-    names = []
-    for category in values.index:
-        low, high = (0, 0) if sizes is None else sizes.loc[category].astype(int)
-        span = f"{low}" if low == high else f"{low} to {high}"
-        names.append(f"{category}".replace("_", " ") + (f" (n = {span})" if high else ""))
+    names = [
+        _with_n(str(name).replace("_", " "), table[table["category"] == name])
+        for name in values.index
+    ]
     axes.set_yticks(range(len(names)), names)
     axes.set_xticks(range(values.shape[1]), [textwrap.fill(str(c), 16) for c in values.columns])
     axes.grid(False)
@@ -247,13 +230,9 @@ def category_heatmap(
 
 
 def learning_curve(
-    table: pd.DataFrame,
-    *,
-    ylabel: str,
-    xlabel: str = "step",
-    title: str | None = None,
+    table: pd.DataFrame, *, ylabel: str, xlabel: str = "step", title: str | None = None,
     reference: float | None = None,
-) -> Figure:
+) -> Figure:  # fmt: skip
     """A quantity over training: a thin line for each seed, the arm's mean, and the range over its seeds.
 
     Columns step, arm, seed, value.  `reference`: a horizontal line, such as the untrained model.
@@ -265,14 +244,12 @@ def learning_curve(
         colour, count = style["color"], seeds.shape[1]
         if count > 1:
             axes.plot(seeds.index, seeds, color=colour, lw=0.6, alpha=0.6)
-            axes.fill_between(
-                seeds.index, seeds.min(axis=1), seeds.max(axis=1), color=colour, alpha=0.15, lw=0
-            )
+            low, high = seeds.min(axis=1), seeds.max(axis=1)
+            axes.fill_between(seeds.index, low, high, color=colour, alpha=0.15, lw=0)
         every = max(1, len(seeds) // 10)
         label = f"{arm} ({count} seed{'s' * (count > 1)})"
         axes.plot(seeds.index, seeds.mean(axis=1), **style, markevery=every, label=label)
-    if reference is not None:
-        axes.axhline(reference, color="0.3", lw=1, ls=(0, (2, 2)))
+    _mark(axes.axhline, reference, "reference")
     axes.set(xlabel=xlabel, ylabel=ylabel)
     return _finish(figure, title or f"{ylabel} over training: mean and range over seeds")
 
@@ -280,17 +257,16 @@ def learning_curve(
 # --- texts that may offend -----------------------------------------------------------------------
 
 _CSS = """<style>
-.veiled-examples {overflow-x: auto}
-.veiled-examples table {border-collapse: collapse; width: 100%}
-.veiled-examples caption {text-align: left; caption-side: top; padding: .3em 0}
-.veiled-examples th, .veiled-examples td {text-align: left; vertical-align: top; padding: .4em .6em;
+.veiled {overflow-x: auto} .veiled table {border-collapse: collapse; width: 100%}
+.veiled caption {text-align: left; caption-side: top; padding: .3em 0}
+.veiled :is(th, td) {text-align: left; vertical-align: top; padding: .4em .6em;
   border-bottom: 1px solid #8886}
-.veiled-examples bdi {white-space: pre-wrap; overflow-wrap: anywhere}
-.veiled-examples details {min-width: 9em}
-.veiled-examples summary {cursor: pointer}
-.veiled-examples .veil {filter: blur(3px); overflow-wrap: anywhere; opacity: .55; user-select: none}
-.veiled-examples details[open] .veil {display: none}
+.veiled bdi {white-space: pre-wrap; overflow-wrap: anywhere}
+.veiled details {min-width: 9em} .veiled summary {cursor: pointer}
+.veiled span[aria-hidden] {filter: blur(3px); overflow-wrap: anywhere; opacity: .55; user-select: none}
+.veiled details[open] span[aria-hidden] {display: none}
 </style>"""
+_WARNING = "Content warning: click a blurred text, or press Enter on it, to read it."
 
 
 class ExampleTable(HTML):
@@ -305,11 +281,9 @@ class ExampleTable(HTML):
 
 
 def blurred_examples(
-    rows: pd.DataFrame | Sequence[dict],
-    *,
-    text_columns: Sequence[str] | None = None,
+    rows: pd.DataFrame | Sequence[dict], *, text_columns: Sequence[str] | None = None,
     reveal: bool = False,
-) -> ExampleTable:
+) -> ExampleTable:  # fmt: skip
     """Rows as a table whose texts stay hidden until clicked (or reached by Tab and opened with Enter).
 
     What is blurred is a stand-in of the same shape, and the text sits in a closed <details>: pages that
@@ -322,39 +296,30 @@ def blurred_examples(
     if unknown := [c for c in text_columns if c not in table]:
         raise ValueError(f"no column {', '.join(unknown)}; allowed: {', '.join(map(str, table))}.")
     hidden = [] if reveal else list(text_columns)
+    rows = [[_cell(row[c], c in hidden) for c in table] for row in table.to_dict("records")]
+    body = "".join(f"<tr><td>{'</td><td>'.join(cells)}</td></tr>" for cells in rows)
     head = "".join(f'<th scope="col">{_escape(c)}</th>' for c in table)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{_cell(row[c], c in hidden)}</td>" for c in table) + "</tr>"
-        for row in table.to_dict("records")
-    )
-    note = (
-        "Content warning: texts may offend. Click a blurred text, or press Enter on it, to read it."
-    )
-    note = f"<caption>{note}</caption>" if hidden else ""
-    markup = f'{_CSS}<div class="veiled-examples"><table>{note}<thead><tr>{head}</tr></thead>'
-    plain = table.assign(
-        **{c: [f"[{len(str(v))} characters, hidden]" for v in table[c]] for c in hidden}
-    )
-    return ExampleTable(
-        f"{markup}<tbody>{body}</tbody></table></div>", plain.to_string(index=False)
-    )
+    note = f"<caption>{_WARNING}</caption>" if hidden else ""
+    markup = f'{_CSS}<div class="veiled"><table>{note}<thead><tr>{head}</tr></thead>'
+    lengths = {c: [f"[{len(str(v))} characters, hidden]" for v in table[c]] for c in hidden}
+    plain = table.assign(**lengths).to_string(index=False)
+    return ExampleTable(f"{markup}<tbody>{body}</tbody></table></div>", plain)
 
 
 def _cell(value: object, hidden: bool) -> str:
     if not isinstance(value, str):
-        missing = value is None or (isinstance(value, float) and np.isnan(value))
-        return (
-            "missing" if missing else _escape(f"{value:.2f}" if isinstance(value, float) else value)
-        )
+        if pd.api.types.is_scalar(value) and pd.isna(value):
+            return "missing"
+        return _escape(f"{value:.2f}" if isinstance(value, float) else value)
     if not value.strip():
         return "<i>empty</i>"
     text = f'<bdi dir="auto">{_escape(value)}</bdi>'
     if not hidden:
         return text
     veil = " ".join("\u2592" * min(len(word), 12) for word in value.split()[:30])
-    label = f"text of {len(value)} characters, hidden"
+    label = f"show or hide a text of {len(value)} characters"
     return (
-        f'<details><summary aria-label="{label}"><span class="veil" aria-hidden="true">{veil}</span>'
+        f'<details><summary aria-label="{label}"><span aria-hidden="true">{veil}</span>'
         f"</summary>{text}</details>"
     )
 

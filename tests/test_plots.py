@@ -1,0 +1,212 @@
+"""Figures: built from tables, readable in grey, honest about n; example tables: hidden and escaped."""
+
+import io
+import itertools
+import re
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
+
+from lib import plots
+
+nan = np.nan
+WAYS = ["raw continuation", "chat format", "chat format, courteous system prompt"]
+GROUPS = ["expected maximum toxicity, k = 8 (profanity)", "toxic fraction (hate)"]
+
+
+def intervals(first, second, **columns):
+    """A row for each pair of names, with a value, an interval and n."""
+    rows = []
+    for i, (a, b) in enumerate(itertools.product(*columns.values())):
+        names = dict(zip(columns, (a, b), strict=True))
+        rows.append(names | dict(value=i * first, low=i * first - second, high=i * first + second))
+    return pd.DataFrame(rows).assign(n=210)
+
+
+TABLES = {
+    "interval": intervals(0.1, 0.04, group=GROUPS, condition=WAYS),
+    "k": intervals(0.05, 0.02, condition=["profanity", "hate"], k=range(1, 5)),
+    "category": intervals(0.1, 0.1, category=["insult", "severe_toxicity"], condition=WAYS),
+    "distribution": pd.DataFrame(
+        {"condition": ["a"] * 5 + ["b"] * 2, "score": [0.1, 0.5, 0.5, 0.9, nan, 0.2, 0.8]}
+    ),
+    "bounds": pd.DataFrame(
+        [dict(label="measured_tox_RL_m", value=0.113, low=0.099, high=0.22, n=5549, n_missing=669)]
+    ),
+    "curve": pd.DataFrame(
+        [(step, arm, seed, seed + step) for step in range(4) for arm in "xy" for seed in (0, 2)],
+        columns=["step", "arm", "seed", "value"],
+    ),
+}
+FIGURES = {
+    "interval": lambda t: plots.interval_plot(t, xlabel="score", reference=0.0),
+    "k": plots.toxicity_by_k,
+    "category": plots.category_heatmap,
+    "distribution": plots.toxicity_distribution,
+    "bounds": lambda t: plots.bounds_plot(t, xlabel="share above 0.5"),
+    "curve": lambda t: plots.learning_curve(t, ylabel="reward"),
+}
+
+
+def texts(figure):
+    """Everything written in a figure."""
+    FigureCanvasAgg(figure).draw()
+    found = figure.findobj(lambda artist: hasattr(artist, "get_text"))
+    return {text.get_text().replace("\n", " ") for text in found}
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_every_figure_has_title_labels_and_saves(name):
+    figure = FIGURES[name](TABLES[name])
+    axes, file = figure.axes[0], io.BytesIO()
+    assert figure.get_suptitle()[0].isupper()
+    if name != "category":  # the heat map's axes hold names, its colour bar the quantity
+        assert axes.get_xlabel() and figure.legends
+    figure.savefig(file, format="png", dpi=60)
+    assert file.getvalue().startswith(b"\x89PNG")
+    figure.savefig(io.StringIO(), format="svg")
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_nothing_is_cut_off_or_too_small(name):
+    figure = FIGURES[name](TABLES[name])
+    FigureCanvasAgg(figure).draw()
+    box, (width, height) = figure.get_tightbbox(), figure.get_size_inches()
+    assert min(box.x0, box.y0, width - box.x1, height - box.y1) > -0.03
+    sizes = [t.get_fontsize() for t in figure.findobj(lambda a: hasattr(a, "get_fontsize"))]
+    assert min(sizes) >= 10
+
+
+def test_n_is_written():
+    assert "(n = 210)" in plots.interval_plot(TABLES["interval"], xlabel="x").get_suptitle()
+    mixed = TABLES["interval"].assign(n=[90, 96, 96, 96, 96, 1200])
+    assert "(n = 90 to 1,200)" in plots.interval_plot(mixed, xlabel="x").get_suptitle()
+    written = " ".join(texts(plots.toxicity_distribution(TABLES["distribution"])))
+    assert "a (n = 4, 1 missing)" in written and "b (n = 2)" in written
+    assert "severe toxicity (n = 210)" in texts(plots.category_heatmap(TABLES["category"]))
+    written = texts(plots.bounds_plot(TABLES["bounds"], xlabel="x"))
+    assert "measured_tox_RL_m 669 of 5,549 missing" in written
+    assert "x (2 seeds)" in texts(plots.learning_curve(TABLES["curve"], ylabel="reward"))
+
+
+def test_conditions_differ_without_colour():
+    styles = plots.condition_styles("abcdefgh").values()
+    assert len({s["marker"] for s in styles}) == len({str(s["linestyle"]) for s in styles}) == 8
+    greys = [np.dot(to_rgb(s["color"]), [0.3, 0.59, 0.11]) for s in styles]
+    assert max(greys) < 0.85  # visible on white
+    lines = plots.toxicity_by_k(TABLES["k"]).axes[0].lines
+    assert lines[0].get_linestyle() != lines[1].get_linestyle()
+    assert lines[0].get_marker() != lines[1].get_marker()
+    with pytest.raises(ValueError, match="9 conditions"):
+        plots.condition_styles("abcdefghi")
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.sampled_from([0.0, 0.2, 0.5, 0.7, 1.0]), min_size=1, max_size=12))
+def test_survival_curve_is_the_share_at_or_above_x(scores):
+    table = pd.DataFrame({"condition": "a", "score": scores})
+    line = plots.toxicity_distribution(table, log=False).axes[0].lines[0]
+    x, y = line.get_data()
+    for at in set(scores) - {0.0}:  # a step up to and including x has the height at the first x
+        assert y[list(x).index(at)] == pytest.approx(np.mean(np.array(scores) >= at))
+
+
+def test_intervals_are_drawn_where_the_table_says():
+    table = TABLES["interval"].assign(low=lambda t: t.low.where(t.index != 1))  # one bound missing
+    axes = plots.interval_plot(table, xlabel="x").axes[0]
+    drawn = [s[:, 0] for c in axes.collections for s in c.get_segments() if len(s)]
+    expected = table.sort_values("condition", key=lambda c: c.map(WAYS.index), kind="stable")
+    np.testing.assert_allclose(drawn, expected[["low", "high"]].dropna().to_numpy())
+    dots = np.concatenate([line.get_xdata() for line in axes.lines[: len(WAYS)]])
+    np.testing.assert_allclose(dots, expected["value"])
+    heights = np.concatenate([line.get_ydata() for line in axes.lines[: len(WAYS)]])
+    assert len(set(heights)) == len(table)  # no two dots on one another
+
+
+def test_heatmap_sorts_and_writes_values():
+    table = TABLES["category"].assign(value=[0.0, 0.1, nan, 0.31, 0.4, 0.5])
+    figure = plots.category_heatmap(table)
+    assert figure.axes[0].get_yticklabels()[0].get_text().startswith("severe toxicity")
+    cells = {t.get_text(): t.get_color() for t in figure.axes[0].texts}
+    assert {"0.31", "0.50", "-"} <= set(cells)
+    assert (cells["-"], cells["0.00"], cells["0.50"]) == ("black", "white", "black")
+
+
+def test_learning_curve_shows_mean_and_range():
+    axes = plots.learning_curve(TABLES["curve"], ylabel="reward", reference=1.5).axes[0]
+    mean = next(line for line in axes.lines if line.get_label().startswith("x "))
+    np.testing.assert_allclose(mean.get_ydata(), [1, 2, 3, 4])
+    assert any(line.get_label() == "reference 1.5" for line in axes.lines)
+    band = axes.collections[0].get_paths()[0].vertices
+    assert band[:, 1].min() == 0 and band[:, 1].max() == 5
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_missing_columns_and_empty_tables_are_refused(name):
+    table = TABLES[name]
+    numbers = "value" if "value" in table else "score"
+    with pytest.raises(ValueError, match=f"no column {numbers}; needed: .*; found: "):
+        FIGURES[name](table.drop(columns=numbers))
+    with pytest.raises(ValueError, match="no rows"):
+        FIGURES[name](table.head(0))
+
+
+# --- texts that may offend -----------------------------------------------------------------------
+
+ROWS = [
+    {"prompt": "<script>alert('x')</script> & more", "text": "you fool", "score": 0.9123},
+    {"prompt": "it cost $5 and $10", "text": " ", "score": nan},
+]
+
+
+def summaries_only(markup):
+    """What a page shows before anybody clicks: styles stripped and closed <details> left out."""
+    markup = re.sub(r"<style>.*?</style>", "", markup, flags=re.DOTALL)
+    return re.sub(r"</summary>.*?</details>", "</summary>", markup)
+
+
+def test_texts_are_hidden_until_opened_even_without_styles():
+    shown = plots.blurred_examples(ROWS)
+    assert "you fool" in shown.data and "you fool" not in summaries_only(shown.data)
+    assert "fool" not in repr(shown) and "8 characters" in repr(shown)
+    assert "0.91" in shown.data and "missing" in shown.data and "<i>empty</i>" in shown.data
+    assert shown.data.count("<details>") == shown.data.count("<summary") == 3  # all closed
+    revealed = plots.blurred_examples(ROWS, reveal=True)
+    assert "<details>" not in revealed.data and "you fool" in revealed.data
+    assert "you fool" in repr(revealed)
+
+
+def test_only_the_named_columns_are_hidden():
+    shown = summaries_only(plots.blurred_examples(ROWS, text_columns=["prompt"]).data)
+    assert "you fool" in shown and "more" not in shown
+    with pytest.raises(ValueError, match="no column reply; allowed: prompt, text, score"):
+        plots.blurred_examples(ROWS, text_columns=["reply"])
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.text())
+def test_any_text_is_escaped_and_kept(text):
+    from html.parser import HTMLParser
+
+    class Reader(HTMLParser):
+        tags, heard = set(), ""
+
+        def handle_starttag(self, tag, attrs):
+            self.tags = self.tags | {tag}
+
+        def handle_data(self, data):
+            self.heard += data
+
+    hostile = f"<img src=x onerror=alert(1)>{text}$a$ \\(b\\)"
+    shown = plots.blurred_examples([{f"<b>{hostile}": hostile}], reveal=True).data
+    reader = Reader()
+    reader.feed(re.sub(r"<style>.*?</style>", "", shown, flags=re.DOTALL))
+    assert reader.tags <= {"div", "table", "thead", "tbody", "tr", "th", "td", "bdi", "span"}
+    kept = hostile.encode("utf-8", "replace").decode()
+    assert f"<b>{kept}{kept}" in reader.heard
+    assert "$a$" not in shown and "\\(" not in shown  # no page takes it for a formula
