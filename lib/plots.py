@@ -68,7 +68,7 @@ def _start(table: pd.DataFrame, needed: str, height: float = 4.0) -> tuple[Figur
 
 def _finish(figure: Figure, title: str) -> Figure:
     """Title over the whole width; legend below the axes, for which the figure grows."""
-    figure.suptitle(textwrap.fill(title[:1].upper() + title[1:], 78), x=0.01, ha="left")
+    figure.suptitle(_wrap(title[:1].upper() + title[1:], 78), x=0.01, ha="left")
     handles, labels = figure.axes[0].get_legend_handles_labels()
     if handles:
         columns = min(3, len(labels), max(1, 84 // (max(map(len, labels)) + 8)))
@@ -81,6 +81,10 @@ def _mark(draw: Callable, at: float | None, label: str) -> None:
     """A thin dotted line (`draw` is axvline or axhline), named in the legend."""
     if at is not None:
         draw(at, color="0.3", lw=1, ls=(0, (2, 2)), label=f"{label} {at:g}")
+
+
+def _wrap(text: object, width: int) -> str:
+    return textwrap.fill(str(text), width, break_on_hyphens=False)
 
 
 def _with_n(title: str, table: pd.DataFrame) -> str:
@@ -114,7 +118,7 @@ def interval_plot(
         y = [groups.index(g) + (i - (len(styles) - 1) / 2) * step for g in rows["group"]]
         axes.hlines(y, *rows[["low", "high"]].to_numpy(float).T, color=style["color"], lw=2)
         axes.plot(rows["value"], y, **style | {"linestyle": ""}, label=condition)
-    axes.set_yticks(range(len(groups)), [textwrap.fill(str(g), 26) for g in groups])
+    axes.set_yticks(range(len(groups)), [_wrap(g, 26) for g in groups])
     axes.set(xlabel=xlabel, ylim=(len(groups) - 0.5, -0.5))
     axes.grid(False, axis="y")
     for between in range(1, len(groups)):
@@ -131,12 +135,11 @@ def bounds_plot(
     Columns label, value, low (no missing score counts), high (every one does), n, n_missing.
     """
     figure, axes = _start(table, "label value low high n n_missing", 1.6 + 0.5 * len(table))
+    axes.use_sticky_edges = False  # or a bar without width would cut its dot in half
     y = np.arange(len(table))
     width = (table["high"] - table["low"]).to_numpy(float)
-    axes.barh(
-        y, width, left=table["low"], height=0.5, color="0.85", edgecolor="0.4", hatch="///",
-        label="from none to all missing scores counted",
-    )  # fmt: skip
+    look = {"height": 0.5, "color": "0.85", "edgecolor": "0.4", "hatch": "///"}
+    axes.barh(y, width, left=table["low"], **look, label="from none to all missing scores counted")
     axes.plot(table["value"], y, ls="", marker="o", color="black", label="share of the scored rows")
     names = [
         f"{textwrap.fill(str(row.label), 34)}\n{int(row.n_missing):,} of {int(row.n):,} missing"
@@ -218,7 +221,7 @@ def category_heatmap(
         for name in values.index
     ]
     axes.set_yticks(range(len(names)), names)
-    axes.set_xticks(range(values.shape[1]), [textwrap.fill(str(c), 16) for c in values.columns])
+    axes.set_xticks(range(values.shape[1]), [_wrap(c, 16) for c in values.columns])
     axes.grid(False)
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
@@ -258,13 +261,11 @@ def learning_curve(
 
 _CSS = """<style>
 .veiled {overflow-x: auto} .veiled table {border-collapse: collapse; width: 100%}
-.veiled caption {text-align: left; caption-side: top; padding: .3em 0}
-.veiled :is(th, td) {text-align: left; vertical-align: top; padding: .4em .6em;
-  border-bottom: 1px solid #8886}
-.veiled bdi {white-space: pre-wrap; overflow-wrap: anywhere}
-.veiled details {min-width: 9em} .veiled summary {cursor: pointer}
-.veiled span[aria-hidden] {filter: blur(3px); overflow-wrap: anywhere; opacity: .55; user-select: none}
-.veiled details[open] span[aria-hidden] {display: none}
+.veiled :is(th, td, caption) {text-align: left; vertical-align: top; padding: .4em .6em}
+.veiled tr {border-bottom: 1px solid #8886} .veiled caption {caption-side: top}
+.veiled bdi {white-space: pre-wrap; overflow-wrap: anywhere} .veiled details {min-width: 9em}
+.veiled summary {cursor: pointer} .veiled details[open] span[aria-hidden] {display: none}
+.veiled span[aria-hidden] {filter: blur(3px); opacity: .55; overflow-wrap: anywhere; user-select: none}
 </style>"""
 _WARNING = "Content warning: click a blurred text, or press Enter on it, to read it."
 

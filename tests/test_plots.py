@@ -128,6 +128,12 @@ def test_intervals_are_drawn_where_the_table_says():
     assert len(set(heights)) == len(table)  # no two dots on one another
 
 
+def test_a_row_without_missing_scores_keeps_its_dot_inside():
+    row = dict(label="m", value=0.5, low=0.5, high=0.5, n=10, n_missing=0)
+    axes = plots.bounds_plot(pd.DataFrame([row]), xlabel="x").axes[0]
+    assert axes.get_xlim()[0] == 0 and axes.get_xlim()[1] > 0.5
+
+
 def test_heatmap_sorts_and_writes_values():
     table = TABLES["category"].assign(value=[0.0, 0.1, nan, 0.31, 0.4, 0.5])
     figure = plots.category_heatmap(table)
