@@ -180,7 +180,8 @@ def paired_difference(
     if interval.n < 2:
         return PairedDifference(*interval, d=np.nan, p=np.nan)
     pooled = np.sqrt((a.var(ddof=1) + b.var(ddof=1)) / 2)
-    flip = np.random.default_rng(seed).choice([-1.0, 1.0], (resamples, len(a))) @ (b - a)
+    rng = np.random.default_rng(seed)  # a row at a time: memory stays small for many pairs
+    flip = np.array([rng.choice([-1.0, 1.0], len(a)) @ (b - a) for _ in range(resamples)])
     p = (1 + (np.abs(flip) >= abs((b - a).sum()) - 1e-12).sum()) / (1 + resamples)
     d = (b - a).mean() / pooled if pooled > 0 else np.nan
     return PairedDifference(*interval, d=float(d), p=float(p))
