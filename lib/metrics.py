@@ -148,7 +148,7 @@ def bootstrap(
 
     result = stats.bootstrap(
         (np.arange(n),), of_units, n_resamples=resamples, vectorized=False,
-        method="percentile", rng=np.random.default_rng(seed),
+        method="percentile", rng=np.random.default_rng(seed), batch=max(1, 2_000_000 // n),
     )  # fmt: skip
     low, high = result.confidence_interval
     return Interval(float(statistic(*columns)), float(low), float(high), n)
