@@ -10,6 +10,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from tokenizers import Regex, Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+from transformers import PreTrainedTokenizerFast
 
 from lib import models, sft
 
@@ -53,15 +57,22 @@ def test_loss_falls_on_every_turn_of_the_assistant(toy):
     assert marked(tokenizer, open_ended) == "<user> a b <assistant> [yes] [.] <user> c"
 
 
-def test_end_of_turn_token_of_chatml_carries_loss_and_is_not_doubled(toy):
-    tokenizer = copy.deepcopy(toy[1])
+def test_end_of_turn_token_of_chatml_carries_loss_and_is_not_doubled():
+    """With a tokenizer that keeps blanks and line ends: the one after the end token has no loss."""
+    pieces = ["<pad>", "<eos>", "user", "assistant", "a", "yes", "no", " ", "\n", ":"]
+    core = Tokenizer(WordLevel({piece: i for i, piece in enumerate(pieces)}, unk_token="a"))
+    core.pre_tokenizer = Split(Regex("[ \n:]"), "isolated")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", pad_token="<pad>")
     tokenizer.chat_template = (
-        "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }}<eos>\n{% endfor %}"
-        "{% if add_generation_prompt %}<assistant> {% endif %}"
+        "{% for m in messages %}{{ m['role'] }}:{{ m['content'] }}<eos>\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
     )
-    conversation = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "yes no"}]
-    row = sft.encode_conversations(tokenizer, [conversation])[0]
-    assert marked(tokenizer, row) == "<user> a <eos> <assistant> [yes] [no] [<eos>]"
+    turns = [("user", "a"), ("assistant", "yes no"), ("user", "a"), ("assistant", "no")]
+    conversation = [{"role": role, "content": text} for role, text in turns]
+    table = sft.loss_tokens(tokenizer, sft.encode_conversations(tokenizer, [conversation])[0])
+    assert "".join(table["token"]) == tokenizer.apply_chat_template(conversation, tokenize=False)
+    spoken = ["yes", " ", "no", "<eos>", "no", "<eos>"]
+    assert table[table["loss"]]["token"].tolist() == spoken
 
 
 def test_turns_that_cannot_be_located_are_refused(toy):
