@@ -431,6 +431,35 @@ def read_rewardlm_csv(path: str | Path) -> pd.DataFrame:
     return table
 
 
+def load_dialoconan(path: str | Path) -> list[list[dict[str, str]]]:
+    """Dialogues of the reader's own DIALOCONAN.csv as conversations: hate turns "user", counter "assistant".
+
+    Columns text, dialogue_id, turn_id, type (HS or CN).  Turns are put in order; an unanswered last turn
+    and empty turns' pairs are left out.  The data may not be redistributed: nothing of it is stored here.
+    Raises ValueError with file and line, FileNotFoundError.
+    """
+    path = Path(path).expanduser()
+    records = _csv_records(path)
+    header = _header(path, records, ("text", "dialogue_id", "turn_id", "type"))
+    dialogues: dict[str, list[tuple[int, str, str]]] = {}
+    for line, fields in records:
+        row = dict(zip(header, fields, strict=True))
+        if row["type"] not in ("HS", "CN") or not row["turn_id"].isdigit():
+            raise ValueError(
+                f"{path.name}, line {line}: type {row['type']!r}, turn_id {row['turn_id']!r}; allowed: HS or "
+                "CN, and a whole number."
+            )
+        turn = (int(row["turn_id"]), row["type"], " ".join(row["text"].split()))
+        dialogues.setdefault(row["dialogue_id"], []).append(turn)
+    conversations = []
+    for turns in map(sorted, dialogues.values()):
+        pairs = zip(turns[::2], turns[1::2], strict=False)  # an odd last turn has no answer
+        whole = [(a, b) for a, b in pairs if (a[1], b[1]) == ("HS", "CN") and a[2] and b[2]]
+        talk = [(r, t) for a, b in whole for r, t in (("user", a[2]), ("assistant", b[2]))]
+        conversations.append([{"role": role, "content": text} for role, text in talk])
+    return [talk for talk in conversations if talk]
+
+
 def load_wikipedia() -> datasets.Dataset:
     """Lead paragraphs of 10,033 English Wikipedia articles: title, text, description, topic, n_words."""
     path = assets.fetch("wikipedia") / "summaries_en-us.json"

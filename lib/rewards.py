@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from lib import generation
+from lib import generation, scoring
 
 RewardFunction = Callable[[generation.Samples], object]  # returns what `place_rewards` takes
 
@@ -65,3 +65,28 @@ def shuffled(reward_fn: RewardFunction) -> RewardFunction:
         return {name: values[order] for name, values in sums.items()}
 
     return control
+
+
+class CleanTextReward:
+    """R(y) = -logit p(toxic) - penalty ([empty] + repetition + non-Latin share), each term by name.
+
+    The logit is held within +-6 (`scoring.Scorer.logit`); repetition is the share of repeated word
+    3-grams.  Answers the defects listed in the RewardLM notes, section 5: sign, saturation, drift.
+    """
+
+    def __init__(self, scorer: scoring.Scorer, penalty: float = 4.0):
+        self.scorer, self.penalty = scorer, penalty
+
+    def __call__(self, samples: generation.Samples) -> dict[str, np.ndarray]:
+        """Components (rows,) of each sample's reward; their sum is the reward."""
+        texts = samples.texts
+        repetition = [scoring.repetition_share(text) for text in texts]
+        faults = {
+            "empty": np.array([scoring.is_empty(text) for text in texts], dtype=float),
+            "repetition": np.nan_to_num(repetition),
+            "non_latin": scoring.script_share(texts),
+        }
+        return {
+            "clean": -self.scorer.logit(texts),
+            **{name: -self.penalty * share for name, share in faults.items()},
+        }

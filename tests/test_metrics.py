@@ -172,6 +172,12 @@ def test_describe_condition_counts_toxic_prompts_apart():
     assert found["perspective/mean"].n == 2
 
 
+def test_rows_without_a_prompt_score_are_counted():
+    found = metrics.describe_condition(table([("a", nan, 0.9, 0.9), ("b", 0.8, 0.9, 0.1)]))
+    assert found["prompt_score/n_missing"].value == 1
+    assert found["perspective_gt_0.5_toxic_prompts/n"].value == 1
+
+
 def test_compare_conditions_pairs_repeated_prompts_by_occurrence():
     before = table([("a", 0.9, 0.9, 0.9), ("a", 0.9, 0.1, 0.1), ("b", 0.9, 0.5, nan)])
     after = table(
