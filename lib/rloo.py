@@ -12,9 +12,10 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
+import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lib import generation, models, ppo, rewards, runtime
+from lib import generation, models, ppo, rewards, runtime, sft
 
 TRL_NAMES = {
     "kl": "kl", "entropy": "entropy", "grad_norm": "grad_norm", "learning_rate": "learning_rate",
@@ -61,8 +62,8 @@ def train_rloo(
             temperature=config.temperature, top_k=config.top_k, top_p=config.top_p,
             beta=config.kl_coef, epsilon=config.clip, learning_rate=config.learning_rate,
             lr_scheduler_type="constant", max_grad_norm=config.max_grad_norm, seed=config.seed,
-            disable_dropout=True, bf16=False, gradient_checkpointing=False, save_strategy="no",
-            logging_steps=1, report_to="none", disable_tqdm=True, use_cpu=policy.device.type == "cpu",
+            disable_dropout=True, bf16=False, save_strategy="no", use_cpu=policy.device.type == "cpu",
+            **sft.PLAIN,
         )  # fmt: skip
         started = time.perf_counter()
         trainer = trl.RLOOTrainer(
@@ -70,6 +71,7 @@ def train_rloo(
             train_dataset=datasets.Dataset.from_dict({"prompt": list(prompts)}),
             peft_config=models.lora_config(policy, top, config.lora_rank),
         )  # fmt: skip
+        trainer.remove_callback(transformers.PrinterCallback)
         trainer.train()
     policy.eval()
     return _history(trainer.state.log_history, score.rows, updates, time.perf_counter() - started)
@@ -107,5 +109,5 @@ def _history(logged: list[dict], scored: list[dict], updates: int, seconds: floa
     )
     history = pd.concat([means, pd.DataFrame(scored)], axis=1)
     history["kl"] = history["kl"] * history["length"]  # TRL logs nats a token
-    history["seconds_update"] = seconds / len(history)  # whole step: TRL does not report stages
+    history["seconds_step"] = seconds / len(history)  # TRL does not report stages
     return history

@@ -21,6 +21,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lib import runtime
 
 NO_LOSS = -100  # label of a token without loss
+PLAIN = {"logging_steps": 1, "report_to": "none", "disable_tqdm": True}
+# saves memory for time; TRL switches it on, and transformers is renaming it
+_RENAMED = "activation_checkpointing" in transformers.TrainingArguments.__dataclass_fields__
+PLAIN["activation_checkpointing" if _RENAMED else "gradient_checkpointing"] = False
 COLUMNS = ["step", "epoch", "loss", "learning_rate", "grad_norm", "held_out_loss"]
 
 
@@ -126,9 +130,9 @@ def _dataset(model, rows, max_length) -> tuple[datasets.Dataset, int]:
             f"within max_length {max_length}. Raise it, or leave out what has no answer to learn."
         )
     if model.config.is_encoder_decoder:  # prompt to the encoder, completion to the decoder
-        places = [row["labels"].count(NO_LOSS) for row in cut]
-        parts = zip([r["input_ids"] for r in cut], [r["labels"] for r in cut], places, strict=True)
-        cut = [{"input_ids": ids[:n], "labels": labels[n:]} for ids, labels, n in parts]
+        for row in cut:
+            prompt = row["labels"].count(NO_LOSS)
+            row.update(input_ids=row["input_ids"][:prompt], labels=row["labels"][prompt:])
     return datasets.Dataset.from_list(cut), sum(len(row["input_ids"]) > max_length for row in rows)
 
 
@@ -136,15 +140,16 @@ def _trainer(model, tokenizer, train, test, **arguments):
     import trl
 
     runtime.quiet_libraries()
-    on_cuda = model.device.type == "cuda"
-    fixed = {
-        "logging_steps": 1, "report_to": "none", "disable_tqdm": True, "save_total_limit": 2,
-        "eval_strategy": "epoch" if test else "no", "gradient_checkpointing": False,
-        "bf16": on_cuda and torch.cuda.is_bf16_supported(), "use_cpu": model.device.type == "cpu",
-    }  # fmt: skip
+    device, evaluate = model.device.type, "epoch" if test else "no"
+    fixed = {**PLAIN, "save_total_limit": 2, "eval_strategy": evaluate, "use_cpu": device == "cpu"}
+    fixed["bf16"] = device == "cuda" and torch.cuda.is_bf16_supported()
     data = dict(model=model, processing_class=tokenizer, train_dataset=train, eval_dataset=test)
     if model.config.is_encoder_decoder:
         collator = transformers.DataCollatorForSeq2Seq(tokenizer, model)
-        arguments = transformers.TrainingArguments(**fixed, **arguments)
-        return transformers.Trainer(args=arguments, data_collator=collator, **data)
-    return trl.SFTTrainer(args=trl.SFTConfig(max_length=None, **fixed, **arguments), **data)
+        settings = transformers.TrainingArguments(**fixed, **arguments)
+        trainer = transformers.Trainer(args=settings, data_collator=collator, **data)
+    else:
+        settings = trl.SFTConfig(max_length=None, **fixed, **arguments)
+        trainer = trl.SFTTrainer(args=settings, **data)
+    trainer.remove_callback(transformers.PrinterCallback)
+    return trainer

@@ -188,6 +188,18 @@ def test_before_the_first_update_the_ratio_is_1_and_kl_is_0(name, kind, layers):
     assert found["ratio_error"] < 1e-5 and found["kl"] == 0
 
 
+def test_adapters_of_the_check_are_those_that_train():
+    """As in a notebook: the check, a run, and a second run that goes on from the first."""
+    model, tokenizer = toy()
+    config = dataclasses.replace(SHORT, train="lora", layers=2, learning_rate=1e-2)
+    ppo.before_update(model, tokenizer, PROMPTS, config)
+    size = models.count_parameters(model)["total"]
+    first = ppo.train_ppo(model, tokenizer, PROMPTS, share_of_yes, config)
+    second = ppo.train_ppo(model, tokenizer, PROMPTS, share_of_yes, config)
+    assert models.count_parameters(model)["total"] == size
+    assert first["kl_k3"].iloc[-1] > 0 and second["kl_k3"][0] == 0  # each starts at its reference
+
+
 def test_the_check_sees_a_changed_policy():
     run, _, rollout = started()
     with torch.no_grad():
@@ -457,7 +469,7 @@ test_ppo.train_resumable(sys.argv[1])
 """
 
 
-def run_python(*arguments, timeout=120):
+def run_python(*arguments, timeout=240):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CI": "1"}
     if sys.platform == "linux":
         environment["GLOO_SOCKET_IFNAME"] = "lo"  # gloo stays on loopback
@@ -533,7 +545,7 @@ def test_rloo_learns_from_the_same_reward_function():
     assert history["step"].tolist() == list(range(1, 13))
     assert history["reward"].tail(3).mean() > history["reward"].head(3).mean() + 0.05
     np.testing.assert_allclose(history["reward"], history["reward/yes"], rtol=1e-5)
-    assert set(history.columns) - {"seconds_update"} <= set(train(SHORT).columns)
+    assert set(history.columns) - {"seconds_step"} <= set(train(SHORT).columns)
 
 
 def test_rloo_needs_two_samples_of_a_prompt():
