@@ -399,6 +399,15 @@ def start_run(notebook: str, *, scale: str, seed: int) -> Run:
     return Run(notebook, scale, seed, folder)
 
 
+def stored_tables(notebook: str, scale: str) -> dict[str, pd.DataFrame]:
+    """Kept results of long runs, `data/results/<notebook>/<scale>/<name>-<run>.csv`, joined by name."""
+    tables: dict[str, list[pd.DataFrame]] = {}
+    folder = project_root() / "data" / "results" / notebook / scale
+    for path in sorted(folder.glob("*-*.csv")):
+        tables.setdefault(path.stem.split("-")[0], []).append(pd.read_csv(path))
+    return {name: pd.concat(parts, ignore_index=True) for name, parts in tables.items()}
+
+
 def describe_run(run: Run, **settings) -> pd.DataFrame:
     """The parameters, versions and device of this run, as the table under the parameters cell."""
     rows = [("scale", run.scale), ("seed", run.seed), ("device", describe_device())]

@@ -121,9 +121,7 @@ def test_reply_cache_keeps_the_first_reply_across_instances_and_threads(tmp_path
 
 
 def test_json_is_plain():
-    text = runtime.to_json(
-        {"a": np.arange(2), "b": torch.tensor(1.5), "c": float("inf"), 1: {2}}
-    )
+    text = runtime.to_json({"a": np.arange(2), "b": torch.tensor(1.5), "c": float("inf"), 1: {2}})
     assert json.loads(text) == {"a": [0, 1], "b": 1.5, "c": None, "1": [2]}
 
 
