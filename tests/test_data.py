@@ -244,6 +244,26 @@ def test_rewardlm_table_names_what_is_wrong(tmp_path, rows, header, message):
     assert message in str(caught.value)
 
 
+def test_dialoconan_becomes_conversations(tmp_path):
+    header = ["text", "TARGET", "dialogue_id", "turn_id", "type", "source"]
+    rows = [
+        ["no\nthey are not", "X", "7", "1", "CN", "s"], ["they are bad", "X", "7", "0", "HS", "s"],
+        ["unanswered", "X", "7", "2", "HS", "s"], ["so?", "Y", "3", "0", "HS", "s"],
+        ["", "Y", "3", "1", "CN", "s"],
+    ]  # fmt: skip
+    talks = data.load_dialoconan(write_csv(tmp_path / "d.csv", rows, header))
+    assert talks == [
+        [
+            {"role": "user", "content": "they are bad"},
+            {"role": "assistant", "content": "no they are not"},
+        ]
+    ]
+    with pytest.raises(ValueError, match="d.csv, line 2: type 'XX', turn_id '0'"):
+        data.load_dialoconan(
+            write_csv(tmp_path / "d.csv", [["t", "X", "1", "0", "XX", "s"]], header)
+        )
+
+
 def test_wikipedia():
     asset("wikipedia")
     table = data.load_wikipedia()

@@ -146,6 +146,17 @@ def test_scale_settings_names_what_is_missing():
         runtime.scale_settings({"a": {"full": 1}, "b": {"demo": 2}}, "full")
 
 
+def test_stored_tables_are_joined_by_name(tmp_path, monkeypatch):
+    monkeypatch.setenv("FEEDBACK_ROOT", str(tmp_path))
+    folder = tmp_path / "data" / "results" / "11_x" / "demo"
+    folder.mkdir(parents=True)
+    for seed in (1, 2):
+        pd.DataFrame({"seed": [seed]}).to_csv(folder / f"scores-seed{seed}.csv", index=False)
+    stored = runtime.stored_tables("11_x", "demo")
+    assert list(stored) == ["scores"] and list(stored["scores"].seed) == [1, 2]
+    assert runtime.stored_tables("11_x", "full") == {}
+
+
 def test_free_memory_releases_a_models_weights():
     layer = torch.nn.Linear(10, 10)
     runtime.free_memory(layer)
