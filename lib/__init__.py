@@ -5,7 +5,11 @@ runtime -> assets -> data -> models -> generation -> losses -> scoring -> metric
 """
 
 import os
+import warnings
 
 # Threads that wait should sleep, not spin: on two cores shared with one busy process, sampling was
 # measured 3.5 times faster so.  Read when torch loads its OpenMP; your own setting wins.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+# Hub libraries ask for notebook widgets, which the course does without.
+warnings.filterwarnings("ignore", message="IProgress not found")

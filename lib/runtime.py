@@ -393,6 +393,7 @@ def start_run(notebook: str, *, scale: str, seed: int) -> Run:
         raise ValueError(f"SEED is {seed!r}; it must be a whole number >= 0.")
     set_seed(seed)
     quiet_libraries()
+    pd.set_option("display.max_colwidth", 160, "display.max_columns", 40)
     chosen = os.environ.get("FEEDBACK_RUN_DIR")
     folder = Path(chosen) if chosen else project_root() / "runs" / "interactive" / notebook
     folder.mkdir(parents=True, exist_ok=True)

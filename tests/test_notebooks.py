@@ -115,13 +115,10 @@ def test_committed_form(path):
 def test_published_with_outputs_and_figures(path):
     book = nbformat.read(path, as_version=4)
     assert any(c.outputs for c in book.cells if c.cell_type == "code"), "run: python -m lib publish"
-    saved = re.findall(
-        r'save_figure\(\s*\w+,\s*"([^"]+)"', "\n".join(c.source for c in cells(path, "code"))
-    )
-    for name in saved:
-        assert (ROOT / "plots" / f"{name}.png").exists() and (
-            ROOT / "plots" / f"{name}.svg"
-        ).exists()
+    shown = sum("image/png" in o.get("data", {}) for c in book.cells for o in c.get("outputs", []))
+    kept = {p.suffix: p.stem for p in (ROOT / "plots").glob(f"{path.stem[:2]}_*")}
+    for suffix in (".png", ".svg"):
+        assert len(list((ROOT / "plots").glob(f"{path.stem[:2]}_*{suffix}"))) == shown > 0, kept
 
 
 # --- running -------------------------------------------------------------------------------------
@@ -148,6 +145,7 @@ def test_smoke(path, tmp_path):
     results = json.loads((folder / "results.json").read_text())
     record = json.loads((folder / "run.json").read_text())
     assert record["status"] == "finished" and record["wall_seconds"] < 60
+    assert results["notebook"] == path.stem
     assert results["metrics"] and results["claims"]
     for name, metric in results["metrics"].items():
         assert set(metric) == {"value", "low", "high", "n", "seeds"}, name
