@@ -41,10 +41,8 @@ def train_rloo(
     import trl
 
     if config.samples_per_prompt < 2:
-        raise ValueError(
-            f"samples_per_prompt is {config.samples_per_prompt}; RLOO compares the samples of a prompt, "
-            "so give 2 or more."
-        )
+        given = config.samples_per_prompt
+        raise ValueError(f"samples_per_prompt is {given}; RLOO compares samples: give 2 or more.")
     if policy.config.is_encoder_decoder:
         raise ValueError("TRL's RLOO trains decoder-only models; use ppo.train_ppo for this one.")
     runtime.quiet_libraries()
@@ -57,8 +55,8 @@ def train_rloo(
         arguments = trl.RLOOConfig(
             output_dir=folder, max_steps=config.steps * updates, num_iterations=config.epochs,
             per_device_train_batch_size=config.minibatch_size, gradient_accumulation_steps=1,
-            steps_per_generation=slices,
-            num_generations=config.samples_per_prompt, max_completion_length=config.max_new_tokens,
+            steps_per_generation=slices, num_generations=config.samples_per_prompt,
+            max_completion_length=config.max_new_tokens,
             temperature=config.temperature, top_k=config.top_k, top_p=config.top_p,
             beta=config.kl_coef, epsilon=config.clip, learning_rate=config.learning_rate,
             lr_scheduler_type="constant", max_grad_norm=config.max_grad_norm, seed=config.seed,
