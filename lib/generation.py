@@ -26,9 +26,8 @@ from transformers.modeling_outputs import BaseModelOutput
 from lib import runtime
 
 ROWS_PER_BATCH = {"cpu": 128, "mps": 128, "cuda": 512}
-KEEP_SHARE = (
-    0.75  # rows are dropped when fewer than this share still run (dropping copies the cache)
-)
+# rows are dropped when fewer than this share still run (dropping copies the cache)
+KEEP_SHARE = 0.75
 # top-p looks at this many tokens first (measured: with 256 every second row needs a full sort)
 FIRST_CANDIDATES = 2048
 
@@ -112,7 +111,7 @@ def sample(
     """Draw n continuations of each prompt; see `Decoding` for max_new_tokens, temperature, top_k, top_p.
 
     Prompts are texts or token ids.  `noise`, uniform (rows, max_new_tokens), takes the place of `seed`
-    where several processes share one batch.  Decoder-only and encoder-decoder models.  With temperature 0 the
+    where several processes share one batch.  Decoder-only and encoder-decoder.  With temperature 0 the
     tokens equal those of `transformers.generate(do_sample=False)`.  Raises ValueError for n < 1, bad
     decoding settings, an empty prompt without a start token, or a prompt too long for the model.
     """

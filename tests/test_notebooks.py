@@ -116,9 +116,9 @@ def test_published_with_outputs_and_figures(path):
     book = nbformat.read(path, as_version=4)
     assert any(c.outputs for c in book.cells if c.cell_type == "code"), "run: python -m lib publish"
     shown = sum("image/png" in o.get("data", {}) for c in book.cells for o in c.get("outputs", []))
-    kept = {p.suffix: p.stem for p in (ROOT / "plots").glob(f"{path.stem[:2]}_*")}
     for suffix in (".png", ".svg"):
-        assert len(list((ROOT / "plots").glob(f"{path.stem[:2]}_*{suffix}"))) == shown > 0, kept
+        kept = sorted((ROOT / "plots").glob(f"{path.stem[:2]}_*{suffix}"))
+        assert len(kept) == shown > 0, kept
 
 
 # --- running -------------------------------------------------------------------------------------
