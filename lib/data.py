@@ -61,7 +61,7 @@ def _text_records(path: Path) -> Iterator[tuple[int, dict]]:
         yield number, {"prompt": line}
 
 
-def _jsonl_records(path: Path) -> Iterator[tuple[int, dict]]:
+def jsonl_records(path: Path) -> Iterator[tuple[int, dict]]:
     for number, line in enumerate(_lines(path), 1):
         try:
             yield number, json.loads(line)
@@ -72,11 +72,11 @@ def _jsonl_records(path: Path) -> Iterator[tuple[int, dict]]:
             ) from None  # fmt: skip
 
 
-def _json_records(path: Path) -> Iterator[tuple[int, dict]]:
+def json_records(path: Path) -> Iterator[tuple[int, dict]]:
     """Records of a JSON list, with the line each starts on; a file of JSON lines is read as such."""
     text = _read_text(path)
     if text.lstrip()[0] != "[":
-        yield from _jsonl_records(path)
+        yield from jsonl_records(path)
         return
     gap, decoder = re.compile(r"[\s,]*"), json.JSONDecoder()
     try:
@@ -90,7 +90,7 @@ def _json_records(path: Path) -> Iterator[tuple[int, dict]]:
         raise ValueError(f"{path.name}, line {error.lineno}: not JSON ({error.msg}).") from None
 
 
-def _csv_records(path: Path) -> Iterator[tuple[int, list[str]]]:
+def csv_records(path: Path) -> Iterator[tuple[int, list[str]]]:
     """(physical line on which the record starts, fields); the header comes first."""
     reader = csv.reader(io.StringIO(_read_text(path), newline=""), strict=True)
     width = None
@@ -128,7 +128,7 @@ def _header(path: Path, records: Iterator, needed: Sequence[str]) -> list[str]:
 
 
 def _csv_dicts(path: Path) -> Iterator[tuple[int, dict]]:
-    records = _csv_records(path)
+    records = csv_records(path)
     header = _header(path, records, ["prompt"])
     for line, fields in records:
         yield line, dict(zip(header, fields, strict=True))
@@ -159,8 +159,8 @@ def _score(value: object, where: str) -> tuple[float, str]:
 _READERS: dict[str, Callable[[Path], Iterator[tuple[int, dict]]]] = {
     ".txt": _text_records,
     ".csv": _csv_dicts,
-    ".jsonl": _jsonl_records,
-    ".json": _json_records,
+    ".jsonl": jsonl_records,
+    ".json": json_records,
 }
 
 
@@ -410,7 +410,7 @@ def read_rewardlm_csv(path: str | Path) -> pd.DataFrame:
     ValueError with file and line (where the record starts), FileNotFoundError.
     """
     path = Path(path).expanduser()
-    records = _csv_records(path)
+    records = csv_records(path)
     header = _header(path, records, REWARDLM_COLUMNS)
     lines, rows = [], []
     for line, fields in records:
@@ -439,7 +439,7 @@ def load_dialoconan(path: str | Path) -> list[list[dict[str, str]]]:
     Raises ValueError with file and line, FileNotFoundError.
     """
     path = Path(path).expanduser()
-    records = _csv_records(path)
+    records = csv_records(path)
     header = _header(path, records, ("text", "dialogue_id", "turn_id", "type"))
     dialogues: dict[str, list[tuple[int, str, str]]] = {}
     for line, fields in records:
