@@ -185,7 +185,7 @@ def to_rankings_rm(rankings: pd.DataFrame) -> dict[str, dict[str, list[list[str]
 def to_rating_eval(
     outputs: Iterable[dict], skip: Sequence[str] = ("selfinstruct",)
 ) -> pd.DataFrame:
-    """Model outputs as a table to rate: instruction, input (always ""), response; `skip` data sets left out."""
+    """Outputs as a table to rate: instruction, input (always ""), response; `skip` data sets left out."""
     rows = [(o["instruction"], "", o["output"]) for o in outputs if o["dataset"] not in skip]
     return pd.DataFrame(rows, columns=RATING[:-1], dtype=object)
 
@@ -437,8 +437,9 @@ def win_points_by_rating(reference: pd.DataFrame, policy: pd.DataFrame) -> pd.Da
     First rating of each instruction, joined on the instruction alone: 1 for the higher score, 0.5 for the
     same, 0 for the lower.  Columns instruction, response1 (reference), response2 (policy), points.
     """
-    sides = [t.drop_duplicates("instruction")[["instruction", "response", "score"]] for t in (reference, policy)]  # fmt: skip
-    rows = sides[0].merge(sides[1], on="instruction", suffixes=("1", "2"))
+    columns = ["instruction", "response", "score"]
+    left, right = (t.drop_duplicates("instruction")[columns] for t in (reference, policy))
+    rows = left.merge(right, on="instruction", suffixes=("1", "2"))
     rows["points"] = (1 + np.sign(rows["score2"] - rows["score1"])) / 2
     return rows[["instruction", "response1", "response2", "points"]]
 
@@ -480,10 +481,12 @@ def win_rate(points: Sequence[float]) -> WinRate:
 
 def common_points(by_rating: pd.DataFrame, by_ranking: pd.DataFrame) -> pd.DataFrame:
     """Points of the instructions evaluated under both protocols (first row of each): rating, ranking."""
-    sides = [
-        t.drop_duplicates("instruction").set_index("instruction") for t in (by_rating, by_ranking)
-    ]
-    return sides[0][["points"]].join(sides[1][["points"]], lsuffix="1", rsuffix="2", how="inner").set_axis(["rating", "ranking"], axis=1)  # fmt: skip
+    tables = {"rating": by_rating, "ranking": by_ranking}
+    firsts = {
+        name: table.drop_duplicates("instruction").set_index("instruction")["points"]
+        for name, table in tables.items()
+    }
+    return pd.concat(firsts, axis=1, join="inner")
 
 
 def sign_test(a: Sequence[float], b: Sequence[float]) -> float:
