@@ -19,6 +19,7 @@ import seaborn
 from IPython.display import HTML
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
 WIDTH = 7.0  # inches
@@ -211,21 +212,83 @@ def category_heatmap(
     values = table.pivot(index="category", columns="condition", values="value").astype(float)
     values = values[list(dict.fromkeys(table["condition"]))]
     values = values.loc[values.mean(1).sort_values(ascending=False, kind="stable").index]
-    image = axes.imshow(values, cmap="cividis", aspect="auto")
-    for (i, j), value in np.ndenumerate(values.to_numpy()):
-        dark = image.norm(value) <= 0.55  # False where NaN: an empty cell is white
-        text = "-" if np.isnan(value) else f"{value:.2f}"
-        axes.text(j, i, text, ha="center", va="center", color="white" if dark else "black")
+    image = _cells(axes, values, "{:.2f}")
     names = [
         _with_n(str(name).replace("_", " "), table[table["category"] == name])
         for name in values.index
     ]
     axes.set_yticks(range(len(names)), names)
+    figure.colorbar(image, ax=axes, label=label)
+    return _finish(figure, title)
+
+
+def agreement_heatmap(
+    table: pd.DataFrame, *, xlabel: str, ylabel: str, title: str = "Agreement of two annotations"
+) -> Figure:
+    """Counts of a square table (rows: one annotation, columns: the other), agreement framed."""
+    figure, axes = _start(table.reset_index(), "", 1.5 + 0.7 * len(table))
+    image = _cells(axes, table, "{:,.0f}")
+    for k in range(len(table)):
+        axes.add_patch(Rectangle((k - 0.48, k - 0.48), 0.96, 0.96, fill=False, lw=2.5))
+    axes.set_yticks(range(len(table)), table.index)
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    figure.colorbar(image, ax=axes, label="pairs")
+    return _finish(figure, f"{title} (n = {int(table.to_numpy().sum()):,})")
+
+
+def _cells(axes: Axes, values: pd.DataFrame, form: str):
+    """A table as coloured cells with each value written in it; columns are named, rows are not."""
+    image = axes.imshow(values.astype(float), cmap="cividis", aspect="auto")
+    for (i, j), value in np.ndenumerate(values.to_numpy(float)):
+        dark = image.norm(value) <= 0.55  # False where NaN: an empty cell is white
+        text = "-" if np.isnan(value) else form.format(value)
+        axes.text(j, i, text, ha="center", va="center", color="white" if dark else "black")
     axes.set_xticks(range(values.shape[1]), [_wrap(c, 16) for c in values.columns])
     axes.grid(False)
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
-    figure.colorbar(image, ax=axes, label=label)
+    return image
+
+
+# --- annotations ---------------------------------------------------------------------------------
+
+
+def flow_chart(stages: Sequence[str], *, title: str) -> Figure:
+    """Boxes from left to right with arrows between them: the pipeline of a notebook."""
+    figure, axes = _start(pd.DataFrame({"stage": list(stages)}), "stage", 1.5)
+    for k, stage in enumerate(stages):
+        axes.text(
+            k, 0, _wrap(stage, max(9, 80 // len(stages))), ha="center", va="center", fontsize=9,
+            bbox=dict(boxstyle="round,pad=0.5", facecolor="0.95", edgecolor="0.4"),
+        )  # fmt: skip
+    arrow = dict(arrowstyle="->", color="0.4", shrinkA=0, shrinkB=0)
+    for k in range(len(stages) - 1):
+        axes.annotate("", (k + 0.58, 0), (k + 0.42, 0), arrowprops=arrow)
+    axes.set(xlim=(-0.5, len(stages) - 0.5), ylim=(-0.5, 0.5))
+    axes.axis("off")
+    return _finish(figure, title)
+
+
+def score_histogram(
+    table: pd.DataFrame, *, xlabel: str = "rating", title: str = "How often each rating is given"
+) -> Figure:
+    """Share of each whole-number score, conditions side by side.  Columns condition, score."""
+    figure, axes = _start(table, "condition score")
+    styles = condition_styles(table["condition"])
+    values = np.arange(table["score"].min(), table["score"].max() + 1)
+    width = 0.8 / len(styles)
+    hatches = ("", "///", "...", "xxx", "\\\\\\", "++", "oo", "**")
+    for i, ((condition, style), hatch) in enumerate(zip(styles.items(), hatches, strict=False)):
+        scores = table.loc[table["condition"] == condition, "score"]
+        share = [(scores == value).mean() for value in values]
+        left = values + (i - (len(styles) - 1) / 2) * width
+        label = f"{condition} (n = {len(scores):,})"
+        axes.bar(
+            left, share, width, color=style["color"], hatch=hatch, edgecolor="white", label=label
+        )
+    axes.set_xticks(values)
+    axes.set(xlabel=xlabel, ylabel="share")
+    axes.grid(False, axis="x")
     return _finish(figure, title)
 
 
@@ -253,6 +316,7 @@ def learning_curve(
         label = f"{arm} ({count} seed{'s' * (count > 1)})"
         axes.plot(seeds.index, seeds.mean(axis=1), **style, markevery=every, label=label)
     _mark(axes.axhline, reference, "reference")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(xlabel=xlabel, ylabel=ylabel)
     return _finish(figure, title or f"{ylabel} over training: mean and range over seeds")
 
