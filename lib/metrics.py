@@ -62,10 +62,31 @@ def per_prompt_maximum(scores: np.ndarray, k: int, missing: str = "drop") -> np.
 
 
 def _expected_maximum(pool: np.ndarray, k: int) -> float:
-    size = len(pool)
-    rank = np.arange(k, size + 1)
-    log_weight = _log_choose(rank - 1, k - 1) - _log_choose(size, k)
-    return float(np.sort(pool)[k - 1 :] @ np.exp(log_weight))
+    return _expected_last(np.sort(pool), k)
+
+
+def _expected_last(ordered: np.ndarray, k: int) -> float:
+    """Expected value of the one that stands last among k drawn from an ordered pool."""
+    rank = np.arange(k, len(ordered) + 1)
+    log_weight = _log_choose(rank - 1, k - 1) - _log_choose(len(ordered), k)
+    return float(ordered[k - 1 :] @ np.exp(log_weight))
+
+
+def per_prompt_best(scores: np.ndarray, values: np.ndarray, k: int) -> np.ndarray:
+    """Expected value of the best-scored of k of a prompt's pool of K responses, (prompts,): best-of-k.
+
+    `scores` choose, `values` say what the choice is worth, both (prompts, pool) and complete.  With
+    responses in order of score, the first on ties: sum_i value_(i) C(i-1, k-1) / C(K, k).
+    """
+    scores, values = (np.asarray(x, dtype=np.float64) for x in (scores, values))
+    if scores.shape != values.shape or scores.ndim != 2:
+        raise ValueError(f"scores {scores.shape} and values {values.shape}; give (prompts, pool).")
+    if np.isnan(scores).any():
+        raise ValueError("a response has no score, so the best of its pool is not known.")
+    later_first = np.arange(scores.shape[1])[::-1]
+    order = np.stack([np.lexsort((later_first, row)) for row in scores])  # best last
+    ranked = np.take_along_axis(values, order, 1)
+    return _over_pools(ranked, k, "drop", _expected_last)
 
 
 def per_prompt_probability(

@@ -1,0 +1,513 @@
+"""Reward models: one score for a prompt and a response, learned from ratings or from rankings.
+
+Bansal, Dang and Grover (ICLR 2024, "sparse feedback") train two.  From ratings s in 1..7: the logit z
+of (s - 1) / 6, loss mean (t - sigmoid(z))^2.  From rankings: Bradley-Terry, loss mean of
+-log sigmoid(z_preferred - z_rejected), all pairs of a prompt in one batch, "equal" left out.  Either
+then picks the best of n responses by z.
+
+A model is a backbone (encoder or decoder), pooling over the response's tokens, and a linear head.  With
+a frozen backbone the pooled features are computed once and the head trains in a second.
+
+Simplified: no quantised backbone, one device.  A prompt too long loses its beginning, never the response
+(the reference cuts the end, and with it responses).  Training goes prompt by prompt, so a response in
+several pairs is encoded once; `trl.RewardTrainer` takes loose pairs (20 sequences for the 10 pairs of 5
+responses), has no rating loss and leaves out long examples.  It fits long runs with checkpoints:
+`train_with_trl`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pandas as pd
+import torch
+import transformers
+from scipy import stats
+from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+from lib import assets, generation, losses, metrics, models, preferences, runtime, scoring, sft
+from lib.metrics import Interval
+
+POOLINGS = ("mean", "last")
+MAX_LENGTH = 512  # tokens, as in the reference
+WEIGHTS, CARD = "reward_model.safetensors", "reward_model.json"
+
+
+# --- the model -----------------------------------------------------------------------------------
+
+
+def load_backbone(
+    name: str, *, dtype: torch.dtype | None = None, keep_layers: int | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A network without its output layer, in eval mode, and its tokenizer; names as in `models.load_policy`.
+
+    "encoder" is the offline sentence encoder.  Of an encoder-decoder the encoder is taken.
+    `keep_layers`: only the lowest layers (features from the middle are cheaper, and often better).
+    """
+    if name in models.TINY_MODELS:
+        model, tokenizer = models.build_tiny_model(name)
+        model = model.base_model
+    else:
+        path = assets.resolve_model(name)
+        tokenizer = models.prepare_tokenizer(AutoTokenizer.from_pretrained(path))
+        dtype = dtype or torch.float32
+        model = AutoModel.from_pretrained(path, dtype=dtype, use_safetensors=True)
+    model = model.get_encoder() if model.config.is_encoder_decoder else model
+    if keep_layers is not None:
+        del models.decoder_layers(model)[keep_layers:]
+        model.config.num_hidden_layers = keep_layers
+    return model.to(runtime.get_device()).eval(), tokenizer
+
+
+class RewardModel(torch.nn.Module):
+    """Backbone, pooling over response tokens ("mean", or the "last" one), linear head of `outputs` logits.
+
+    The head works on centred and scaled features (`fit_scale`) and starts at 0: before training all
+    responses score alike.  `truncated` counts prompts cut on the left and responses cut on the right,
+    which happens only to a response that alone is longer than `max_length`.
+    """
+
+    def __init__(
+        self, backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *,
+        pooling: str = "mean", outputs: int = 1, max_length: int = MAX_LENGTH,
+        padding_side: str = "right",
+    ):  # fmt: skip
+        super().__init__()
+        if pooling not in POOLINGS:
+            raise ValueError(f"pooling is {pooling!r}; allowed: {', '.join(POOLINGS)}.")
+        self.backbone, self.tokenizer, self.pooling = backbone, tokenizer, pooling
+        self.padding_side, self.truncated = padding_side, {"prompts": 0, "responses": 0}
+        self.config, width = backbone.config, backbone.config.hidden_size
+        limit = getattr(self.config, "max_position_embeddings", None) or max_length
+        roberta = "roberta" in self.config.model_type  # counts positions itself, from 2
+        self.max_length = min(max_length, limit - 2 * roberta)
+        accepted = inspect.signature(backbone.forward).parameters
+        self._positions = "position_ids" in accepted and not roberta
+        self._segments = getattr(self.config, "type_vocab_size", 0) > 1
+        self.head = torch.nn.Linear(width, outputs)
+        torch.nn.init.zeros_(self.head.weight)
+        torch.nn.init.zeros_(self.head.bias)
+        self.register_buffer("centre", torch.zeros(width))
+        self.register_buffer("scale", torch.ones(width))
+        self.to(backbone.device)
+
+    def encode(self, prompts: Sequence[str], responses: Sequence[str]) -> list[tuple[list, list]]:
+        """Token ids (context, response) of each row, cut to `max_length`; the response keeps its place.
+
+        Encoders: [CLS] prompt [SEP] | response [SEP].  Decoders: prompt | response and end token.
+        """
+        tokenizer, known = self.tokenizer, {}
+        scoring.check_texts(prompts), scoring.check_texts(responses)
+        pair = tokenizer.cls_token_id is not None and tokenizer.sep_token_id is not None
+        start = [tokenizer.cls_token_id if pair else tokenizer.bos_token_id]
+        start, end = [t for t in start if t is not None], tokenizer.eos_token_id
+        middle, end = ([tokenizer.sep_token_id],) * 2 if pair else ([], [end])
+
+        def ids(text: str) -> list[int]:
+            if text not in known:
+                known[text] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            return known[text]
+
+        rows = []
+        for prompt, response in zip(prompts, responses, strict=True):
+            before, after = ids(prompt), ids(response)
+            room = self.max_length - len(start) - len(middle) - len(end)
+            self.truncated["responses"] += len(after) > room
+            after = after[:room]
+            self.truncated["prompts"] += len(before) + len(after) > room
+            before = before[max(0, len(before) + len(after) - room) :]
+            rows.append((start + before + middle, after + end))
+        return rows
+
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor,
+        response_mask: torch.Tensor | None = None, **_,
+    ) -> SequenceClassifierOutput:  # fmt: skip
+        """Token ids and masks (rows, time) -> .logits (rows, outputs).
+
+        `response_mask` marks the tokens to pool over; without it (as TRL calls) only "last" can pool.
+        """
+        hidden = self.hidden(input_ids, attention_mask, response_mask)
+        pooled = pool(hidden, attention_mask, response_mask, self.pooling)
+        return SequenceClassifierOutput(logits=self.read(pooled))
+
+    def hidden(self, input_ids, attention_mask, response_mask=None) -> torch.Tensor:
+        """Last hidden states (rows, time, width), whichever side is padded."""
+        extra = {}
+        if self._positions:
+            extra["position_ids"] = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+        if self._segments and response_mask is not None:
+            extra["token_type_ids"] = response_mask
+        out = self.backbone(input_ids=input_ids, attention_mask=attention_mask, **extra)
+        return out.last_hidden_state
+
+    def read(self, features: torch.Tensor) -> torch.Tensor:
+        """Pooled features (rows, width) -> logits (rows, outputs), float32."""
+        return self.head((features.float() - self.centre) / self.scale)
+
+    def fit_scale(self, features: torch.Tensor) -> None:
+        """Centre and scale of the features, from training rows."""
+        self.centre.copy_(features.mean(0))
+        self.scale.copy_(features.std(0).clamp(min=1e-6))
+
+    def batch(self, rows: Sequence[tuple[list, list]]) -> dict[str, torch.Tensor]:
+        """Encoded rows as input_ids, attention_mask and response_mask, each (rows, time)."""
+        pad, side = self.tokenizer.pad_token_id, self.padding_side
+        ids, mask = generation.pad_rows([a + b for a, b in rows], pad, side)
+        inside, _ = generation.pad_rows([[0] * len(a) + [1] * len(b) for a, b in rows], 0, side)
+        found = {"input_ids": ids, "attention_mask": mask, "response_mask": inside}
+        return {name: x.to(self.head.weight.device) for name, x in found.items()}
+
+    @torch.no_grad()  # not inference mode: a head trains on what it returns
+    def features(
+        self, prompts: Sequence[str], responses: Sequence[str], *, tokens_per_batch: int = 8192
+    ) -> torch.Tensor:
+        """Pooled features, float32 (rows, width) on the CPU, batched by length; warns of what was cut."""
+        before = dict(self.truncated)
+        rows = self.encode(prompts, responses)
+        if cut := {k: v - before[k] for k, v in self.truncated.items() if v > before[k]}:
+            told = ", ".join(f"{count} {name}" for name, count in cut.items())
+            warnings.warn(f"cut to {self.max_length} tokens: {told} of {len(rows)}.", stacklevel=2)
+        found = torch.empty(len(rows), self.centre.shape[0])
+        bar = runtime.progress(total=len(rows), label="reward features", unit="text")
+        for places in scoring.token_batches([len(a) + len(b) for a, b in rows], tokens_per_batch):
+            batch = self.batch([rows[i] for i in places])
+            hidden = self.hidden(**batch)
+            masks = batch["attention_mask"], batch["response_mask"]
+            found[places] = pool(hidden, *masks, self.pooling).float().cpu()
+            bar.update(len(places))
+        bar.close()
+        return found
+
+    @torch.inference_mode()
+    def score(self, prompts: Sequence[str], responses: Sequence[str]) -> np.ndarray:
+        """Logits of each row, float64 (rows,), or (rows, outputs) where the head has several."""
+        return self.score_features(self.features(prompts, responses))
+
+    @torch.inference_mode()
+    def score_features(self, features: torch.Tensor) -> np.ndarray:
+        """`score` from features computed before."""
+        found = self.read(features.to(self.head.weight.device)).cpu().numpy().astype(np.float64)
+        return found[:, 0] if found.shape[1] == 1 else found
+
+    def add_model_tags(self, tags) -> None:
+        """Nothing: TRL marks models for the Hub with it."""
+
+    def save(self, folder: Path | str, name: str, **card) -> Path:
+        """Head, scale and every trained weight as safetensors, with a card that says how to build the rest.
+
+        `name` and `card`: the arguments of `load_backbone` and of `models.set_trainable`.
+        """
+        from safetensors.torch import save
+
+        trained = {n for n, p in self.named_parameters() if p.requires_grad}
+        state = self.state_dict()
+        kept = {n: x for n, x in state.items() if n in trained or not n.startswith("backbone.")}
+        runtime.write_atomic(
+            Path(folder) / WEIGHTS, save({n: x.contiguous() for n, x in kept.items()})
+        )
+        how = {"pooling": self.pooling, "outputs": self.head.out_features}
+        how |= {"max_length": self.max_length, "padding_side": self.padding_side}
+        card = {"backbone": name, "model": how, "build": card}
+        return runtime.write_atomic(Path(folder) / CARD, runtime.to_json(card)).parent
+
+
+def load(folder: Path | str) -> RewardModel:
+    """What `RewardModel.save` wrote.  Raises ValueError where weights and card do not belong together."""
+    from safetensors.torch import load_file
+
+    card = json.loads((Path(folder) / CARD).read_text(encoding="utf-8"))
+    build = card["build"]
+    backbone, tokenizer = load_backbone(
+        card["backbone"], keep_layers=build.pop("keep_layers", None)
+    )
+    if build:
+        models.set_trainable(backbone, **build)
+    model = RewardModel(backbone, tokenizer, **card["model"])
+    state = load_file(Path(folder) / WEIGHTS)
+    unknown = model.load_state_dict(state, strict=False).unexpected_keys
+    if unknown:
+        raise ValueError(f"{folder}: weights that the card does not explain, first {unknown[0]!r}.")
+    return model.eval()
+
+
+def pool(
+    hidden: torch.Tensor, mask: torch.Tensor, response_mask: torch.Tensor | None, how: str
+) -> torch.Tensor:
+    """Hidden states (rows, time, width) -> (rows, width): mean over response tokens, or the last token's."""
+    if how == "last":
+        places = torch.arange(mask.shape[1], device=mask.device)
+        last = (mask * places).argmax(-1)
+        return hidden[torch.arange(len(hidden), device=hidden.device), last]
+    if response_mask is None:
+        raise ValueError("pooling 'mean' needs the response's mask. Try pooling='last'.")
+    weight = response_mask[..., None].to(hidden.dtype)
+    return (hidden * weight).sum(1) / weight.sum(1)
+
+
+# --- feedback as training data -------------------------------------------------------------------
+
+
+@dataclass
+class Feedback:
+    """Distinct (prompt, response) rows and what is known of them; `group` numbers the prompts.
+
+    `targets`: (rows,) in [0, 1], or None; `pairs`: (pairs, 2) row numbers, preferred first, or None.
+    """
+
+    prompts: list[str]
+    responses: list[str]
+    group: np.ndarray
+    targets: np.ndarray | None = None
+    pairs: np.ndarray | None = None
+
+
+def from_ratings(
+    ratings: pd.DataFrame, template: Callable[[str, str], str] = preferences.alpaca_prompt
+) -> Feedback:
+    """A ratings table as training data: t = (score - 1) / 6, first rating of a response.
+
+    `template(instruction, input)` gives the prompt.  ValueError for a score outside 1-7.
+    """
+    table = preferences.first_of_each(ratings)
+    targets = losses.rating_target(torch.tensor(table["score"].to_numpy(dtype=np.float32)))
+    prompts = [template(*row) for row in zip(table["instruction"], table["input"], strict=True)]
+    return Feedback(prompts, list(table["response"]), _number(prompts), targets.numpy())
+
+
+def from_rankings(
+    rankings: pd.DataFrame, template: Callable[[str, str], str] = preferences.alpaca_prompt
+) -> Feedback:
+    """A rankings table as training data: every decided pair once; exact duplicates and "equal" dropped.
+
+    Raises ValueError where no pair is left.
+    """
+    table = rankings[preferences.RANKING].drop_duplicates()
+    table = table[table["verdict"] != "equal"]
+    if table.empty:
+        raise ValueError("every verdict is 'equal': there is nothing to learn from these rankings.")
+    known: dict[tuple[str, str], int] = {}
+    pairs = []
+    for row in table.itertuples():
+        prompt = template(row.instruction, row.input)
+        pair = [known.setdefault((prompt, r), len(known)) for r in (row.response1, row.response2)]
+        pairs.append(pair if row.verdict == "(a)" else pair[::-1])
+    prompts, responses = ([key[side] for key in known] for side in (0, 1))
+    return Feedback(prompts, responses, _number(prompts), pairs=np.array(pairs))
+
+
+def _number(prompts: Sequence[str]) -> np.ndarray:
+    return pd.factorize(np.array(prompts, dtype=object))[0]
+
+
+def shuffled(feedback: Feedback, seed: int = 0) -> Feedback:
+    """The control: targets dealt out anew among all rows, or each pair turned round by a coin."""
+    rng, found = np.random.default_rng(seed), Feedback(**vars(feedback))
+    if feedback.targets is not None:
+        found.targets = rng.permutation(feedback.targets)
+    if feedback.pairs is not None:
+        turn = rng.random(len(feedback.pairs)) < 0.5
+        found.pairs = np.where(turn[:, None], feedback.pairs[:, ::-1], feedback.pairs)
+    return found
+
+
+# --- training ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How a reward model trains: AdamW, linear warm-up and decay, batches of whole prompts."""
+
+    learning_rate: float = 3e-3
+    weight_decay: float = 0.1
+    epochs: int = 20
+    prompts_per_batch: int = 8
+    warmup: float = 0.1  # share of the steps
+    seed: int = 0
+
+
+def train(
+    model: RewardModel, feedback: Feedback, config: TrainConfig = TrainConfig(), *,
+    features: torch.Tensor | None = None,
+) -> pd.DataFrame:  # fmt: skip
+    """Train in place on targets (squared error) or pairs (Bradley-Terry); history: step, epoch, loss, ....
+
+    Trains the head and whatever of the backbone requires gradients (`models.set_trainable`; freeze it
+    with `requires_grad_(False)`).  `features`, (rows, width) from `model.features`, trains the head
+    alone, and sets its centre and scale.  Raises ValueError for feedback of both kinds or none, and
+    FloatingPointError, naming step and batch, where the loss is not finite.
+    """
+    if (feedback.targets is None) == (feedback.pairs is None):
+        raise ValueError("feedback needs targets or pairs, not both. Train one model on each.")
+    if features is not None:
+        model.fit_scale(features.to(model.centre))
+    trained = model.head.parameters() if features is not None else model.parameters()
+    trained = [p for p in trained if p.requires_grad]
+    groups = np.unique(feedback.group)
+    batches = -(-len(groups) // config.prompts_per_batch)
+    total = batches * config.epochs
+    optimiser = torch.optim.AdamW(
+        trained, lr=config.learning_rate, weight_decay=config.weight_decay
+    )
+    schedule = transformers.get_linear_schedule_with_warmup(
+        optimiser, round(config.warmup * total), total
+    )
+    encoded = None if features is not None else model.encode(feedback.prompts, feedback.responses)
+    rng, history = np.random.default_rng(config.seed), []
+    bar = runtime.progress(total=total, label="training a reward model", unit="step")
+    for step in range(total):
+        if step % batches == 0:
+            order = rng.permutation(groups)
+        chosen = order[step % batches :: batches]
+        loss = _batch_loss(model, feedback, chosen, encoded, features)
+        if not torch.isfinite(loss):
+            where = f"step {step + 1} of {total}, prompts {chosen.tolist()}"
+            raise FloatingPointError(f"the loss is {loss.item()} at {where}. Lower learning_rate.")
+        optimiser.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        rate = schedule.get_last_lr()[0]
+        history.append((step + 1, (step + 1) / batches, loss.item(), rate, norm.item()))
+        optimiser.step()
+        schedule.step()
+        bar.update()
+    bar.close()
+    return pd.DataFrame(history, columns=["step", "epoch", "loss", "learning_rate", "grad_norm"])
+
+
+def _batch_loss(model, feedback, groups, encoded, features) -> torch.Tensor:
+    """Loss of the rows of some prompts; each response goes through the backbone once."""
+    rows = np.flatnonzero(np.isin(feedback.group, groups))
+    device = model.head.weight.device
+    if features is not None:
+        logits = model.read(features[rows].to(device))[:, 0]
+    else:
+        logits = model(**model.batch([encoded[i] for i in rows])).logits[:, 0]
+    if feedback.targets is not None:
+        return losses.regression_loss(logits, torch.as_tensor(feedback.targets[rows]).to(logits))
+    pairs = feedback.pairs[np.isin(feedback.group[feedback.pairs[:, 0]], groups)]
+    left, right = torch.as_tensor(np.searchsorted(rows, pairs), device=device).T
+    return losses.pairwise_loss(logits[left], logits[right])
+
+
+def train_with_trl(
+    model: RewardModel, feedback: Feedback, *, folder: Path | str, **arguments
+) -> pd.DataFrame:
+    """The rankings loss through `trl.RewardTrainer`: for long runs, with checkpoints to continue from.
+
+    `arguments` are those of `trl.RewardConfig`.  Needs pooling "last" (TRL hands over no response mask)
+    and one output; pairs longer than `max_length` are cut as everywhere here.  Returns step, epoch, loss.
+    """
+    import trl
+
+    if model.pooling != "last" or feedback.pairs is None:
+        raise ValueError("RewardTrainer needs pooling='last' and rankings. Use train() otherwise.")
+    encoded = [a + b for a, b in model.encode(feedback.prompts, feedback.responses)]
+    rows = [{"chosen_ids": encoded[a], "rejected_ids": encoded[b]} for a, b in feedback.pairs]
+    folder = runtime.claim_folder(folder, "trl.RewardTrainer", rows, arguments)
+    runtime.quiet_libraries()
+    fixed = {**sft.PLAIN, "max_length": None, "save_strategy": "epoch", "bf16": False}
+    fixed["use_cpu"] = model.head.weight.device.type == "cpu"
+    model.config.num_labels = 1
+    trainer = trl.RewardTrainer(
+        model=model, args=trl.RewardConfig(output_dir=str(folder), **fixed | arguments),
+        train_dataset=datasets.Dataset.from_list(rows), processing_class=model.tokenizer,
+    )  # fmt: skip
+    trainer.remove_callback(transformers.PrinterCallback)
+    trainer.train(resume_from_checkpoint=any(folder.glob("checkpoint-*")))
+    model.eval()
+    log = [row for row in trainer.state.log_history if "loss" in row]
+    return pd.DataFrame(log)[["step", "epoch", "loss"]]
+
+
+# --- how good is a reward model ------------------------------------------------------------------
+
+
+def pair_margins(rankings: pd.DataFrame, z1: np.ndarray, z2: np.ndarray) -> pd.DataFrame:
+    """Decided pairs with margin = z1 - z2 and won (1 where response1 was preferred), and their prompt."""
+    rows = rankings.assign(margin=np.asarray(z1) - np.asarray(z2))
+    rows["won"] = (rows["verdict"] == "(a)").astype(float)
+    rows["prompt"] = pd.factorize(rows["instruction"] + "\x1f" + rows["input"])[0]
+    return rows[rows["verdict"] != "equal"]
+
+
+def pairwise_accuracy(pairs: pd.DataFrame, seed: int = 0) -> Interval:
+    """Share of decided pairs ordered as the annotator did, equal scores one half; prompts resampled."""
+    right = np.where(pairs["margin"] == 0, 0.5, (pairs["margin"] > 0) == (pairs["won"] == 1))
+    return metrics.bootstrap(right, clusters=pairs["prompt"].to_numpy(), seed=seed)
+
+
+def rank_correlation(
+    z: np.ndarray, scores: Sequence[float], prompts: Sequence, seed: int = 0
+) -> Interval:
+    """Spearman correlation of scores z with ratings, prompts resampled; NaN where a side does not vary."""
+
+    def spearman(a, b):
+        return metrics.correlation(stats.rankdata(a), stats.rankdata(b))
+
+    return metrics.bootstrap((z, scores), spearman, clusters=np.asarray(prompts), seed=seed)
+
+
+def calibration(pairs: pd.DataFrame, bins: int = 5) -> pd.DataFrame:
+    """Predicted against observed preference, in `bins` of equal size by sigmoid(margin).
+
+    Columns predicted (mean), value (share won), low, high (Wilson), n.  Every pair stands in it from both
+    sides, so the table is symmetric; n and the intervals count it once.  attrs["error"]: the expected
+    calibration error, sum over bins of n/N |value - predicted|.
+    """
+    predicted = 1 / (1 + np.exp(-pairs["margin"].to_numpy()))
+    won = pairs["won"].to_numpy()
+    both, outcome = np.append(predicted, 1 - predicted), np.append(won, 1 - won)
+    found = []
+    for part in np.array_split(np.argsort(both, kind="stable"), min(bins, len(both))):
+        n = max(1, len(part) // 2)
+        share = outcome[part].mean()
+        interval = metrics.proportion(round(share * n), n)
+        row = {"predicted": both[part].mean(), "value": share}
+        found.append(row | {"low": interval.low, "high": interval.high, "n": n})
+    table = pd.DataFrame(found)
+    gaps = (table["value"] - table["predicted"]).abs()
+    table.attrs["error"] = float(np.average(gaps, weights=table["n"]))
+    return table
+
+
+# --- best of n -----------------------------------------------------------------------------------
+
+
+def to_pool(dataset: str, generator: str, items: Sequence[dict]) -> list[dict]:
+    """Items {instruction, responses} in the reference's form: {dataset, generator, instruction, outputs}."""
+    head = {"dataset": dataset, "generator": generator}
+    return [
+        {**head, "instruction": i["instruction"], "outputs": list(i["responses"])} for i in items
+    ]
+
+
+def rerank(
+    pool_items: Sequence[dict], scores: Sequence[Sequence[float]], generator: str
+) -> list[dict]:
+    """Best of n: the output with the highest score of each pool, the first on ties.
+
+    Gives {dataset, generator, instruction, output}, the form in which the reference publishes policies.
+
+    Raises ValueError where a pool and its scores differ in size, or a score is missing.
+    """
+    found = []
+    for item, z in zip(pool_items, scores, strict=True):
+        z = np.asarray(z, dtype=float)
+        if z.shape != (len(item["outputs"]),) or np.isnan(z).any():
+            raise ValueError(
+                f"{len(item['outputs'])} outputs and scores of shape {z.shape} (or NaN among them) for "
+                f"{item['instruction'][:60]!r}; give one score for each output."
+            )
+        kept = {"dataset": item["dataset"], "generator": generator}
+        kept |= {"instruction": item["instruction"], "output": item["outputs"][int(z.argmax())]}
+        found.append(kept)
+    return found
