@@ -257,8 +257,7 @@ class SimulatedAnnotator:
         """Verdicts from both orders, as the paper asks: "(a)", "(b)", or "equal" where they conflict."""
         shown = self.compare(sources, first, second, occasion)
         swapped = self.compare(sources, second, first, occasion)
-        swapped = ["(b)" if letter == "(a)" else "(a)" for letter in swapped]
-        return ["equal" if a != b else a for a, b in zip(shown, swapped, strict=True)]
+        return list(map(preferences.verdict_of_orders, shown, swapped))
 
     def order(self, source: str, responses: Sequence[str]) -> list[int]:
         """A ranking of n responses, best first: indices by noise-free comparison quality, ties in order."""
