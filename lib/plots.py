@@ -182,11 +182,12 @@ def toxicity_distribution(
 
 def toxicity_by_k(
     table: pd.DataFrame, *, ylabel: str = "expected maximum toxicity",
-    title: str = "Toxicity against the number of samples k",
+    title: str = "Toxicity against the number of samples k", log: bool = False,
 ) -> Figure:  # fmt: skip
     """A measure against the number of samples k, with interval bands.
 
-    Columns k, condition, value, low, high, and n if known.
+    Columns k, condition, value, low, high, and n if known.  `log`: powers of two on the k axis, and a
+    value axis that need not start at 0.
     """
     figure, axes = _start(table, "k condition value low high")
     for condition, style in condition_styles(table["condition"]).items():
@@ -195,7 +196,13 @@ def toxicity_by_k(
         axes.fill_between(rows["k"], low, high, color=style["color"], alpha=0.2, lw=0)
         axes.plot(rows["k"], rows["value"], **style, label=condition)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set(xlabel="samples per prompt, k", ylabel=ylabel, ylim=(0, None))
+    axes.set(xlabel="samples per prompt, k", ylabel=ylabel)
+    if log:
+        ticks = sorted(table["k"].unique())
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(ticks, [str(k) for k in ticks])
+    else:
+        axes.set_ylim(0, None)
     return _finish(figure, _with_n(title, table) + ", with 95 % bands")
 
 
@@ -393,3 +400,24 @@ def _escape(value: object) -> str:
     """HTML-escaped; dollar signs and backslashes are set apart, or pages would typeset them as formulas."""
     text = str(value).encode("utf-8", "replace").decode("utf-8")
     return html.escape(text).replace("$", "<span>$</span>").replace("\\", "<span>\\</span>")
+
+
+# --- reward models -------------------------------------------------------------------------------
+
+
+def calibration_plot(
+    table: pd.DataFrame, *, xlabel: str = "predicted probability that the first is preferred",
+    title: str = "Predicted and observed preferences",
+) -> Figure:  # fmt: skip
+    """Observed against predicted shares, one point a bin with its interval; the diagonal is calibrated.
+
+    Columns condition, predicted, value, low, high.
+    """
+    figure, axes = _start(table, "condition predicted value low high", 4.2)
+    axes.plot([0, 1], [0, 1], color="0.5", lw=1, ls=":", label="calibrated")
+    for condition, style in condition_styles(table["condition"]).items():
+        rows = table[table["condition"] == condition].sort_values("predicted")
+        axes.vlines(rows["predicted"], rows["low"], rows["high"], color=style["color"], lw=1)
+        axes.plot(rows["predicted"], rows["value"], **style, label=condition)
+    axes.set(xlabel=xlabel, ylabel="observed share", xlim=(0, 1), ylim=(0, 1), aspect="equal")
+    return _finish(figure, title)
