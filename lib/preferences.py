@@ -15,6 +15,7 @@ import csv
 import io
 import itertools
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -356,7 +357,13 @@ def judge_report(ratings: pd.DataFrame, rankings: pd.DataFrame) -> pd.DataFrame:
     checks = [
         ("ratings: commonest score's share", top, 0.9, "at most", len(scores)),
         ("ratings: entropy, bits", _entropy(scores), 0.5, "at least", len(scores)),
-        ("rankings: share of equal", np.mean(verdicts == "equal"), 0.8, "at most", len(verdicts)),
+        (
+            "rankings: share of equal",
+            rankings["verdict"].eq("equal").mean(),
+            0.8,
+            "at most",
+            len(verdicts),
+        ),
         ("rankings: entropy, bits", _entropy(verdicts), 0.5, "at least", len(verdicts)),
     ]
     if {"first", "swapped"} <= set(rankings):
@@ -376,13 +383,14 @@ def missing_by_pair(items: Iterable[dict], rankings: pd.DataFrame) -> pd.DataFra
 
     An uneven column shows losses that are not random (such as every second call failing).
     """
-    ranked = set(_keys(rankings, RANKING[:-1]))
+    ranked = Counter(_keys(rankings, RANKING[:-1]))
     rows = []
     for item in items:
         table = to_rankings_table([item])
         numbers = itertools.combinations(range(1, len(item["responses"]) + 1), 2)
-        names = [f"{i}-{j}" for i, j in numbers]
-        rows += zip(names, (key in ranked for key in _keys(table, table.columns)), strict=True)
+        for (i, j), key in zip(numbers, _keys(table, table.columns), strict=True):
+            rows.append((f"{i}-{j}", ranked[key] > 0))
+            ranked[key] -= 1  # a row answers one pair, also where two responses are alike
     found = pd.DataFrame(rows, columns=["pair", "present"]).groupby("pair", sort=False)["present"]
     return found.agg(present="sum", expected="size", share="mean").reset_index()
 

@@ -94,13 +94,17 @@ def key_facts(source: str, max_facts: int = 6) -> tuple[str, ...]:
     found = _COPULA.search(source)
     definition = " ".join(_content(found[1])[:5]) if found else ""
     known = set(stems(source[: found.start()] if found else ""))
+    known.update(stems(definition))
     facts = [definition] if definition else []
     body = source[found.start() :] if found else source
     for name in _NAME.finditer(body):
-        before = body[: name.start()].rstrip()
         words = name[0].split()
-        if not before or before[-1] in ".!?\n":  # a capital may only start the sentence
-            words = words if len(words) > 1 else []
+        before = body[: name.start()].rstrip()
+        opens = not before or before[-1] in ".!?"  # of a sentence: its capital may mean nothing
+        if words[0].lower() in ENGLISH_STOP_WORDS:
+            words = words[1:]
+        elif opens and len(words) == 1 and not words[0][0].isdigit():
+            words = []
         phrase = " ".join(words).strip(".,")
         new = [stem for stem in stems(phrase) if stem not in known]
         if new:

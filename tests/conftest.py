@@ -1,6 +1,7 @@
 """Fixtures shared by the tests: tiny models (no download) and the real policy where it can be had."""
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("FEEDBACK_HEADLESS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -47,3 +48,12 @@ def real_prompts():
     asset("prompts")
     found = data.load_prompts("realtoxicityprompts", n=64, seed=1)["prompt"]
     return [p if i % 3 else p + " " + found[i - 1] for i, p in enumerate(found)]
+
+
+@pytest.fixture(scope="session")
+def real_data():
+    """The papers' own files, which `FEEDBACK_DATA` names; nothing of them is in the project."""
+    folder = os.environ.get("FEEDBACK_DATA")
+    if not folder or not Path(folder).is_dir():
+        pytest.skip("FEEDBACK_DATA names no folder with the papers' own files")
+    return Path(folder)
