@@ -11,8 +11,10 @@ Never loads remote code or pickled weights.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import inspect
 import json
+import logging
 import re
 from dataclasses import dataclass
 
@@ -23,6 +25,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -49,11 +52,14 @@ def load_policy(
     dtype: torch.dtype | None = None,
     device: torch.device | None = None,
     revision: str | None = None,
+    eight_bit: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A language model in eval mode (dropout off) and its left-padding tokenizer.
 
     `dtype` defaults to what sampling is fastest in here (`runtime.inference_dtype`); tiny models
-    are always float32.  Raises ValueError for an unknown name, AssetError where it cannot be had.
+    are always float32.  `eight_bit`: linear weights in 8 bits (LLM.int8, by bitsandbytes); only LoRA
+    can train such a model.  Raises ValueError for an unknown name or where bitsandbytes is missing,
+    AssetError where the model cannot be had.
     """
     device = device or runtime.get_device()
     if name in TINY_MODELS:
@@ -63,9 +69,31 @@ def load_policy(
         config = AutoConfig.from_pretrained(path)
         family = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         dtype = dtype or runtime.inference_dtype(device)
-        model = family.from_pretrained(path, dtype=dtype, use_safetensors=True)
+        options = _eight_bit_options(device) if eight_bit else {}
+        model = family.from_pretrained(path, dtype=dtype, use_safetensors=True, **options)
         tokenizer = prepare_tokenizer(AutoTokenizer.from_pretrained(path))
-    return model.to(device).eval(), tokenizer
+    return (model if is_eight_bit(model) else model.to(device)).eval(), tokenizer
+
+
+def has_eight_bit() -> bool:
+    """Whether bitsandbytes is installed and a GPU is here (on a CPU 8 bits save memory, not time)."""
+    return torch.cuda.is_available() and importlib.util.find_spec("bitsandbytes") is not None
+
+
+def is_eight_bit(model: PreTrainedModel) -> bool:
+    """Whether the model's linear weights are held in 8 bits."""
+    return bool(getattr(model, "is_loaded_in_8bit", False))
+
+
+def _eight_bit_options(device: torch.device) -> dict:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError(
+            "eight_bit=True needs bitsandbytes, which is not installed. Try `pip install bitsandbytes`, "
+            "or eight_bit=False."
+        )
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of each cast, each time
+    quantization = BitsAndBytesConfig(load_in_8bit=True)
+    return {"quantization_config": quantization, "device_map": {"": device}}
 
 
 def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
@@ -91,9 +119,9 @@ def set_trainable(
     """Choose what trains, in place; return how many of the lowest decoder layers stay frozen.
 
     "top": the `layers` uppermost decoder layers and the norm after them.  "lora": adapters of rank
-    `lora_rank` (alpha = rank,
-    no dropout) on every linear map of those layers.  "all": everything.  What is not frozen trunk
-    becomes float32; the trunk keeps its dtype.  ValueError for other names or numbers of layers.
+    `lora_rank` (alpha = rank, no dropout) on every linear map of those layers.  "all": everything.
+    What is not frozen trunk becomes float32; the trunk keeps its dtype, as does a model in 8 bits.
+    ValueError for other names, numbers of layers, or an 8-bit model with anything but "lora".
     """
     stack = decoder_layers(model)
     if train not in ("top", "lora", "all"):
@@ -102,6 +130,8 @@ def set_trainable(
         raise ValueError(
             f"layers is {layers}; this model has {len(stack)}: give 1 to {len(stack)}."
         )
+    if is_eight_bit(model) and train != "lora":
+        raise ValueError(f"train is {train!r}; a model in 8 bits trains with 'lora' only.")
     frozen = 0 if train == "all" else len(stack) - layers
     _raise_above_trunk(model, stack, frozen)
     model.requires_grad_(train == "all")
@@ -132,6 +162,8 @@ def _norms_after(model, stack) -> list[torch.nn.Module]:
 
 
 def _raise_above_trunk(model, stack, frozen: int) -> None:
+    if is_eight_bit(model):  # its weights stay as they are; the adapters are float32
+        return
     trunk_dtype = next(stack[0].parameters()).dtype
     model.float()
     if frozen and trunk_dtype != torch.float32 and not model.config.is_encoder_decoder:
@@ -257,7 +289,7 @@ class SharedTrunkPolicy(torch.nn.Module):
         if self.value_model is not None and not reference:
             hidden = self.value_model(**batch.inputs(self.value_model)).logits[:, -shape[1] :]
         logits = output.logits.float().view(*shape, -1)
-        return logits, self.value_head(hidden).view(shape)
+        return logits, self.value_head(hidden.float()).view(shape)
 
     def _encoder_trains(self) -> bool:
         return any(p.requires_grad for p in self.model.get_encoder().parameters())

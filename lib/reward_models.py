@@ -220,6 +220,22 @@ class RewardModel(torch.nn.Module):
         return runtime.write_atomic(Path(folder) / CARD, runtime.to_json(card)).parent
 
 
+class FeatureStore:
+    """Features of a model's frozen backbone, each (prompt, response) computed once."""
+
+    def __init__(self, model: RewardModel):
+        self.model, self.rows, self.known = model, torch.empty(0, len(model.centre)), {}
+
+    def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> torch.Tensor:
+        """Features (rows, width), for `train` and `RewardModel.score_features`."""
+        wanted = list(zip(prompts, responses, strict=True))
+        if new := [key for key in dict.fromkeys(wanted) if key not in self.known]:
+            self.known |= {key: len(self.rows) + i for i, key in enumerate(new)}
+            found = self.model.features([p for p, _ in new], [r for _, r in new])
+            self.rows = torch.cat([self.rows, found])
+        return self.rows[[self.known[key] for key in wanted]]
+
+
 def load(folder: Path | str) -> RewardModel:
     """What `RewardModel.save` wrote.  Raises ValueError where weights and card do not belong together."""
     from safetensors.torch import load_file

@@ -56,3 +56,35 @@ def test_policy_loads_and_speaks(policy):
     ids = tokenizer("The capital of France is", return_tensors="pt")
     best = model(**ids).logits[0, -1].argmax()
     assert tokenizer.decode(best).strip() == "Paris"
+
+
+# --- 8 bits --------------------------------------------------------------------------------------
+
+
+def saved(tiny, folder):
+    model, tokenizer = tiny
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def test_eight_bits_need_bitsandbytes(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(
+        ValueError, match="eight_bit=True needs bitsandbytes, which is not installed"
+    ):
+        models.load_policy(saved(tiny, tmp_path), eight_bit=True)
+    assert not models.has_eight_bit()
+
+
+def test_a_model_in_eight_bits_trains_adapters_only(tiny, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    model, _ = models.load_policy(saved(tiny, tmp_path), eight_bit=True)
+    assert models.is_eight_bit(model)
+    with pytest.raises(
+        ValueError, match="train is 'top'; a model in 8 bits trains with 'lora' only"
+    ):
+        models.set_trainable(model, "top", layers=1)
+    models.set_trainable(model, "lora", layers=1)
+    trained = {n: p.dtype for n, p in model.named_parameters() if p.requires_grad}
+    assert trained and all("lora_" in n and d == torch.float32 for n, d in trained.items())
