@@ -212,14 +212,20 @@ def category_heatmap(
 ) -> Figure:  # fmt: skip
     """Value of each category (rows, highest mean on top) and condition (columns), written in the cells.
 
-    Columns category, condition, value, and n if known (then in the row's name).
+    Columns category, condition, value; if known, low and high (written below the value) and n (in the
+    row's name).
     """
     categories = table.get("category", pd.Series(dtype=object)).nunique()
-    figure, axes = _start(table, "category condition value", 1.7 + 0.42 * categories)
+    figure, axes = _start(table, "category condition value", 1.7 + 0.62 * categories)
     values = table.pivot(index="category", columns="condition", values="value").astype(float)
     values = values[list(dict.fromkeys(table["condition"]))]
     values = values.loc[values.mean(1).sort_values(ascending=False, kind="stable").index]
-    image = _cells(axes, values, "{:.2f}")
+    bounds = [
+        table.pivot(index="category", columns="condition", values=side).reindex_like(values)
+        for side in ("low", "high")
+        if side in table
+    ]
+    image = _cells(axes, values, "{:.2f}", bounds)
     names = [
         _with_n(str(name).replace("_", " "), table[table["category"] == name])
         for name in values.index
@@ -243,13 +249,17 @@ def agreement_heatmap(
     return _finish(figure, f"{title} (n = {int(table.to_numpy().sum()):,})")
 
 
-def _cells(axes: Axes, values: pd.DataFrame, form: str):
-    """A table as coloured cells with each value written in it; columns are named, rows are not."""
+def _cells(axes: Axes, values: pd.DataFrame, form: str, bounds: Sequence[pd.DataFrame] = ()):
+    """A table as coloured cells, each value and its bounds written in; columns are named, rows are not."""
     image = axes.imshow(values.astype(float), cmap="cividis", aspect="auto")
     for (i, j), value in np.ndenumerate(values.to_numpy(float)):
         dark = image.norm(value) <= 0.55  # False where NaN: an empty cell is white
-        text = "-" if np.isnan(value) else form.format(value)
-        axes.text(j, i, text, ha="center", va="center", color="white" if dark else "black")
+        text, colour = "-" if np.isnan(value) else form.format(value), "white" if dark else "black"
+        place = dict(ha="center", color=colour)
+        axes.text(j, i, text, va="bottom" if bounds else "center", **place)
+        if bounds and not np.isnan(value):
+            ends = " to ".join(form.format(side.iloc[i, j]) for side in bounds)
+            axes.text(j, i, f"\n{ends}", va="center", fontsize=10, **place)
     axes.set_xticks(range(values.shape[1]), [_wrap(c, 16) for c in values.columns])
     axes.grid(False)
     axes.spines[:].set_visible(False)
@@ -265,7 +275,7 @@ def flow_chart(stages: Sequence[str], *, title: str) -> Figure:
     figure, axes = _start(pd.DataFrame({"stage": list(stages)}), "stage", 1.5)
     for k, stage in enumerate(stages):
         axes.text(
-            k, 0, _wrap(stage, max(9, 80 // len(stages))), ha="center", va="center", fontsize=9,
+            k, 0, _wrap(stage, max(9, 80 // len(stages))), ha="center", va="center", fontsize=10,
             bbox=dict(boxstyle="round,pad=0.5", facecolor="0.95", edgecolor="0.4"),
         )  # fmt: skip
     arrow = dict(arrowstyle="->", color="0.4", shrinkA=0, shrinkB=0)

@@ -35,6 +35,9 @@ TABLES = {
     "distribution": pd.DataFrame(
         {"condition": ["a"] * 5 + ["b"] * 2, "score": [0.1, 0.5, 0.5, 0.9, nan, 0.2, 0.8]}
     ),
+    "ratings": pd.DataFrame(
+        {"condition": ["people"] * 4 + ["a model"] * 3, "score": [1, 7, 7, 4, 6, 6, 5]}
+    ),
     "bounds": pd.DataFrame(
         [dict(label="measured_tox_RL_m", value=0.113, low=0.099, high=0.22, n=5549, n_missing=669)]
     ),
@@ -50,6 +53,7 @@ FIGURES = {
     "distribution": plots.toxicity_distribution,
     "bounds": lambda t: plots.bounds_plot(t, xlabel="share above 0.5"),
     "curve": lambda t: plots.learning_curve(t, ylabel="reward"),
+    "ratings": plots.score_histogram,
 }
 
 
@@ -139,8 +143,23 @@ def test_heatmap_sorts_and_writes_values():
     figure = plots.category_heatmap(table)
     assert figure.axes[0].get_yticklabels()[0].get_text().startswith("severe toxicity")
     cells = {t.get_text(): t.get_color() for t in figure.axes[0].texts}
-    assert {"0.31", "0.50", "-"} <= set(cells)
+    assert {"0.31", "0.50", "-"} <= set(cells) and "\n0.20 to 0.40" in cells
     assert (cells["-"], cells["0.00"], cells["0.50"]) == ("black", "white", "black")
+
+
+def test_agreement_shows_every_count_and_frames_the_diagonal():
+    counts = [[19, 8, 10], [11, 21, 7], [6, 9, 1026]]
+    table = pd.DataFrame(counts, index=list("a=b"), columns=list("a=b"))
+    axes = plots.agreement_heatmap(table, xlabel="rankings", ylabel="ratings").axes[0]
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("rankings", "ratings")
+    assert sorted(t.get_text() for t in axes.texts)[-3:] == ["7", "8", "9"]
+    assert "1,026" in {t.get_text() for t in axes.texts} and len(axes.patches) == 3
+
+
+def test_flow_chart_writes_every_stage():
+    stages = ["instructions", "five responses", "ratings and rankings"]
+    written = texts(plots.flow_chart(stages, title="What happens"))
+    assert set(stages) <= written and "What happens" in written
 
 
 def test_learning_curve_shows_mean_and_range():
