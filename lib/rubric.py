@@ -45,6 +45,15 @@ class Span:
 
 
 @dataclass(frozen=True)
+class Critique:
+    """One remark: its category, the fact or clause it is about ("" for none), and the sentence."""
+
+    category: str
+    target: str
+    text: str
+
+
+@dataclass(frozen=True)
 class Judgement:
     """What the rubric finds in one response.  Shares in [0, 1]; `missing` names facts of the passage."""
 
@@ -269,27 +278,32 @@ class SimulatedAnnotator:
         return np.argsort(-quality, kind="stable").tolist()
 
     def critique(self, source: str, response: str, *, name_facts: bool = True) -> str:
-        """One or two sentences on the worst part, as a person would write them; "" if nothing is wrong.
+        """A sentence on the worst part, as a person would write it; "" if nothing is wrong.
 
         name_facts=False names the category only (naming a missing fact gives the answer away).
         """
+        return self.remark(source, response, name_facts=name_facts).text
+
+    def remark(self, source: str, response: str, *, name_facts: bool = True) -> Critique:
+        """`critique` with its category and what it is about: the missing fact, or the clause to drop."""
         judgement = self.rubric.judge(source, response)
-        category = judgement.category
+        category, target = judgement.category, ""
         if category == "none":
-            return ""
+            return Critique(category, "", "")
         texts = _WORDINGS[category]
         draw = int(runtime.content_hash(self.seed, "critique", source, response)[:8], 16)
         wording = texts[draw % len(texts)]
         if category == "coverage":
-            return wording.format(judgement.missing[0] if name_facts else "an important fact")
-        if category == "support":
+            target = judgement.missing[0] if judgement.missing else ""
+            filled = [target if name_facts and target else "an important fact"]
+        elif category == "support":
             wrong = [s for s in judgement.spans if s.category == "support"]
-            quoted = (
-                f'"{response[wrong[0].start : wrong[0].end].strip(" .,;:!?")}"' if wrong else ""
-            )
-            return wording.format(quoted if name_facts and quoted else "some of its statements")
-        short = judgement.words < self.rubric.min_words
-        return wording.format(*(("short", "longer") if short else ("long", "shorter")))
+            target = response[wrong[0].start : wrong[0].end].strip(" .,;:!?") if wrong else ""
+            filled = [f'"{target}"' if name_facts and target else "some of its statements"]
+        else:
+            short = judgement.words < self.rubric.min_words
+            filled = ["short", "longer"] if short else ["long", "shorter"]
+        return Critique(category, target, wording.format(*filled))
 
     def _noise(self, what: str, occasion: int, texts) -> np.ndarray:
         """One standard normal number a question, a function of seed, kind, occasion and texts."""
