@@ -20,7 +20,7 @@ from __future__ import annotations
 import inspect
 import json
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,6 +91,8 @@ class RewardModel(torch.nn.Module):
         self.max_length = min(max_length, limit - 2 * roberta)
         accepted = inspect.signature(backbone.forward).parameters
         self._positions = "position_ids" in accepted and not roberta
+        self._pair = tokenizer.cls_token_id is not None and tokenizer.sep_token_id is not None
+        self._causal = self._positions and not self._pair and "past_key_values" in accepted
         self._segments = getattr(self.config, "type_vocab_size", 0) > 1
         self.head = torch.nn.Linear(width, outputs)
         torch.nn.init.zeros_(self.head.weight)
@@ -106,7 +108,7 @@ class RewardModel(torch.nn.Module):
         """
         tokenizer, known = self.tokenizer, {}
         scoring.check_texts(prompts), scoring.check_texts(responses)
-        pair = tokenizer.cls_token_id is not None and tokenizer.sep_token_id is not None
+        pair = self._pair
         start = [tokenizer.cls_token_id if pair else tokenizer.bos_token_id]
         start, end = [t for t in start if t is not None], tokenizer.eos_token_id
         middle, end = ([tokenizer.sep_token_id],) * 2 if pair else ([], [end])
@@ -177,15 +179,38 @@ class RewardModel(torch.nn.Module):
             told = ", ".join(f"{count} {name}" for name, count in cut.items())
             warnings.warn(f"cut to {self.max_length} tokens: {told} of {len(rows)}.", stacklevel=2)
         found = torch.empty(len(rows), self.centre.shape[0])
+        shared = self._causal and all(a for a, _ in rows) and not runtime.plain_mode()
         bar = runtime.progress(total=len(rows), label="reward features", unit="text")
-        for places in scoring.token_batches([len(a) + len(b) for a, b in rows], tokens_per_batch):
-            batch = self.batch([rows[i] for i in places])
-            hidden = self.hidden(**batch)
-            masks = batch["attention_mask"], batch["response_mask"]
-            found[places] = pool(hidden, *masks, self.pooling).float().cpu()
+        for places in _batches(rows, tokens_per_batch, shared):
+            batch = [rows[i] for i in places]
+            found[places] = (self._after_prefix if shared else self._pooled)(batch).float().cpu()
             bar.update(len(places))
         bar.close()
         return found
+
+    def _pooled(self, rows) -> torch.Tensor:
+        batch = self.batch(rows)
+        masks = batch["attention_mask"], batch["response_mask"]
+        return pool(self.hidden(**batch), *masks, self.pooling)
+
+    def _after_prefix(self, rows) -> torch.Tensor:
+        """`_pooled` for a decoder: each prompt goes through it once, however many responses it has."""
+        pad, device = self.tokenizer.pad_token_id, self.head.weight.device
+        number = {context: i for i, context in enumerate(dict.fromkeys(tuple(a) for a, _ in rows))}
+        ids, seen = (x.to(device) for x in generation.pad_rows([*map(list, number)], pad, "left"))
+        positions = (seen.cumsum(-1) - 1).clamp(min=0)
+        prefix = {"input_ids": ids, "attention_mask": seen, "position_ids": positions}
+        cache = self.backbone(**prefix, use_cache=True).past_key_values
+        places = torch.tensor([number[tuple(a)] for a, _ in rows], device=device)
+        cache.batch_select_indices(places)
+        ids, inside = (
+            x.to(device) for x in generation.pad_rows([b for _, b in rows], pad, "right")
+        )
+        seen = torch.cat([seen[places], inside], 1)
+        rest = {"attention_mask": seen, "past_key_values": cache, "use_cache": True}
+        positions = (seen.cumsum(-1) - 1)[:, -ids.shape[1] :]
+        out = self.backbone(input_ids=ids, position_ids=positions, **rest)
+        return pool(out.last_hidden_state, inside, inside, self.pooling)
 
     @torch.inference_mode()
     def score(self, prompts: Sequence[str], responses: Sequence[str]) -> np.ndarray:
@@ -253,6 +278,23 @@ def load(folder: Path | str) -> RewardModel:
     if unknown:
         raise ValueError(f"{folder}: weights that the card does not explain, first {unknown[0]!r}.")
     return model.eval()
+
+
+def _batches(rows, budget: int, shared: bool) -> Iterator[list[int]]:
+    """Row numbers in batches of like length; with shared=True rows of one prompt stand together."""
+    lengths = [len(a) + len(b) for a, b in rows]
+    if not shared:
+        yield from scoring.token_batches(lengths, budget)
+        return
+    batch, width = [], 0
+    for i in sorted(range(len(rows)), key=lambda i: (len(rows[i][0]), rows[i], i)):
+        width = max(width, lengths[i])
+        if batch and width * (len(batch) + 1) > budget:
+            yield batch
+            batch, width = [], lengths[i]
+        batch.append(i)
+    if batch:
+        yield batch
 
 
 def pool(

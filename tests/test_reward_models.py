@@ -70,6 +70,33 @@ def test_a_score_does_not_depend_on_padding(build, pooling, side):
     alone = [model.score([p], [r])[0] for p, r in zip(PROMPTS, RESPONSES, strict=True)]
     np.testing.assert_allclose(together, alone, atol=1e-5)
     assert np.ptp(together) > 1e-3  # the scores differ, so the comparison says something
+    in_training = model(**model.batch(model.encode(PROMPTS, RESPONSES))).logits[:, 0]
+    np.testing.assert_allclose(in_training.detach(), alone, atol=1e-5)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "last"])
+def test_a_prompt_computed_once_gives_the_same_features(monkeypatch, pooling):
+    prompts = [p for p in PROMPTS[:3] for _ in RESPONSES]
+    model, responses = decoder(pooling=pooling), RESPONSES * 3
+    fast = model.features(prompts, responses, tokens_per_batch=60)
+    calls = []
+    hook = model.backbone.register_forward_hook(lambda *_: calls.append(1))
+    model.features(prompts, responses)
+    hook.remove()
+    assert len(calls) == 2  # all prompts, then all responses
+    monkeypatch.setenv("LIB_PLAIN", "1")
+    torch.testing.assert_close(fast, model.features(prompts, responses), atol=1e-5, rtol=1e-4)
+    assert fast.std(0).max() > 1e-3
+
+
+def test_features_are_kept():
+    store = reward_models.FeatureStore(decoder())
+    first = store(["you", "the cat", "you"], ["nice", "ran", "nice"])
+    torch.testing.assert_close(first[0], first[2])
+    hook = store.model.backbone.register_forward_hook(lambda *_: pytest.fail("computed again"))
+    torch.testing.assert_close(store(["the cat"], ["ran"])[0], first[1])
+    hook.remove()
+    assert len(store.rows) == 2
 
 
 def test_both_padding_sides_give_the_same_score():
