@@ -144,6 +144,10 @@ class Rubric:
         held = _stem_set(response)
         return bool(needed) and sum(stem in held for stem in needed) >= len(needed) / 2
 
+    def foreign(self, source: str, response: str) -> frozenset[str]:
+        """Stems of the response that the source does not have."""
+        return _stem_set(response) - _stem_set(source)
+
     def judge(self, source: str, response: str) -> Judgement:
         """Judge one response about the passage `source`.  An empty response covers and supports nothing."""
         facts = self.facts(source)
@@ -294,7 +298,8 @@ class SimulatedAnnotator:
         draw = int(runtime.content_hash(self.seed, "critique", source, response)[:8], 16)
         wording = texts[draw % len(texts)]
         if category == "coverage":
-            target = judgement.missing[0] if judgement.missing else ""
+            missing = judgement.missing  # one of them, drawn: not always the definition
+            target = missing[draw // 8 % len(missing)] if missing else ""
             filled = [target if name_facts and target else "an important fact"]
         elif category == "support":
             wrong = [s for s in judgement.spans if s.category == "support"]
