@@ -25,10 +25,44 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lib import data, generation, metrics, runtime, scoring
 from lib.feedback import ChatClient, chat
-from lib.rubric import Critique, Rubric, SimulatedAnnotator
+from lib.rubric import CATEGORIES, Critique, Rubric, SimulatedAnnotator, stems
 
 SAMPLING = {"temperature": 1.0, "top_p": 0.95}  # the paper's; 48 new tokens
 ARTICLE = ("id", "title", "post", "summary", "feedback", "feedback_class", "feedback_target")
+
+
+# --- articles ------------------------------------------------------------------------------------
+
+SAMPLE_SPLITS = {"pool": (0, 12), "train": (12, 20), "test": (20, 26)}
+
+
+def load_articles(
+    source: str, split: str, n: int | None = None, *, rubric: Rubric | None = None, min_facts: int = 4
+) -> pd.DataFrame:  # fmt: skip
+    """Articles to summarise: id, title, post and what else the source has; the first n of the split.
+
+    `source`: "samples" (26 passages of the project's own; splits pool, train, test), "wikipedia"
+    (`data.wikipedia_as_slf5k`, passages with at least `min_facts` key facts of the rubric), or SLF5K's Hub
+    id, folder or file.  SLF5K brings its own summary (generated_summary_for_feedback) and its human
+    feedback.  Raises ValueError for an unknown split or too large an n.
+    """
+    if source == "wikipedia":
+        judge = rubric or Rubric()
+        fit = lambda text: len(judge.facts(text)) >= min_facts  # noqa: E731
+        return pd.DataFrame(data.wikipedia_as_slf5k(split, n, keep=fit).to_list())
+    if source == "samples":
+        if split not in SAMPLE_SPLITS:
+            raise ValueError(f"split is {split!r}; allowed: {', '.join(SAMPLE_SPLITS)}.")
+        path = runtime.project_root() / "data" / "samples" / "passages.jsonl"
+        table = pd.DataFrame([record for _, record in data.jsonl_records(path)])
+        table = table[slice(*SAMPLE_SPLITS[split])].reset_index(drop=True)
+    else:
+        table = data.load_slf5k(source, split).to_pandas()
+        summary = table["generated_summary_for_feedback"]
+        table = table.assign(summary=summary, feedback_target="")
+    if n is not None and not 0 < n <= len(table):
+        raise ValueError(f"n is {n!r}; split {split!r} of {source} has {len(table)} articles.")
+    return table[:n]
 
 
 # --- prompts -------------------------------------------------------------------------------------
@@ -262,7 +296,7 @@ def measure(table: pd.DataFrame, rubric: Rubric) -> pd.DataFrame:
     table = table.assign(**{name: [getattr(j, name) for j in judged] for name in parts})
     followed = []
     for row in table.itertuples():
-        known = isinstance(row.feedback_class, str) and row.feedback_class != ""
+        known = row.feedback_class in CATEGORIES
         critique = Critique(row.feedback_class, row.feedback_target, row.feedback)
         texts = (row.post, row.summary, critique, row.refinement)
         followed.append(float(incorporates(rubric, *texts)) if known else np.nan)
@@ -560,16 +594,18 @@ def rule_edit(rubric: Rubric, source: str, summary: str, critique: Critique) -> 
     where the edit would not do what the critique asks, or would lower the rubric's score.
     """
     wrong = rubric.judge(source, summary).spans
-    kept = " ".join(
-        summary[start:end]
+    sentences = [
+        _sentence(summary[start:end])
         for start, end in _sentences(summary)
         if not any(start <= span.start < end for span in wrong)
-    )
-    kept = _sentence(kept)
-    left = rubric.judge(source, kept).missing
+    ]
+    left = rubric.judge(source, " ".join(sentences)).missing
     fact = critique.target if critique.category == "coverage" else (left[0] if left else "")
     if fact and critique.category != "repetition":
-        kept = f"{kept} {_statement(rubric, source, fact)}".strip()
+        added = _statement(rubric, source, fact)
+        told = set(stems(added))
+        sentences = [s for s in sentences if not told.issuperset(stems(s))] + [added]
+    kept = " ".join(sentences).strip()
     if not incorporates(rubric, source, summary, critique, kept):
         return ""
     better = rubric.judge(source, kept).score >= rubric.judge(source, summary).score

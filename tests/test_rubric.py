@@ -117,9 +117,13 @@ def test_protocols_weigh_density_as_told():
 
 
 def test_critique_names_the_worst_part():
-    said = annotator().critique(SOURCE, FIRST)
-    assert "9,000" in said and said.endswith(".")
-    assert "9,000" not in annotator().critique(SOURCE, FIRST, name_facts=False)
+    said = annotator().remark(SOURCE, FIRST)
+    assert said.category == "coverage" and said.text.endswith(".")
+    missing = annotator().rubric.judge(SOURCE, FIRST).missing
+    named = {annotator(seed=seed).remark(SOURCE, FIRST).target for seed in range(40)}
+    assert said.target in said.text and named == set(missing)  # any of them, as the seed draws
+    assert annotator().critique(SOURCE, FIRST) == said.text
+    assert said.target not in annotator().critique(SOURCE, FIRST, name_facts=False)
     wrong = f"{SOURCE} Tomas Reed, mayor of Lindholm, sold everything to a bank for money in 2011."
     assert "Tomas Reed" in annotator().critique(SOURCE, wrong)
     assert annotator().critique(SOURCE, SOURCE) == ""
