@@ -161,7 +161,7 @@ class ReplyStore(runtime.ReplyCache):
             if key in self._held:
                 return False
             try:
-                self._lock(key, "LOCK_EX")
+                self._lock(key, take=True)
             except OSError:
                 return False
             self._held.add(key)
@@ -170,12 +170,13 @@ class ReplyStore(runtime.ReplyCache):
     def release(self, key: str) -> None:
         """Give a claim back."""
         with self._guard:
-            self._lock(key, "LOCK_UN")
+            self._lock(key, take=False)
             self._held.discard(key)
 
-    def _lock(self, key: str, how: str) -> None:
+    def _lock(self, key: str, take: bool) -> None:
         if fcntl:
-            fcntl.lockf(self._lock_file, getattr(fcntl, how) | fcntl.LOCK_NB, 1, int(key[:15], 16))
+            how = fcntl.LOCK_EX | fcntl.LOCK_NB if take else fcntl.LOCK_UN
+            fcntl.lockf(self._lock_file, how, 1, int(key[:15], 16))
 
 
 @lru_cache(maxsize=32)
@@ -389,16 +390,18 @@ class _Run:
         places = asyncio.Semaphore(8 * limit)  # requests at work, most of them waiting
         self.bar = runtime.progress(total=len(self.jobs), label=self.label, unit="call")
         writer = asyncio.create_task(self._write())
-        async with self.http, asyncio.TaskGroup() as group:
-            for key, request in self.jobs.items():
-                await places.acquire()
-                if self.stop is not None:
-                    break
-                task = group.create_task(self._job(key, request))
-                task.add_done_callback(lambda _: places.release())
-        self._queue.put_nowait(None)
-        await writer
-        self.bar.close()
+        try:
+            async with self.http, asyncio.TaskGroup() as group:
+                for key, request in self.jobs.items():
+                    await places.acquire()
+                    if self.stop is not None:
+                        break
+                    task = group.create_task(self._job(key, request))
+                    task.add_done_callback(lambda _: places.release())
+        finally:
+            self._queue.put_nowait(None)
+            await writer
+            self.bar.close()
 
     async def _job(self, key: str, request: dict) -> None:
         store = self.client.store
@@ -489,7 +492,7 @@ class _Run:
         """Wait for this attempt's turn under the rate limit; False where the run stops meanwhile."""
         if self.client.requests_per_second:
             interval, now = 1 / self.client.requests_per_second, time.monotonic()
-            self._next = max(self._next + interval, now - 0.05)  # up to 50 ms are caught up
+            self._next = max(self._next + interval, now - 0.5)  # up to 0.5 s are caught up
             if not await self._pause(self._next - now):
                 return False
         return self.stop is None
@@ -578,7 +581,8 @@ class _Run:
                 except (OSError, sqlite3.Error) as error:
                     self._halt(error)  # a full disk: stop buying what cannot be kept
                 for _, _, done in batch:
-                    done.set_result(None)
+                    if not done.done():
+                        done.set_result(None)
 
 
 # --- the two protocols ---------------------------------------------------------------------------
@@ -912,8 +916,8 @@ def _shown(text: str) -> str:
     return "'" + text if text[:1] in _COMPUTED else text
 
 
-def _cell_key(text: str) -> str:
-    """What a text and its cell have in common: without that quote, with one kind of line end."""
+def sheet_text(text: str) -> str:
+    """What a text and its cell in a sheet have in common: without that quote, with LF line ends."""
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     return text[1:] if text[:1] == "'" and text[1:2] in _COMPUTED else text
 
@@ -959,7 +963,7 @@ def import_from_humans(
     rows = _checked(table, columns)[columns].drop_duplicates()
     answers, used = [], set()
     for row in rows.itertuples(index=False):
-        key = tuple(map(_cell_key, row))
+        key = tuple(map(sheet_text, row))
         turned = (*key[:2], *key[:1:-1])
         used |= {key, turned}
         answer = found.get(key, (None,))[0]
@@ -997,7 +1001,7 @@ def _read_sheet(path: Path, kind: str) -> dict[tuple, tuple]:
         if answer is None or (kind == "rating" and status != "ok"):
             allowed = "a whole number from 1 to 7" if kind == "rating" else "a, b or equal"
             raise ValueError(f"{path.name}, line {line}: answer {given!r}; allowed: {allowed}.")
-        key = tuple(_cell_key(cells[name]) for name in shown)
+        key = tuple(sheet_text(cells[name]) for name in shown)
         if found.setdefault(key, (answer, line))[0] != answer:
             first = found[key][1]
             raise ValueError(

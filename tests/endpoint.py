@@ -24,7 +24,7 @@ class Endpoint:
         """What becomes of the next request: "over" the rate limit, a fault, or "ok"."""
         if self.rate:
             now = time.monotonic()
-            self.left = min(self.rate * 0.1, self.left + (now - self.at) * self.rate)  # 0.1 s burst
+            self.left = min(self.rate, self.left + (now - self.at) * self.rate)  # a second at most
             self.at = now
             if self.left < 1:
                 return "over"
@@ -68,7 +68,11 @@ class Endpoint:
             await writer.drain()
             return False
         if kind in ("ok", "malformed", "no choices"):
-            content = {"ok": self.answer(prompt, body), "malformed": b'{"choices": [', "no choices": b"{}"}
+            content = {
+                "ok": self.answer(prompt, body),
+                "malformed": b'{"choices": [',
+                "no choices": b"{}",
+            }
             return await self.reply(writer, 200, content[kind])
         return await self.refuse(writer, kind)
 
