@@ -45,15 +45,23 @@ WEIGHTS, CARD = "reward_model.safetensors", "reward_model.json"
 
 
 def load_backbone(
-    name: str, *, dtype: torch.dtype | None = None, keep_layers: int | None = None
+    name: str,
+    *,
+    dtype: torch.dtype | None = None,
+    keep_layers: int | None = None,
+    eight_bit: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A network without its output layer, in eval mode, and its tokenizer; names as in `models.load_policy`.
 
     "encoder" is the offline sentence encoder.  Of an encoder-decoder the encoder is taken.
     `keep_layers`: only the lowest layers (features from the middle are cheaper, and often better).
+    `eight_bit`: a causal model's linear weights in 8 bits, to train with LoRA (needs bitsandbytes).
     """
     if name in models.TINY_MODELS:
         model, tokenizer = models.build_tiny_model(name)
+        model = model.base_model
+    elif eight_bit:
+        model, tokenizer = models.load_policy(name, dtype=dtype, eight_bit=True)
         model = model.base_model
     else:
         path = assets.resolve_model(name)
@@ -64,7 +72,8 @@ def load_backbone(
     if keep_layers is not None:
         del models.decoder_layers(model)[keep_layers:]
         model.config.num_hidden_layers = keep_layers
-    return model.to(runtime.get_device()).eval(), tokenizer
+    model = model if eight_bit else model.to(runtime.get_device())
+    return model.eval(), tokenizer
 
 
 class RewardModel(torch.nn.Module):
@@ -226,6 +235,14 @@ class RewardModel(torch.nn.Module):
     def add_model_tags(self, tags) -> None:
         """Nothing: TRL marks models for the Hub with it."""
 
+    def trained_state(self) -> dict[str, torch.Tensor]:
+        """A copy of head, scale and every trained weight; `load_state_dict(state, strict=False)` sets it."""
+        trained = {n for n, p in self.named_parameters() if p.requires_grad}
+        state = self.state_dict().items()
+        return {
+            n: x.cpu().clone() for n, x in state if n in trained or not n.startswith("backbone.")
+        }
+
     def save(self, folder: Path | str, name: str, **card) -> Path:
         """Head, scale and every trained weight as safetensors, with a card that says how to build the rest.
 
@@ -233,9 +250,7 @@ class RewardModel(torch.nn.Module):
         """
         from safetensors.torch import save
 
-        trained = {n for n, p in self.named_parameters() if p.requires_grad}
-        state = self.state_dict()
-        kept = {n: x for n, x in state.items() if n in trained or not n.startswith("backbone.")}
+        kept = self.trained_state()
         runtime.write_atomic(
             Path(folder) / WEIGHTS, save({n: x.contiguous() for n, x in kept.items()})
         )
@@ -267,9 +282,8 @@ def load(folder: Path | str) -> RewardModel:
 
     card = json.loads((Path(folder) / CARD).read_text(encoding="utf-8"))
     build = card["build"]
-    backbone, tokenizer = load_backbone(
-        card["backbone"], keep_layers=build.pop("keep_layers", None)
-    )
+    loading = {name: build.pop(name) for name in ("keep_layers", "eight_bit") if name in build}
+    backbone, tokenizer = load_backbone(card["backbone"], **loading)
     if build:
         models.set_trainable(backbone, **build)
     model = RewardModel(backbone, tokenizer, **card["model"])

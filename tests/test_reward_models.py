@@ -281,6 +281,19 @@ def test_training_inside_the_backbone_and_storage(tmp_path, how):
     assert np.ptp(expected) > 1e-3 and again.pooling == "last"
 
 
+def test_a_model_can_start_again_from_its_trained_state():
+    backbone, tokenizer = reward_models.load_backbone("tiny")
+    models.set_trainable(backbone, "lora")
+    model, feedback = RewardModel(backbone, tokenizer), toy_feedback(6, "pairs")
+    fresh, found = model.trained_state(), []
+    assert not any("embed" in name for name in fresh) and any("lora_" in name for name in fresh)
+    for _ in range(2):
+        model.load_state_dict(fresh, strict=False)
+        config = TrainConfig(learning_rate=0.01, epochs=3)
+        found.append(reward_models.train(model, feedback, config)["loss"])
+    pd.testing.assert_series_equal(*found)
+
+
 def test_weights_that_the_card_does_not_explain_are_refused(tmp_path):
     backbone, tokenizer = reward_models.load_backbone("tiny")
     models.set_trainable(backbone, "lora")
