@@ -437,7 +437,7 @@ class _Run:
                 # a server that has never answered is given up on early
                 tries = self.client.attempts if self.answered else min(6, self.client.attempts)
                 if failures >= tries or waited > LONGEST_WAIT:
-                    what = f"no answer in {failures} attempts and {waited:.0f} s (last: {error})"
+                    what = f"no answer in {failures} attempts with pauses of {waited:.0f} s (last: {error})"
                     return self._without_answer(request, what, not self.answered)
             if not await self._pause(wait):
                 return None
@@ -1036,6 +1036,7 @@ def serve(model: str | Path = "policy", *, timeout: float = 180.0) -> Iterator[t
         port = free.getsockname()[1]
     command = [sys.executable, "-c", _SERVER, "serve", folder.name, "--host", "127.0.0.1"]
     command += ["--port", str(port), "--log-level", "error"]
+    command += ["--dtype", str(runtime.inference_dtype()).removeprefix("torch.")]
     hidden = ("KEY", "TOKEN", "SECRET")
     environment = {k: v for k, v in os.environ.items() if not any(h in k.upper() for h in hidden)}
     environment |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}  # two threads fight the client's
