@@ -56,6 +56,7 @@ def load_articles(
         path = runtime.project_root() / "data" / "samples" / "passages.jsonl"
         table = pd.DataFrame([record for _, record in data.jsonl_records(path)])
         table = table[slice(*SAMPLE_SPLITS[split])].reset_index(drop=True)
+        table.insert(0, "id", [f"own_{runtime.content_hash(t)[:12]}" for t in table["title"]])
     else:
         table = data.load_slf5k(source, split).to_pandas()
         summary = table["generated_summary_for_feedback"]
@@ -160,7 +161,8 @@ class ApiWriter:
         """n drafts of each prompt.  Raises feedback.EndpointError and BudgetReached."""
         drafts = []
         for reply in self.client.ask(self.requests(prompts, n, seed), label="writing"):
-            drafts.append(Draft(reply.text, reply.raw["choices"][0].get("finish_reason") == "stop"))
+            reason = reply.raw["choices"][0].get("finish_reason")
+            drafts.append(Draft(reply.text, reason != "length"))
         return [drafts[i : i + n] for i in range(0, len(drafts), n)]
 
 

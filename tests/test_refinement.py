@@ -1,5 +1,11 @@
 """Refinement: drafts and flags, incorporation, choosers, InstructRM on three tokenizers, word removal."""
 
+import json
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -106,37 +112,42 @@ def test_local_writer_marks_unfinished_drafts(tiny):
     assert drafts == again
 
 
-class FlakyEndpoint:
-    """Stands for `ChatClient.ask`: answers through a store, and breaks off after some calls."""
-
-    def __init__(self, breaks_after):
-        self.store, self.left, self.bought = {}, breaks_after, 0
-
-    def ask(self, requests, label=""):
-        for request in requests:
-            key = str(request)
-            if key not in self.store:
-                if not self.left:
-                    raise feedback.EndpointError("broke off")
-                self.left, self.bought = self.left - 1, self.bought + 1
-                raw = {"choices": [{"finish_reason": "stop"}]}
-                self.store[key] = feedback.Reply(f"Text {self.bought}.", "m", {}, key, raw)
-        return [self.store[str(request)] for request in requests]
+@pytest.fixture
+def endpoint(tmp_path):
+    """A loopback endpoint that answers four requests, refuses the fifth, and then answers again."""
+    settings = {"script": ["ok"] * 4 + ["401!bad key"]}
+    command = [sys.executable, str(Path(__file__).with_name("endpoint.py")), json.dumps(settings)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        yield f"http://127.0.0.1:{int(process.stdout.readline())}"
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
 
 
-def test_api_writer_goes_on_without_buying_again():
-    endpoint = FlakyEndpoint(breaks_after=4)
-    writer = rf.ApiWriter(endpoint)
-    with pytest.raises(feedback.EndpointError):
-        rf.refine(writer, articles(), n=2)
-    endpoint.left = 100
-    table = rf.refine(writer, articles(), n=2)
-    assert endpoint.bought == 6 == table["refinement"].nunique()
-    rf.refine(writer, articles(), n=2)
-    assert endpoint.bought == 6
-    rf.refine(writer, articles(), n=2, seed=1)
-    assert endpoint.bought == 12
-    sent = writer.requests(["p"], 2)
+def test_api_writer_goes_on_without_buying_again(endpoint, tmp_path):
+    def write():
+        how = {"concurrency": 1, "cache": tmp_path / "replies.sqlite", "price": (1.0, 2.0)}
+        return rf.ApiWriter(feedback.ChatClient("m", base_url=f"{endpoint}/v1", **how))
+
+    with pytest.raises(feedback.EndpointError, match="bad key"):
+        rf.refine(write(), articles(), n=2)
+    prompt = rf.refinement_prompt(*articles().loc[0, ["title", "post", "summary", "feedback"]])
+    left = write()
+    assert left.client.estimate(left.requests([prompt], 2)) | {"cost": 0} == {
+        **left.client.estimate([]), "calls": 2, "cached": 2, "cost": 0,
+    }  # fmt: skip
+    table = rf.refine(left, articles(), n=2)
+    assert len(table) == 6 and left.client.bought == 2 and not table["overlong"].any()
+    again = write()
+    assert rf.refine(again, articles(), n=2).equals(table) and again.client.bought == 0
+    rf.refine(again, articles(), n=2, seed=1)
+    assert again.client.bought == 6
+    with urllib.request.urlopen(f"{endpoint}/log") as log:
+        outcomes = [kind for _, _, kind in json.load(log)]
+    assert outcomes.count("ok") == 12
+    sent = again.requests(["p"], 2)
     assert sent[0] != sent[1] and sent[0]["max_tokens"] == 48 and sent[0]["top_p"] == 0.95
 
 
@@ -244,7 +255,8 @@ def test_choosers_share_one_interface():
 
 
 def test_random_choice_is_even():
-    table = pd.concat([candidates().assign(id=lambda t, k=k: t.id + f"-{k}") for k in range(200)])
+    rows = candidates()
+    table = pd.concat([rows.assign(id=rows["id"] + f"-{k}") for k in range(200)])
     counts = rf.choose(table, rf.AtRandom()(table))["candidate"].value_counts()
     assert counts.min() > 160 and counts.sum() == 600
 
