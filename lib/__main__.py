@@ -1,4 +1,4 @@
-"""The command line: `python -m lib run | list | publish | report` (`--help` after each)."""
+"""The command line: `python -m lib run | list | publish | report | annotate` (`--help` after each)."""
 
 from __future__ import annotations
 
@@ -33,6 +33,17 @@ def _report(options: argparse.Namespace) -> int:
     return 0
 
 
+def _annotate(options: argparse.Namespace) -> int:
+    from lib import annotate
+
+    try:
+        items = annotate.read_items(options.items)
+        print(f"Page: {annotate.write(items, options.out, options.kind)} ({len(items)} records)")
+    except (ValueError, FileNotFoundError) as error:
+        raise runner.RequestError(str(error)) from None
+    return 0
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser; each subcommand sets `command`, a function of the parsed options."""
     parser = argparse.ArgumentParser(prog="python -m lib", description=__doc__)
@@ -47,6 +58,10 @@ def build_parser() -> argparse.ArgumentParser:
     listing = add("list", _list, "the notebooks, their questions, and what has run")
     publishing = add("publish", _publish, "write the committed notebooks and plots/ (demo scale)")
     report = add("report", _report, "write the page of results, runs/<scale>/index.html")
+    page = add("annotate", _annotate, "write an annotation page that works offline in a browser")
+    page.add_argument("items", metavar="ITEMS.json", help="qa-feedback records, or course items")
+    page.add_argument("--out", default="annotate.html", metavar="PAGE.html")
+    page.add_argument("--kind", choices=("spans", "compare"), default="spans")
     for sub in (run, publishing):
         text = "name, file or number, such as 10_toxicity_meter or 10"
         sub.add_argument("notebooks", nargs="*", metavar="NOTEBOOK", help=text)
