@@ -61,7 +61,7 @@ class Endpoint:
         await asyncio.sleep(self.delay)
         self.log.append([time.time(), prompt, kind])
         if kind == "timeout":
-            await asyncio.sleep(5)
+            await asyncio.sleep(20)
             return False
         if kind == "half":
             writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 500\r\n\r\n{")
