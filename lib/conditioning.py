@@ -385,7 +385,8 @@ class Conditioner:
     """Puts a condition before a raw prompt, and takes it off by what is stored.
 
     style "text": `template` with the tags joined by `join`, as plain words; "separator": the same and
-    one new token; "token": one new token for each tag, from `tokens`; "none": conditions are ignored.
+    one new token; "token": one new token for each tag, from `tokens` (factored=False: for all tags of a
+    condition, joined); "none": conditions are ignored.
     `first_id` comes from `add_tokens`.  Condition and prompt are tokenised apart; a start token stays
     in front.  Raises ValueError for unknown styles and tags, and new tokens without ids.
     """
@@ -393,19 +394,19 @@ class Conditioner:
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, style: str = "text", *,
         template: str = "Feedback: {} Input: ", join: str = ", and ",
-        tokens: Sequence[str] = (), first_id: int | None = None,
+        tokens: Sequence[str] = (), first_id: int | None = None, factored: bool = True,
     ):  # fmt: skip
         if style not in STYLES:
             raise ValueError(f"style is {style!r}; allowed: {', '.join(STYLES)}.")
         if style in ("separator", "token") and first_id is None:
             raise ValueError(f"style {style!r} needs first_id, which `add_tokens` returns.")
         self.tokenizer, self.style, self.template, self.join = tokenizer, style, template, join
-        self.tokens, self.first_id = tuple(tokens), first_id
+        self.tokens, self.first_id, self.factored = tuple(tokens), first_id, factored
 
     @property
     def settings(self) -> tuple:
         """What tells two conditioners apart."""
-        return self.style, self.template, self.join, self.tokens, self.first_id
+        return self.style, self.template, self.join, self.tokens, self.first_id, self.factored
 
     def build(self, prompt: str, condition: Condition = ()) -> Built:
         """The prompt with the condition before it; () adds nothing."""
@@ -426,6 +427,7 @@ class Conditioner:
 
     def _ids(self, condition: Condition) -> list[int]:
         if self.style == "token":
+            condition = condition if self.factored else (self.join.join(condition),)
             if unknown := [tag for tag in condition if tag not in self.tokens]:
                 raise ValueError(f"no token for {unknown}; allowed: {', '.join(self.tokens)}.")
             return [self.first_id + self.tokens.index(tag) for tag in condition]
@@ -692,7 +694,7 @@ def _asked(client, request: Callable, parse: Callable, attempts: int) -> Feedbac
 
 @dataclass(frozen=True)
 class ConditioningConfig:
-    """Settings of `ConditionalTraining`.  The references' values: `REFERENCE`."""
+    """Settings of `ConditionalTraining`; notebook 50 has the papers' values beside."""
 
     iterations: int = 4
     prompts_per_iteration: int = 0  # 0: all of them
@@ -862,15 +864,15 @@ class ConditionalTraining:
         ]
 
     def exemplars(self, count: int, iteration: int) -> list[Condition]:
-        """What sampling asks for: the best tag, a fixed sentence, or feedback that got the top label."""
+        """What sampling asks for: the best tag, a fixed sentence, or feedback of the best label there is."""
         if self.config.exemplar == "best":
             best = self.labeller.labels()[0]
             return [self.labeller.condition(None, best)] * count
         if self.config.exemplar != "pool":
             return [(self.config.exemplar,)] * count
-        found = self.pool.select(only=self.labeller.labels()[:1])
-        if not found:
-            raise ValueError("no response in the pool has the top label; name a fixed exemplar.")
+        there = set(self.pool.labels())
+        best = [label for label in self.labeller.labels() if label in there][:1]
+        found = self.pool.select(only=best)
         draws = torch.randint(
             len(found), (count,), generator=self._generator("exemplar", iteration)
         )

@@ -568,6 +568,15 @@ def test_filtered_cloning_and_free_text_run_in_the_same_loop():
     assert loop.pool.items[0].round == 1 and set(history["direction"]) == {"forward"}
 
 
+def test_exemplars_are_feedback_of_the_best_label_there_is():
+    loop = training(style="text", labeller=FreeText(), config={"exemplar": "pool"})
+    loop.pool.add([item(i, float(i % 3), feedback=f"said {i}") for i in range(9)])
+    drawn = {condition[0] for condition in loop.exemplars(40, 2)}
+    assert drawn == {"said 2", "said 5", "said 8"}
+    assert loop.exemplars(5, 2) == loop.exemplars(5, 2) != loop.exemplars(5, 3)
+    assert set(training(config={"exemplar": "kind"}).exemplars(2, 2)) == {("kind",)}
+
+
 def test_an_encoder_decoder_trains_too(tiny_seq2seq):
     model, tokenizer = copy.deepcopy(tiny_seq2seq[0]), tiny_seq2seq[1]
     config = conditioning.ConditioningConfig(**{**TINY, "iterations": 1})
@@ -585,10 +594,3 @@ def test_what_does_not_fit_is_told():
     nothing = conditioning.scored(lambda p, r: [float("nan")] * len(r))
     with pytest.raises(ValueError, match="no item"):
         training(feedback=nothing).run()
-
-    def poor(prompts, responses):
-        return [{"score": 1.0, "feedback": "x"}] * len(responses)
-
-    loop = training(style="text", labeller=FreeText(), feedback=poor, config={"exemplar": "pool"})
-    with pytest.raises(ValueError, match="exemplar"):
-        loop.run()
