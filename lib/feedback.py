@@ -363,21 +363,23 @@ class _Run:
         self.http = self.client._open()
         self.secret = self.http.api_key
         failed: list[BaseException] = []
+        finished = threading.Event()  # a join that is interrupted marks a live thread as ended
 
         def work():
             try:
                 asyncio.run(self._all())
             except BaseException as error:  # handed to the caller's thread
                 failed.append(error)
+            finally:
+                finished.set()
 
-        thread = threading.Thread(target=work, name="chat-client", daemon=True)
-        thread.start()
+        threading.Thread(target=work, name="chat-client", daemon=True).start()
         try:
-            while thread.is_alive():
-                thread.join(0.2)
+            while not finished.wait(0.2):
+                pass
         except KeyboardInterrupt:
             self._halt(KeyboardInterrupt("stopped; every reply so far is stored"))
-            thread.join(self.client.timeout + 5)
+            finished.wait(self.client.timeout + 5)
         if failed:
             raise failed[0]
 
