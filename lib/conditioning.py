@@ -21,7 +21,7 @@ import re
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 
@@ -40,6 +40,8 @@ STAGES = ("sample", "feedback", "pool", "train", "evaluate")
 DECODING = ("max_new_tokens", "temperature", "top_k", "top_p")
 MAY_BE_ZERO = {"beta", "alpha", "top_k", "warmup_steps", "per_label", "prompts_per_iteration"}
 MAY_BE_ZERO |= {"checkpoint_every", "seed", "token_learning_rate"}
+ALLOWED = {"direction": ("forward", "reverse"), "normalise": ("token", "sequence")}
+ALLOWED["balance"] = ("pool", "prompt")
 
 Label = int | tuple[int, ...]  # 0 is best
 Condition = tuple[str, ...]  # () is no condition
@@ -64,7 +66,7 @@ class Item:
     @cached_property
     def key(self) -> str:
         """Hash of the content: what order and random choice go by."""
-        return runtime.content_hash(asdict(self))
+        return runtime.content_hash(*(getattr(self, part.name) for part in fields(self)))
 
 
 # --- labels --------------------------------------------------------------------------------------
@@ -94,10 +96,22 @@ def quantile_labels(
 
 
 @dataclass(frozen=True)
-class Quantiles:
-    """Quantiles of a score: tags[0] names the best.  `within`: "pool" (global) or "prompt" (local)."""
+class _Tagged:
+    """A labeller with a fixed tag for each label, best first."""
 
     tags: tuple[str, ...]
+
+    def labels(self) -> list[Label]:
+        return list(range(len(self.tags)))
+
+    def condition(self, item: Item | None, label: int) -> Condition:
+        return (self.tags[label],)
+
+
+@dataclass(frozen=True)
+class Quantiles(_Tagged):
+    """Quantiles of a score: tags[0] names the best.  `within`: "pool" (global) or "prompt" (local)."""
+
     of: str = "score"  # or the name of an attribute
     within: str = "pool"
     ties: str = "split"
@@ -105,9 +119,6 @@ class Quantiles:
     def __post_init__(self):
         if self.within not in ("pool", "prompt"):
             raise ValueError(f"within is {self.within!r}; allowed: 'pool', 'prompt'.")
-
-    def labels(self) -> list[Label]:
-        return list(range(len(self.tags)))
 
     def usable(self, item: Item) -> bool:
         return _known(self._value(item))
@@ -121,30 +132,19 @@ class Quantiles:
                 found[place] = label
         return found
 
-    def condition(self, item: Item | None, label: int) -> Condition:
-        return (self.tags[label],)
-
     def _value(self, item: Item) -> float | None:
         return item.score if self.of == "score" else item.attributes.get(self.of)
 
 
 @dataclass(frozen=True)
-class Categories:
+class Categories(_Tagged):
     """The label is a name in the feedback, up to case, quotes and what follows it (`parse_category`)."""
-
-    tags: tuple[str, ...]
-
-    def labels(self) -> list[Label]:
-        return list(range(len(self.tags)))
 
     def usable(self, item: Item) -> bool:
         return parse_category(item.feedback, self.tags) is not None
 
     def __call__(self, items: Sequence[Item]) -> list[int]:
         return [self.tags.index(parse_category(item.feedback, self.tags)) for item in items]
-
-    def condition(self, item: Item | None, label: int) -> Condition:
-        return (self.tags[label],)
 
 
 @dataclass(frozen=True)
@@ -488,12 +488,12 @@ def scored(judge: Judge, **attributes: Judge) -> Feedback:
     """
 
     def ask(prompts, responses):
-        columns = {name: fn(prompts, responses) for name, fn in {"": judge, **attributes}.items()}
-        rows = [
-            dict(zip(columns, map(_number, row), strict=True))
-            for row in zip(*columns.values(), strict=True)
+        columns = [fn(prompts, responses) for fn in (judge, *attributes.values())]
+        rows = [list(map(_number, row)) for row in zip(*columns, strict=True)]
+        return [
+            {"score": row[0], "attributes": dict(zip(attributes, row[1:], strict=True))}
+            for row in rows
         ]
-        return [{"score": row.pop(""), "attributes": row} for row in rows]
 
     return ask
 
@@ -568,10 +568,8 @@ def axes_critic(axes: Sequence[Axis], *, max_words: int = 10, seed: int = 0) -> 
 
     def say(prompt, response, met):
         draw = int(runtime.content_hash(seed, prompt, response)[:8], 16)
-        said = [
-            (axis.good if ok else axis.bad)[draw % len(axis.good if ok else axis.bad)]
-            for axis, ok in zip(axes, met, strict=True)
-        ]
+        texts = [axis.good if ok else axis.bad for axis, ok in zip(axes, met, strict=True)]
+        said = [some[draw % len(some)] for some in texts]
         praise = [text for text, ok in zip(said, met, strict=True) if ok]
         blame = [text for text, ok in zip(said, met, strict=True) if not ok]
         return " but ".join(" and ".join(part) for part in (praise, blame) if part)
@@ -586,12 +584,8 @@ def axes_critic(axes: Sequence[Axis], *, max_words: int = 10, seed: int = 0) -> 
                 raise ValueError(
                     f"feedback {text!r} is over {max_words} words; shorten the phrases."
                 )
-            missing = np.isnan(row).any()
-            rows.append(
-                {"score": None, "feedback": None}
-                if missing
-                else {"score": float(sum(met)), "feedback": text}
-            )
+            known = {"score": float(sum(met)), "feedback": text}
+            rows.append(dict.fromkeys(known) if np.isnan(row).any() else known)
         return rows
 
     return ask
@@ -732,19 +726,12 @@ class ConditioningConfig:
 
     def __post_init__(self):
         for name, value in asdict(self).items():
-            if type(value) in (int, float) and (
-                value < 0 or (value == 0 and name not in MAY_BE_ZERO)
-            ):
+            number = type(value) in (int, float)
+            if number and (value < 0 or (value == 0 and name not in MAY_BE_ZERO)):
                 allowed = "at least" if name in MAY_BE_ZERO else "above"
                 raise ValueError(f"{name} is {value!r}; it must be {allowed} 0.")
-        for name, allowed in (
-            ("direction", ("forward", "reverse")),
-            ("normalise", ("token", "sequence")),
-            ("balance", ("pool", "prompt")),
-        ):
-            if getattr(self, name) not in allowed:
-                given = getattr(self, name)
-                raise ValueError(f"{name} is {given!r}; allowed: {', '.join(allowed)}.")
+            if value not in (allowed := ALLOWED.get(name, (value,))):
+                raise ValueError(f"{name} is {value!r}; allowed: {', '.join(allowed)}.")
 
 
 class _Rows:
@@ -757,7 +744,7 @@ class _Rows:
     def take(self, index: torch.Tensor) -> models.TokenBatch:
         part = self.tokens.rows(index)
         if self.known[index].all():
-            part.trunk = self.states[index.to(self.states.device)]
+            part.trunk = self.states[index]
         return part
 
     def keep(self, index: torch.Tensor, part: models.TokenBatch) -> None:
@@ -765,7 +752,7 @@ class _Rows:
             return
         if self.states is None:
             self.states = part.trunk.new_zeros(len(self.known), *part.trunk.shape[1:])
-        self.states[index.to(self.states.device)] = part.trunk
+        self.states[index] = part.trunk
         self.known[index] = True
 
 
@@ -788,11 +775,8 @@ class ConditionalTraining:
     ):  # fmt: skip
         self.policy, self.tokenizer, self.prompts = policy, tokenizer, list(prompts)
         self.feedback, self.labeller, self.conditioner = feedback, labeller, conditioner
-        self.config, self.held_out, self.judge = (
-            config or ConditioningConfig(),
-            list(held_out),
-            judge,
-        )
+        self.config, self.judge = config or ConditioningConfig(), judge
+        self.held_out = list(held_out)
         self.requests = dict(_all_requests(labeller) if requests is None else requests)
         self._check()
         how = {"layers": self.config.layers, "lora_rank": self.config.lora_rank}
@@ -847,12 +831,8 @@ class ConditionalTraining:
         """Items without feedback; prompts go round in a new random order each time through."""
         config = self.config
         count = config.prompts_per_iteration or len(self.prompts)
-        places = [
-            divmod(i, len(self.prompts)) for i in range((iteration - 1) * count, iteration * count)
-        ]
-        laps = {lap: self._generator("order", lap) for lap, _ in places}
-        orders = {lap: torch.randperm(len(self.prompts), generator=g) for lap, g in laps.items()}
-        prompts = [self.prompts[orders[lap][place]] for lap, place in places]
+        turn = range((iteration - 1) * count, iteration * count)
+        prompts = [self.prompts[i] for i in self._laps(turn, len(self.prompts), "order")]
         asked = [()] * count if iteration == 1 else self.exemplars(count, iteration)
         built = [self.conditioner.build(p, c) for p, c in zip(prompts, asked, strict=True)]
         drawn = self._sample([b.ids for b in built], config.samples_per_prompt, "sample", iteration)
@@ -1035,13 +1015,8 @@ class ConditionalTraining:
 
     def _batch(self, iteration: int, step: int, count: int) -> torch.Tensor:
         """Row numbers of one step: laps through the rows, each in a new random order."""
-        size = self.config.batch_size
-        places = [divmod(i, count) for i in range(step * size, (step + 1) * size)]
-        orders = {
-            lap: torch.randperm(count, generator=self._generator("mix", iteration, lap))
-            for lap in {lap for lap, _ in places}
-        }
-        return torch.stack([orders[lap][place] for lap, place in places])
+        turn = range(step * self.config.batch_size, (step + 1) * self.config.batch_size)
+        return torch.tensor(self._laps(turn, count, "mix", iteration))
 
     def _rows(self, chosen: list[tuple[Item, Label]]) -> tuple[_Rows, _Rows, torch.Tensor]:
         """Conditioned and raw sequences, and the response mask (rows, time)."""
@@ -1057,9 +1032,8 @@ class ConditionalTraining:
     def _tokens(self, prompts, responses) -> tuple[models.TokenBatch, torch.Tensor]:
         side = "right" if self.policy.config.is_encoder_decoder else "left"
         pad, device = self.tokenizer.pad_token_id, self.policy.device
-        padded = generation.pad_rows(prompts, pad, side) + generation.pad_rows(
-            responses, pad, "right"
-        )
+        padded = generation.pad_rows(prompts, pad, side)
+        padded += generation.pad_rows(responses, pad, "right")
         ids, seen, response, mask = (x.to(device) for x in padded)
         return models.TokenBatch(ids, seen, response), mask.float()
 
@@ -1146,6 +1120,15 @@ class ConditionalTraining:
 
     def _generator(self, *key) -> torch.Generator:
         return torch.Generator().manual_seed(self._seed(*key))
+
+    def _laps(self, turn: range, count: int, *key) -> list[int]:
+        """The turn-th of an endless sequence: 0 to count - 1 in a new random order each lap."""
+        places = [divmod(i, count) for i in turn]
+        orders = {
+            lap: torch.randperm(count, generator=self._generator(*key, lap)).tolist()
+            for lap in dict(places)
+        }
+        return [orders[lap][place] for lap, place in places]
 
 
 def _all_requests(labeller) -> dict[str, Condition]:
