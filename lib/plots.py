@@ -310,6 +310,24 @@ def score_histogram(
     return _finish(figure, title)
 
 
+def calibration_plot(
+    table: pd.DataFrame, *, xlabel: str = "predicted probability that the first is preferred",
+    title: str = "Predicted and observed preferences",
+) -> Figure:  # fmt: skip
+    """Observed against predicted shares, one point a bin with its interval; the diagonal is calibrated.
+
+    Columns condition, predicted, value, low, high.
+    """
+    figure, axes = _start(table, "condition predicted value low high", 4.2)
+    axes.plot([0, 1], [0, 1], color="0.5", lw=1, ls=":", label="calibrated")
+    for condition, style in condition_styles(table["condition"]).items():
+        rows = table[table["condition"] == condition].sort_values("predicted")
+        axes.vlines(rows["predicted"], rows["low"], rows["high"], color=style["color"], lw=1)
+        axes.plot(rows["predicted"], rows["value"], **style, label=condition)
+    axes.set(xlabel=xlabel, ylabel="observed share", xlim=(0, 1), ylim=(0, 1), aspect="equal")
+    return _finish(figure, title)
+
+
 # --- training ------------------------------------------------------------------------------------
 
 
@@ -411,24 +429,3 @@ def _escape(value: object) -> str:
     """HTML-escaped; dollar signs and backslashes are set apart, or pages would typeset them as formulas."""
     text = str(value).encode("utf-8", "replace").decode("utf-8")
     return html.escape(text).replace("$", "<span>$</span>").replace("\\", "<span>\\</span>")
-
-
-# --- reward models -------------------------------------------------------------------------------
-
-
-def calibration_plot(
-    table: pd.DataFrame, *, xlabel: str = "predicted probability that the first is preferred",
-    title: str = "Predicted and observed preferences",
-) -> Figure:  # fmt: skip
-    """Observed against predicted shares, one point a bin with its interval; the diagonal is calibrated.
-
-    Columns condition, predicted, value, low, high.
-    """
-    figure, axes = _start(table, "condition predicted value low high", 4.2)
-    axes.plot([0, 1], [0, 1], color="0.5", lw=1, ls=":", label="calibrated")
-    for condition, style in condition_styles(table["condition"]).items():
-        rows = table[table["condition"] == condition].sort_values("predicted")
-        axes.vlines(rows["predicted"], rows["low"], rows["high"], color=style["color"], lw=1)
-        axes.plot(rows["predicted"], rows["value"], **style, label=condition)
-    axes.set(xlabel=xlabel, ylabel="observed share", xlim=(0, 1), ylim=(0, 1), aspect="equal")
-    return _finish(figure, title)

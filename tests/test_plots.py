@@ -35,6 +35,15 @@ TABLES = {
     "distribution": pd.DataFrame(
         {"condition": ["a"] * 5 + ["b"] * 2, "score": [0.1, 0.5, 0.5, 0.9, nan, 0.2, 0.8]}
     ),
+    "calibration": pd.DataFrame(
+        dict(
+            condition=["a", "a", "b"],
+            predicted=[0.9, 0.2, 0.5],
+            value=[0.8, 0.3, 0.5],
+            low=[0.7, 0.2, 0.4],
+            high=[0.9, 0.4, 0.6],
+        )
+    ),
     "ratings": pd.DataFrame(
         {"condition": ["people"] * 4 + ["a model"] * 3, "score": [1, 7, 7, 4, 6, 6, 5]}
     ),
@@ -54,6 +63,7 @@ FIGURES = {
     "bounds": lambda t: plots.bounds_plot(t, xlabel="share above 0.5"),
     "curve": lambda t: plots.learning_curve(t, ylabel="reward"),
     "ratings": plots.score_histogram,
+    "calibration": plots.calibration_plot,
 }
 
 
@@ -154,6 +164,18 @@ def test_agreement_shows_every_count_and_frames_the_diagonal():
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("rankings", "ratings")
     assert sorted(t.get_text() for t in axes.texts)[-3:] == ["7", "8", "9"]
     assert "1,026" in {t.get_text() for t in axes.texts} and len(axes.patches) == 3
+
+
+def test_calibration_sorts_by_prediction_and_draws_the_diagonal():
+    axes = plots.calibration_plot(TABLES["calibration"]).axes[0]
+    lines = {line.get_label(): line for line in axes.lines}
+    np.testing.assert_allclose(lines["a"].get_xydata(), [[0.2, 0.3], [0.9, 0.8]])
+    np.testing.assert_allclose(lines["calibrated"].get_xydata(), [[0, 0], [1, 1]])
+
+
+def test_k_can_be_drawn_in_powers_of_two():
+    axes = plots.toxicity_by_k(TABLES["k"].assign(k=lambda t: 2.0 ** t["k"]), log=True).axes[0]
+    assert axes.get_xscale() == "log"
 
 
 def test_flow_chart_writes_every_stage():
