@@ -502,6 +502,17 @@ def test_the_reference_does_not_see_the_condition(style):
     assert torch.equal(found[0][1], found[1][1]) == (style == "none")
 
 
+@pytest.mark.parametrize("style", ["token", "text", "none"])
+def test_the_kl_of_training_is_against_the_unconditioned_reference(style):
+    """At the start only the condition tells policy and reference apart."""
+    loop = training(style=style, labeller=Quantiles(("kind", "stupid")), tokens=("kind", "stupid"))
+    single = Item("the cat", "sat", (9, 10, 1), True, 1, 1.0)
+    conditioned, raw, mask = loop._rows([(single, 0)])
+    weights, places = conditioning.token_weights(mask), torch.arange(1)
+    kl = float(loop._loss(conditioned, raw, mask, weights, places)["kl"])
+    assert kl < 1e-6 if style == "none" else kl > 1e-4
+
+
 def test_the_reference_stays_while_the_policy_and_the_new_rows_learn():
     loop = training()
     before = {n: p.detach().clone() for n, p in loop.weights.items()}
@@ -513,11 +524,12 @@ def test_the_reference_stays_while_the_policy_and_the_new_rows_learn():
     assert any("extra" in name for name in moved) and len(moved) > 5
 
 
-def test_frozen_layers_stay_and_their_states_are_computed_once(monkeypatch):
-    """Training the top layer with cached states equals training it without."""
+@pytest.mark.parametrize("style", ["text", "token"])
+def test_frozen_layers_stay_and_their_states_are_computed_once(monkeypatch, style):
+    """Cached states change nothing, also where new rows train below the frozen layer."""
     found = []
     for cached in (True, False):
-        loop = training(style="text", config={"train": "top", "layers": 1, "steps": 6})
+        loop = training(style=style, config={"train": "top", "layers": 1, "steps": 12})
         calls = []
         layer = models.decoder_layers(loop.policy)[0]
         layer.mlp.register_forward_hook(lambda *_, calls=calls: calls.append(1))
