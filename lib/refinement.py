@@ -592,8 +592,8 @@ def rule_edit(rubric: Rubric, source: str, summary: str, critique: Critique) -> 
     """A refinement made by rule: what was right is kept, what the critique names is put right.
 
     Sentences with something that the source does not support, or that is said before, go; for a missing
-    fact, and for a summary that is too short, the sentence of the source that states it is added.  ""
-    where the edit would not do what the critique asks, or would lower the rubric's score.
+    fact, and for a summary that is too short, "Also:" and the words of the source that state it are added.
+    "" where the edit would not do what the critique asks, or would lower the rubric's score.
     """
     wrong = rubric.judge(source, summary).spans
     sentences = [
@@ -627,14 +627,22 @@ def _sentences(text: str) -> list[tuple[int, int]]:
     return list(itertools.pairwise([0, *ends, len(text)]))
 
 
-def _statement(rubric: Rubric, source: str, fact: str, most: int = 26) -> str:
-    """The source's sentence that states a fact, without its last clauses where it is long; "" if none."""
+def _statement(rubric: Rubric, source: str, fact: str, most: int = 12) -> str:
+    """What the source says from the fact on, to the end of the clause or `most` words; "" if nothing.
+
+    A fact that ends its clause brings the few words before it.
+    """
+    needed = set(stems(fact))
     for start, end in _sentences(source):
-        clauses = re.split(r"(?<=[,;:])\s+", source[start:end].strip())
-        for upto in range(len(clauses), 0, -1):
-            said = " ".join(clauses[:upto])
-            if len(said.split()) <= most and rubric.states(said, fact):
-                return _sentence(said)
+        words = source[start:end].split()
+        at = next((i for i, word in enumerate(words) if needed & set(stems(word))), None)
+        if at is None or not rubric.states(" ".join(words[at : at + most]), fact):
+            continue
+        ends = [i for i in range(at, len(words)) if re.search(r"[,;:.!?]$", words[i])]
+        stop = next((i + 1 for i in ends if rubric.states(" ".join(words[at : i + 1]), fact)), at)
+        stop = min(max(stop, at + 1), at + most)
+        said = words[max(0, stop - 4) if stop - at < 3 else at : stop]
+        return "Also: " + " ".join(said).strip(' .,;:!?"') + "."
     return ""
 
 
