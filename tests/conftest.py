@@ -1,10 +1,13 @@
 """Fixtures shared by the tests: tiny models (no download) and the real policy where it can be had."""
 
 import os
+import signal
 from pathlib import Path
 
 os.environ.setdefault("FEEDBACK_HEADLESS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# A shell starts background jobs with Ctrl-C ignored, and children inherit that: the tests send it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
 import torch
