@@ -6,13 +6,14 @@ from pathlib import Path
 
 os.environ.setdefault("FEEDBACK_HEADLESS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# A shell starts background jobs with Ctrl-C ignored, and children inherit that: the tests send it.
-signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
 import torch
 
 from lib import assets, models
+
+# A shell starts background jobs with Ctrl-C ignored, and children inherit that: the tests send it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 WORDS = [*"the a cat dog sat ran on mat you are nice kind stupid idiot".split(), "."]  # noqa: SIM905
 
