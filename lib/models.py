@@ -374,9 +374,12 @@ def tiny_tokenizer(words: list[str] | None = None) -> PreTrainedTokenizerFast:
 
 
 def build_tiny_model(
-    name: str = "tiny", *, words: list[str] | None = None, seed: int = 0
+    name: str = "tiny", *, words: list[str] | None = None, seed: int = 0, **sizes
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    """A two-layer model with random float32 weights (about 0.1M parameters) and its tokenizer."""
+    """A two-layer model with random float32 weights (about 0.1M parameters) and its tokenizer.
+
+    `sizes` replace fields of the model's configuration, such as hidden_size.
+    """
     if name not in TINY_MODELS:
         raise ValueError(f"unknown tiny model {name!r}; allowed: {', '.join(TINY_MODELS)}")
     tokenizer = tiny_tokenizer(words)
@@ -384,19 +387,15 @@ def build_tiny_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if name == "tiny":
-            model = LlamaForCausalLM(
-                LlamaConfig(
-                    vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128,
-                    num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-                    max_position_embeddings=512, bos_token_id=None, **special,
-                )
+            shape = dict(
+                hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+                num_key_value_heads=2, max_position_embeddings=512,
             )  # fmt: skip
+            shape |= {"vocab_size": len(tokenizer), "bos_token_id": None, **special, **sizes}
+            model = LlamaForCausalLM(LlamaConfig(**shape))
         else:
-            model = T5ForConditionalGeneration(
-                T5Config(
-                    vocab_size=len(tokenizer), d_model=64, d_kv=16, d_ff=128, num_layers=2,
-                    num_heads=4, dropout_rate=0.0, decoder_start_token_id=tokenizer.pad_token_id,
-                    **special,
-                )
-            )  # fmt: skip
+            shape = dict(d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4, dropout_rate=0.0)
+            start = {"decoder_start_token_id": tokenizer.pad_token_id}
+            shape |= {"vocab_size": len(tokenizer), **start, **special, **sizes}
+            model = T5ForConditionalGeneration(T5Config(**shape))
     return model.eval(), tokenizer

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from transformers import PreTrainedTokenizerBase
 
-from lib import generation, scoring
+from lib import generation, scoring, segments
 
 RewardFunction = Callable[[generation.Samples], object]  # returns what `place_rewards` takes
 
@@ -51,6 +53,74 @@ def segment_rewards(ends: Sequence[int], values: Sequence[float], length: int) -
     row = np.zeros(length)
     np.add.at(row, np.asarray(ends, dtype=int), np.asarray(values, dtype=float))
     return row
+
+
+# --- several reward models, each with its own segments -------------------------------------------
+
+
+@dataclass(frozen=True)
+class SegmentReward:
+    """One reward model of fine-grained RLHF (Wu et al. 2023, section 2): weight (score - mean) / std.
+
+    `score(prompts, responses)` gives an array for each response, one score for each of its segments as
+    `segmenter` cuts it.  Raises ValueError for a deviation that is not above 0.
+    """
+
+    name: str
+    segmenter: segments.Segmenter
+    score: Callable[[Sequence[str], Sequence[str]], Sequence[np.ndarray]]
+    weight: float = 1.0
+    mean: float = 0.0
+    std: float = 1.0
+
+    def __post_init__(self):
+        if not self.std > 0:
+            raise ValueError(f"std of {self.name!r} is {self.std!r}; it must be above 0.")
+
+    def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[np.ndarray]:
+        """Each response's segment rewards, (segments,)."""
+        found = self.score(prompts, responses)
+        return [
+            self.weight * (np.asarray(row, dtype=float) - self.mean) / self.std for row in found
+        ]
+
+    def fitted(self, prompts: Sequence[str], responses: Sequence[str]) -> SegmentReward:
+        """The same with mean and deviation measured on these responses: computed, never typed by hand."""
+        found = np.concatenate(self.score(prompts, responses))
+        return replace(self, mean=float(found.mean()), std=float(found.std()))
+
+
+def compose(parts: Sequence[SegmentReward], tokenizer: PreTrainedTokenizerBase) -> RewardFunction:
+    """A dense reward for `ppo.train_ppo`: a component for each part, paid at its segments' last tokens.
+
+    r_t = sum_k sum_j [t = T_j^k] w_k R_k(x, y, j)   (Wu et al. 2023, section 2).  Raises ValueError for two
+    parts of one name, and where scores and segments of a response differ in number.
+    """
+    if len({part.name for part in parts}) < len(parts):
+        raise ValueError(f"names must differ; given: {[part.name for part in parts]}.")
+
+    def row(part: SegmentReward, ids: list[int], values: np.ndarray) -> np.ndarray:
+        ends = part.segmenter.token_ends(tokenizer, ids)
+        if len(ends) != len(values):
+            raise ValueError(
+                f"reward {part.name!r} gives {len(values)} scores for a response of {len(ends)} "
+                f"segments: {tokenizer.decode(ids)[:80]!r}. Score and segmenter must cut alike."
+            )
+        return segment_rewards(ends, values, len(ids))
+
+    def dense(samples: generation.Samples) -> dict[str, list[np.ndarray]]:
+        scored = {part: part(samples.prompts, samples.texts) for part in parts}
+        return {
+            part.name: [row(part, *both) for both in zip(samples.response_ids, values, strict=True)]
+            for part, values in scored.items()
+        }
+
+    return dense
+
+
+def at_end(reward_fn: RewardFunction) -> RewardFunction:
+    """The same totals, component by component, paid at the last token: holistic, density taken away."""
+    return lambda samples: place_rewards(reward_fn(samples), samples)[1]
 
 
 def shuffled(reward_fn: RewardFunction) -> RewardFunction:

@@ -1,0 +1,196 @@
+"""Grounded question answering whose errors a program judges exactly: PROGRAMMATIC REWARDS, for dense PPO.
+
+A prompt holds facts and asks for some of them; an answer is a list of clauses in sentences:
+
+    colour red, metal iron, age nine, city oslo? metal city:   ->   metal iron, city oslo.
+
+The three kinds of error of fine-grained RLHF (Wu et al. 2023, section 4) are known by construction:
+C1 a clause not asked for, repeated or no clause at all (judged for each clause), C2 a wrong value (for each
+sentence), C3 an asked fact missing (for the whole answer).  `f1`, the judge, is in no reward: it compares
+what was rightly answered with all that was said and all that was asked, so padding costs.
+
+Simplified: a world of 12 attributes and 8 values each; words are tokens; nothing is paraphrased.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import pandas as pd
+
+from lib import models, segments
+
+ATTRIBUTES = {
+    "colour": "red blue green black white brown grey pink",
+    "metal": "iron gold silver copper tin lead zinc nickel",
+    "city": "oslo paris rome cairo lima delhi quito tokyo",
+    "animal": "owl fox cat dog horse eagle wolf bear",
+    "age": "one two three four five six seven eight",
+    "tree": "oak pine elm birch cedar maple willow palm",
+    "fruit": "apple pear plum grape lemon melon cherry peach",
+    "month": "march april may june july august october december",
+    "sport": "golf chess tennis rugby hockey judo rowing archery",
+    "tool": "hammer saw drill chisel file wrench spade axe",
+    "shape": "cube cone disc ring star cross square sphere",
+    "craft": "weaving pottery baking carving sewing painting glazing tanning",
+}
+ATTRIBUTES = {name: tuple(values.split()) for name, values in ATTRIBUTES.items()}
+MARKS = (",", ".", "?", ":")
+_SEGMENTS = {"clause": r"[^,.]*[,.](?:\s+$)?|[^,.]+$", "sentence": r"[^.]*\.(?:\s+$)?|[^.]+$"}
+
+
+def tokenizer_and_model(seed: int = 0, **sizes):
+    """A small decoder with random weights over the task's words, and its tokenizer.
+
+    `sizes`: fields of the model's configuration, as in `models.build_tiny_model`.
+    """
+    words = [*MARKS, *ATTRIBUTES, *(value for values in ATTRIBUTES.values() for value in values)]
+    return models.build_tiny_model(words=words, seed=seed, **sizes)
+
+
+@dataclass(frozen=True)
+class Question:
+    """Facts (attribute -> value) and the attributes asked for."""
+
+    facts: dict[str, str]
+    asked: tuple[str, ...]
+
+    @property
+    def prompt(self) -> str:
+        """The text given to the policy; `read` turns it back."""
+        facts = ", ".join(f"{name} {value}" for name, value in self.facts.items())
+        return f"{facts}? {' '.join(self.asked)}:"
+
+
+def read(prompt: str) -> Question:
+    """The question of a prompt.  Raises ValueError for a text of another form."""
+    found = re.fullmatch(r"(.+)\?(.+):", prompt)
+    pairs = [fact.split() for fact in found[1].split(",")] if found else [()]
+    if any(len(pair) != 2 for pair in pairs):
+        raise ValueError(f"not a prompt of this task: {prompt!r}; try Question(...).prompt.")
+    return Question(dict(pairs), tuple(found[2].split()))
+
+
+def draw_questions(n: int, seed: int, facts: int = 6, asked: int = 3) -> list[Question]:
+    """n questions, all different; ValueError where asked > facts or facts > the attributes there are."""
+    if not 0 < asked <= facts <= len(ATTRIBUTES):
+        raise ValueError(
+            f"facts is {facts} and asked {asked}; allowed: asked up to facts, facts up to {len(ATTRIBUTES)}."
+        )
+    rng, found = np.random.default_rng(seed), {}
+    while len(found) < n:
+        names = rng.permutation(list(ATTRIBUTES))[:facts].tolist()
+        known = {name: str(rng.choice(ATTRIBUTES[name])) for name in names}
+        question = Question(known, tuple(rng.permutation(names)[:asked].tolist()))
+        found[question.prompt] = question
+    return list(found.values())
+
+
+def demonstrate(
+    questions: Sequence[Question], seed: int, *, relevant: float = 0.6, right: float = 0.75
+) -> list[str]:
+    """One noisy answer to each question, for the first fine-tuning.
+
+    2 to 6 clauses; each is about an asked attribute with probability `relevant` (repeats happen), has the
+    right value with probability `right`, and ends its sentence half of the time.
+    """
+    rng, answers = np.random.default_rng(seed), []
+    for question in questions:
+        others, text = [name for name in question.facts if name not in question.asked], ""
+        for _ in range(rng.integers(2, 7)):
+            name = str(rng.choice(question.asked if rng.random() < relevant else others))
+            wrong = rng.random() >= right
+            value = str(rng.choice(ATTRIBUTES[name])) if wrong else question.facts[name]
+            text += f" {name} {value}" + (",", ".")[rng.integers(2)]
+        answers.append(text[1:-1] + ".")
+    return answers
+
+
+# --- segments and their errors -------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Segmenter(segments.Segmenter):
+    """Segments of this task's answers: unit "clause" (up to , or .), "sentence" (up to .) or "sequence".
+
+    The rule for English prose merges pieces under five words; here a clause has two.
+    """
+
+    def __post_init__(self):
+        if self.unit not in (*_SEGMENTS, "sequence"):
+            raise ValueError(f"unit is {self.unit!r}; allowed: {', '.join(_SEGMENTS)}, sequence.")
+
+    def spans(self, text: str) -> list[tuple[int, int]]:
+        """(start, end) of the segments: they partition the text; an unfinished last one counts.
+
+        As a "sequence" an empty answer is one segment: saying nothing is judged too.
+        """
+        if self.unit == "sequence":
+            return [(0, len(text))]
+        return [found.span() for found in re.finditer(_SEGMENTS[self.unit], text)]
+
+
+@dataclass(frozen=True)
+class Errors:
+    """What is right in one answer."""
+
+    relevant: np.ndarray  # (clauses,) asked for, and not said before
+    true: np.ndarray  # (clauses,) the facts say so
+    sentences: np.ndarray  # (sentences,) every clause is true
+    coverage: float  # share of the asked facts that are stated rightly
+    asked: int
+
+    @property
+    def f1(self) -> float:
+        """2 right / (clauses said + facts asked); right: asked for, true, said for the first time."""
+        right = (self.relevant & self.true).sum()
+        return float(2 * right / (len(self.true) + self.asked))
+
+
+@lru_cache(maxsize=100_000)
+def judge(prompt: str, text: str) -> Errors:
+    """The errors of one answer, exactly; an answer without text has no clauses and covers nothing."""
+    question, said, relevant, true, sentences = read(prompt), {}, [], [], []
+    for start, end in Segmenter("sentence").spans(text):
+        first = len(true)
+        for left, right in Segmenter("clause").spans(text[start:end]):
+            words = text[start:end][left:right].rstrip(" ,.").split()
+            name, value = words if len(words) == 2 else ("", "")
+            relevant.append(name in question.asked and name not in said)
+            true.append(bool(name) and question.facts.get(name) == value)
+            said[name] = said.get(name, False) or true[-1]
+        sentences.append(all(true[first:]))
+    asked = len(question.asked)
+    coverage = sum(said.get(name, False) for name in question.asked) / asked
+    marks = (np.array(x, dtype=bool) for x in (relevant, true, sentences))
+    return Errors(*marks, coverage, asked)
+
+
+def relevance(prompts: Sequence[str], responses: Sequence[str]) -> list[np.ndarray]:
+    """R1 for each clause: 1 if asked for and not said before, else -1."""
+    return [2.0 * judge(p, r).relevant - 1 for p, r in zip(prompts, responses, strict=True)]
+
+
+def factuality(prompts: Sequence[str], responses: Sequence[str]) -> list[np.ndarray]:
+    """R2 for each sentence: 1 if every value in it is right, else -1."""
+    return [2.0 * judge(p, r).sentences - 1 for p, r in zip(prompts, responses, strict=True)]
+
+
+def completeness(prompts: Sequence[str], responses: Sequence[str]) -> list[np.ndarray]:
+    """R3 for the whole answer, (1,): the share of the asked facts that it states rightly."""
+    return [np.array([judge(p, r).coverage]) for p, r in zip(prompts, responses, strict=True)]
+
+
+def panel(prompts: Sequence[str], responses: Sequence[str]) -> pd.DataFrame:
+    """One row an answer: clauses, relevant ones, sentences, factual ones, coverage, and f1, the judge."""
+    found = [judge(p, r) for p, r in zip(prompts, responses, strict=True)]
+    rows = [
+        (len(e.true), e.relevant.sum(), len(e.sentences), e.sentences.sum(), e.coverage, e.f1)
+        for e in found
+    ]
+    columns = ["clauses", "relevant", "sentences", "factual", "coverage", "f1"]
+    return pd.DataFrame(rows, columns=columns)
