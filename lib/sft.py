@@ -8,6 +8,7 @@ Encoder-decoder models, which SFTTrainer does not take, go through its parent, `
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -102,23 +103,56 @@ def train_sft(
     `rows` come from `encode_completions` or `encode_conversations`; `arguments` are those of
     `transformers.TrainingArguments`, such as learning_rate or num_train_epochs.  Checkpoints go to
     `folder`, from which a killed run continues; ValueError where it belongs to another run.
+    A trunk that `models.set_trainable` froze keeps its dtype, and logits are computed where loss
+    falls (neither with LIB_PLAIN=1).
     """
-    model.float()
+    if runtime.plain_mode() or any(
+        p.requires_grad and p.dtype != torch.float32 for p in model.parameters()
+    ):
+        model.float()
     train, truncated = _dataset(model, rows, max_length)
     test = _dataset(model, held_out, max_length)[0] if held_out else None
     with tempfile.TemporaryDirectory() as scratch:
         output = Path(folder or scratch)
         runtime.claim_folder(output, "SFT", rows, held_out, max_length, arguments)
         arguments = {"save_strategy": "steps" if folder else "no", "save_steps": 50, **arguments}
-        trainer = _trainer(model, tokenizer, train, test, output_dir=str(output), **arguments)
         whole = output.glob("checkpoint-*/trainer_state.json")  # the file that is written last
         steps = [int(path.parent.name.removeprefix("checkpoint-")) for path in whole]
-        trainer.train(resume_from_checkpoint=f"{output}/checkpoint-{max(steps)}" if steps else None)
+        last = f"{output}/checkpoint-{max(steps)}" if steps else None
+        with _own_forward(model), _logits_where_loss_falls():
+            trainer = _trainer(model, tokenizer, train, test, output_dir=str(output), **arguments)
+            trainer.train(resume_from_checkpoint=last)
     model.eval()
     history = pd.DataFrame(trainer.state.log_history).groupby("step", as_index=False).first()
     history = history.rename(columns={"eval_loss": "held_out_loss"}).reindex(columns=COLUMNS)
     history.attrs["truncated"] = truncated
     return history
+
+
+@contextlib.contextmanager
+def _own_forward(model):
+    """Take off the `forward` that TRL and accelerate hang on the model while they train it."""
+    own = model.__dict__.get("forward")
+    yield
+    model.__dict__.pop("forward", None)
+    if own is not None:
+        model.forward = own
+
+
+@contextlib.contextmanager
+def _logits_where_loss_falls():
+    """Without Triton, TRL also computes the logits of prompt tokens and then masks them: not here."""
+    import trl.trainer.utils as trl_utils
+
+    asked = getattr(trl_utils, "_use_triton", None)
+    if asked is None or runtime.plain_mode():  # another release of TRL: slower, the same
+        yield
+        return
+    trl_utils._use_triton = lambda device: True  # read there only to decide on the masking
+    try:
+        yield
+    finally:
+        trl_utils._use_triton = asked
 
 
 def _dataset(model, rows, max_length) -> tuple[datasets.Dataset, int]:

@@ -112,6 +112,36 @@ def test_loss_is_the_mean_over_completion_tokens(toy):
     assert history["loss"][0] == pytest.approx(expected, rel=1e-4)
 
 
+def test_the_fast_path_gives_the_plain_losses_and_leaves_the_model_as_it_was(monkeypatch):
+    prompts, answers = ["a b c d a b", "c", "d d"], ["yes", "no . yes", "."]
+    losses = {}
+    for plain in ("1", "0"):
+        monkeypatch.setenv("LIB_PLAIN", plain)
+        model, tokenizer = models.build_tiny_model("tiny", words=WORDS, seed=1)
+        frozen = models.set_trainable(model, "top", layers=1)
+        before = model.forward
+        rows = sft.encode_completions(tokenizer, prompts, answers)
+        history = sft.train_sft(model, tokenizer, rows, num_train_epochs=3, learning_rate=1e-2)
+        losses[plain] = history.loss.to_numpy()
+        assert model.forward == before
+        ids = torch.tensor([[1, 2, 3]])
+        logits, _ = models.SharedTrunkPolicy(model, frozen)(
+            models.TokenBatch(ids, torch.ones_like(ids), ids)
+        )
+        assert logits.shape == (1, 3, len(tokenizer))
+    assert losses["0"] == pytest.approx(losses["1"], abs=1e-4)
+
+
+def test_a_frozen_trunk_keeps_its_dtype(toy):
+    model = copy.deepcopy(toy[0]).to(torch.bfloat16)
+    models.set_trainable(model, "top", layers=1)
+    rows = sft.encode_completions(toy[1], ["a b", "c"], ["yes", "no"])
+    history = sft.train_sft(model, toy[1], rows, num_train_epochs=20, learning_rate=1e-2)
+    dtypes = [next(layer.parameters()).dtype for layer in models.decoder_layers(model)]
+    assert dtypes == [torch.bfloat16, torch.float32]
+    assert history.loss.iloc[-1] < history.loss.iloc[0]
+
+
 def test_truncation_is_counted_and_silent_examples_are_refused(toy):
     model, tokenizer = copy.deepcopy(toy[0]), toy[1]
     rows = sft.encode_completions(tokenizer, ["a b", "c"], ["yes no .", "no"])
