@@ -92,6 +92,8 @@ def test_closing(path):
         "**Next:**",
     ):
         assert word in last.source
+    named = re.findall(r"`(\d\d_\w+)`", last.source.partition("**Next:**")[2])
+    assert all((path.parent / f"{name}.ipynb").exists() for name in named)
 
 
 @each_notebook
