@@ -357,6 +357,31 @@ def learning_curve(
     return _finish(figure, title or f"{ylabel} over training: mean and range over seeds")
 
 
+def dense_rewards(
+    table: pd.DataFrame, tokens: Sequence[str], *, title: str = "Rewards at their tokens"
+) -> Figure:
+    """An answer's tokens from left to right, each reward a stem at the token where it is paid.
+
+    Columns position (token number), model, value; a token with several rewards has them side by side.
+    """
+    figure, axes = _start(table, "position model value", 3.4)
+    figure.set_figwidth(max(WIDTH, 0.24 * len(tokens)))
+    styles = condition_styles(table["model"])
+    for i, (model, style) in enumerate(styles.items()):
+        rows = table[table["model"] == model]
+        place = rows["position"] + 0.25 * (i - (len(styles) - 1) / 2)
+        axes.vlines(place, 0, rows["value"], color=style["color"], lw=2.5)
+        total = rows["value"].sum()
+        label = f"{model} (sum {total:+.2f})"
+        axes.plot(place, rows["value"], **style | {"linestyle": ""}, label=label)
+    axes.axhline(0, color="0.3", lw=1)
+    shown = [str(token).strip() or repr(token)[1:-1] for token in tokens]
+    axes.set_xticks(range(len(shown)), shown, rotation=90)
+    axes.set(ylabel="reward", xlim=(-0.8, len(shown) - 0.2))
+    axes.grid(False, axis="x")
+    return _finish(figure, title)
+
+
 # --- texts that may offend -----------------------------------------------------------------------
 
 _CSS = """<style>

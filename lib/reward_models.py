@@ -96,19 +96,24 @@ class RewardModel(torch.nn.Module):
         self.padding_side, self.truncated = padding_side, {"prompts": 0, "responses": 0}
         self.config, width = backbone.config, backbone.config.hidden_size
         limit = getattr(self.config, "max_position_embeddings", None) or max_length
-        roberta = "roberta" in self.config.model_type  # counts positions itself, from 2
+        kind = self.config.model_type  # these count positions themselves, from 2
+        roberta = "roberta" in kind or kind == "longformer"
         self.max_length = min(max_length, limit - 2 * roberta)
         accepted = inspect.signature(backbone.forward).parameters
         self._positions = "position_ids" in accepted and not roberta
+        self._global = "global_attention_mask" in accepted  # Longformer: some token must see all
         self._pair = tokenizer.cls_token_id is not None and tokenizer.sep_token_id is not None
         self._causal = self._positions and not self._pair and "past_key_values" in accepted
         self._segments = getattr(self.config, "type_vocab_size", 0) > 1
+        self._add_head(width, outputs)
+        self.to(backbone.device)
+
+    def _add_head(self, width: int, outputs: int) -> None:
         self.head = torch.nn.Linear(width, outputs)
         torch.nn.init.zeros_(self.head.weight)
         torch.nn.init.zeros_(self.head.bias)
         self.register_buffer("centre", torch.zeros(width))
         self.register_buffer("scale", torch.ones(width))
-        self.to(backbone.device)
 
     def encode(self, prompts: Sequence[str], responses: Sequence[str]) -> list[tuple[list, list]]:
         """Token ids (context, response) of each row, cut to `max_length`; the response keeps its place.
@@ -157,6 +162,9 @@ class RewardModel(torch.nn.Module):
             extra["position_ids"] = (attention_mask.cumsum(-1) - 1).clamp(min=0)
         if self._segments and response_mask is not None:
             extra["token_type_ids"] = response_mask
+        if self._global:
+            extra["global_attention_mask"] = torch.zeros_like(attention_mask)
+            extra["global_attention_mask"][:, 0] = 1
         out = self.backbone(input_ids=input_ids, attention_mask=attention_mask, **extra)
         return out.last_hidden_state
 
@@ -243,6 +251,11 @@ class RewardModel(torch.nn.Module):
             n: x.cpu().clone() for n, x in state if n in trained or not n.startswith("backbone.")
         }
 
+    def settings(self) -> dict[str, object]:
+        """Arguments that build this model again on its backbone."""
+        how = {"pooling": self.pooling, "outputs": self.head.out_features}
+        return how | {"max_length": self.max_length, "padding_side": self.padding_side}
+
     def save(self, folder: Path | str, name: str, **card) -> Path:
         """Head, scale and every trained weight as safetensors, with a card that says how to build the rest.
 
@@ -254,9 +267,7 @@ class RewardModel(torch.nn.Module):
         runtime.write_atomic(
             Path(folder) / WEIGHTS, save({n: x.contiguous() for n, x in kept.items()})
         )
-        how = {"pooling": self.pooling, "outputs": self.head.out_features}
-        how |= {"max_length": self.max_length, "padding_side": self.padding_side}
-        card = {"backbone": name, "model": how, "build": card}
+        card = {"backbone": name, "model": self.settings(), "build": card}
         return runtime.write_atomic(Path(folder) / CARD, runtime.to_json(card)).parent
 
 
@@ -276,8 +287,11 @@ class FeatureStore:
         return self.rows[[self.known[key] for key in wanted]]
 
 
-def load(folder: Path | str) -> RewardModel:
-    """What `RewardModel.save` wrote.  Raises ValueError where weights and card do not belong together."""
+def load(folder: Path | str, kind: type[RewardModel] = RewardModel) -> RewardModel:
+    """What `save` of a model of this `kind` wrote.
+
+    Raises ValueError where weights and card do not belong together.
+    """
     from safetensors.torch import load_file
 
     card = json.loads((Path(folder) / CARD).read_text(encoding="utf-8"))
@@ -286,7 +300,7 @@ def load(folder: Path | str) -> RewardModel:
     backbone, tokenizer = load_backbone(card["backbone"], **loading)
     if build:
         models.set_trainable(backbone, **build)
-    model = RewardModel(backbone, tokenizer, **card["model"])
+    model = kind(backbone, tokenizer, **card["model"])
     state = load_file(Path(folder) / WEIGHTS)
     unknown = model.load_state_dict(state, strict=False).unexpected_keys
     if unknown:
@@ -408,16 +422,17 @@ class TrainConfig:
 
 def train(
     model: RewardModel, feedback: Feedback, config: TrainConfig = TrainConfig(), *,
-    features: torch.Tensor | None = None,
+    features: torch.Tensor | None = None, batch_loss: Callable | None = None,
 ) -> pd.DataFrame:  # fmt: skip
     """Train in place on targets (squared error) or pairs (Bradley-Terry); history: step, epoch, loss, ....
 
     Trains the head and whatever of the backbone requires gradients (`models.set_trainable`; freeze it
     with `requires_grad_(False)`).  `features`, (rows, width) from `model.features`, trains the head
-    alone, and sets its centre and scale.  Raises ValueError for feedback of both kinds or none, and
+    alone, and sets its centre and scale.  `batch_loss(model, feedback, groups, encoded, features)` takes
+    the place of these losses.  Raises ValueError for feedback of both kinds or none, and
     FloatingPointError, naming step and batch, where the loss is not finite.
     """
-    if (feedback.targets is None) == (feedback.pairs is None):
+    if batch_loss is None and (feedback.targets is None) == (feedback.pairs is None):
         raise ValueError("feedback needs targets or pairs, not both. Train one model on each.")
     if features is not None:
         model.fit_scale(features.to(model.centre))
@@ -439,7 +454,7 @@ def train(
         if step % batches == 0:
             order = rng.permutation(groups)
         chosen = order[step % batches :: batches]
-        loss = _batch_loss(model, feedback, chosen, encoded, features)
+        loss = (batch_loss or _batch_loss)(model, feedback, chosen, encoded, features)
         if not torch.isfinite(loss):
             where = f"step {step + 1} of {total}, prompts {chosen.tolist()}"
             raise FloatingPointError(f"the loss is {loss.item()} at {where}. Lower learning_rate.")
