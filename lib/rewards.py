@@ -85,9 +85,12 @@ class SegmentReward:
         ]
 
     def fitted(self, prompts: Sequence[str], responses: Sequence[str]) -> SegmentReward:
-        """The same with mean and deviation measured on these responses: computed, never typed by hand."""
+        """The same with mean and deviation measured on these responses: computed, never typed by hand.
+
+        Where all scores are alike the deviation counts as 1, and such scores pay nothing.
+        """
         found = np.concatenate(self.score(prompts, responses))
-        return replace(self, mean=float(found.mean()), std=float(found.std()))
+        return replace(self, mean=float(found.mean()), std=float(found.std()) or 1.0)
 
 
 def compose(parts: Sequence[SegmentReward], tokenizer: PreTrainedTokenizerBase) -> RewardFunction:

@@ -102,8 +102,10 @@ def test_mean_and_deviation_are_measured():
     fitted = reward.fitted(["p"], ["age two, age two, age two, age two."])
     assert (fitted.mean, fitted.std) == (2.0, 1.0)
     assert fitted(["p"], ["age two, age two."])[0].tolist() == [-2.0, 2.0]
+    alike = reward.fitted(["p"], ["age two."])
+    assert alike.std == 1 and alike(["p"], ["age two."])[0].tolist() == [0]
     with pytest.raises(ValueError, match="std of 'R' is 0.0"):
-        reward.fitted(["p"], ["age two."])
+        part("R", grounded_qa.Segmenter("clause"), [1.0], std=0.0)
 
 
 def test_scores_and_segments_that_do_not_match_are_refused():

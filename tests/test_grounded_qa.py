@@ -70,7 +70,7 @@ def test_words_are_tokens_and_values_belong_to_one_attribute():
     _, tokenizer = grounded_qa.tokenizer_and_model()
     words = [w for name, values in grounded_qa.ATTRIBUTES.items() for w in (name, *values)]
     assert len(words) == len(set(words)) == 12 * 9
-    assert tokenizer.unk_token_id not in tokenizer(" ".join(words) + PROMPT)["input_ids"]
+    assert tokenizer.unk_token_id not in tokenizer(" ".join([*words, PROMPT]))["input_ids"]
 
 
 def test_demonstrations_err_as_often_as_they_are_told_to():
