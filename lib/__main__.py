@@ -1,4 +1,4 @@
-"""The command line: `python -m lib run | list | publish | report | annotate` (`--help` after each)."""
+"""The command line: `python -m lib run | list | publish | report | annotate | bench` (try `--help`)."""
 
 from __future__ import annotations
 
@@ -44,6 +44,16 @@ def _annotate(options: argparse.Namespace) -> int:
     return 0
 
 
+def _bench(options: argparse.Namespace) -> int:
+    from lib import bench
+
+    try:
+        bench.run(options.names, options.json, rounds=options.rounds, size=options.size)
+    except ValueError as error:
+        raise runner.RequestError(str(error)) from None
+    return 0
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser; each subcommand sets `command`, a function of the parsed options."""
     parser = argparse.ArgumentParser(prog="python -m lib", description=__doc__)
@@ -62,6 +72,20 @@ def build_parser() -> argparse.ArgumentParser:
     page.add_argument("items", metavar="ITEMS.json", help="qa-feedback records, or course items")
     page.add_argument("--out", default="annotate.html", metavar="PAGE.html")
     page.add_argument("--kind", choices=("spans", "compare"), default="spans")
+    bench = add("bench", _bench, "measure speed beside what a reader would use instead")
+    text = (
+        "benchmark (all of them if none is named), `course` for a table of the notebooks' times, "
+    )
+    bench.add_argument(
+        "names", nargs="*", metavar="NAME", help=text + "`figure` to draw kept results"
+    )
+    bench.add_argument(
+        "--json", metavar="FILE", help="keep the record (a folder: one file for each)"
+    )
+    bench.add_argument(
+        "--rounds", type=int, default=5, help="of each side, after a warm-up (default 5)"
+    )
+    bench.add_argument("--size", choices=("real", "tiny"), default="real", help=argparse.SUPPRESS)
     for sub in (run, publishing):
         text = "name, file or number, such as 10_toxicity_meter or 10"
         sub.add_argument("notebooks", nargs="*", metavar="NOTEBOOK", help=text)

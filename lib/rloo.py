@@ -29,13 +29,14 @@ def train_rloo(
     prompts: Sequence[str],
     reward_fn: rewards.RewardFunction,
     config: ppo.PPOConfig,
+    **trl_settings,
 ) -> pd.DataFrame:
     """Train LoRA adapters on `policy`'s top layers in place; return the columns of `train_ppo` TRL can fill.
 
     Adapters whatever `config.train` says, because TRL's reference is the model without them; all
     layers compute in float32.  Per-token rewards are summed; epochs, minibatches and sampling are the
-    config's; KL is TRL's, a fixed beta.  Raises ValueError for samples_per_prompt < 2 and for
-    encoder-decoder models.
+    config's; KL is TRL's, a fixed beta.  `trl_settings`: further arguments of `trl.RLOOConfig`.  Raises
+    ValueError for samples_per_prompt < 2 and for encoder-decoder models.
     """
     import datasets
     import trl
@@ -60,8 +61,8 @@ def train_rloo(
             temperature=config.temperature, top_k=config.top_k, top_p=config.top_p,
             beta=config.kl_coef, epsilon=config.clip, learning_rate=config.learning_rate,
             lr_scheduler_type="constant", max_grad_norm=config.max_grad_norm, seed=config.seed,
-            disable_dropout=True, bf16=False, save_strategy="no", use_cpu=policy.device.type == "cpu",
-            **sft.PLAIN,
+            disable_dropout=True, save_strategy="no", use_cpu=policy.device.type == "cpu",
+            **{"bf16": False, **sft.PLAIN, **trl_settings},
         )  # fmt: skip
         started = time.perf_counter()
         trainer = trl.RLOOTrainer(

@@ -32,6 +32,15 @@ from lib import assets, generation, runtime
 
 CHUNK = 2048  # texts in work at a time: peak memory does not depend on their number
 LOGIT_CLIP = 6.0  # log-odds beyond +-6 (p < 0.0025 or > 0.9975) are held there
+LOGITS_AT_ONCE = 128  # response tokens whose logits stand in memory together
+# settings of models that change logits after their output layer
+AFTER_OUTPUT_LAYER = (
+    "final_logit_softcapping",
+    "logit_scale",
+    "logits_scaling",
+    "output_multiplier",
+)
+AFTER_OUTPUT_LAYER += ("lm_head_multiplier",)
 DEFAULT_CLASSIFIER = "facebook/roberta-hate-speech-dynabench-r4-target"
 TOXIC_LABELS = ("toxic", "toxicity", "hate", "hateful", "hate_speech", "offensive", "abusive")
 
@@ -469,33 +478,64 @@ def token_log_probs(
     for batch in token_batches(lengths, tokens_per_batch):
         places = [rows[j] for j in batch]
         responses = [list(response_ids[i]) for i in places]
-        logits = _response_logits(model, [list(prompt_ids[i]) for i in places], responses)
-        for place, response, row in zip(places, responses, logits, strict=True):
-            row, tokens = row.float(), torch.tensor(response, device=row.device)[:, None]
-            log_probs = row.gather(-1, tokens)[:, 0] - row.logsumexp(-1)
-            found[place] = log_probs.cpu().numpy()
+        rows_found = _log_probs(model, [list(prompt_ids[i]) for i in places], responses)
+        for place, row in zip(places, rows_found, strict=True):
+            found[place] = row.cpu().numpy()
         bar.update(len(batch))
     bar.close()
     return found
 
 
-def _response_logits(model, prompts, responses) -> list[torch.Tensor]:
-    """Per row the logits that predict its response tokens, (response tokens, vocabulary)."""
+def _log_probs(model, prompts, responses) -> Sequence[torch.Tensor]:
+    """Per row (response tokens,).  The output layer runs over the response tokens alone, a few at a time,
+    unless logits are changed after it (or with LIB_PLAIN=1).
+    """
+    head = model.get_output_embeddings()
+    changed = any(getattr(model.config, name, None) is not None for name in AFTER_OUTPUT_LAYER)
+    if runtime.plain_mode() or changed or head is None:
+        logits = _forward(model, prompts, responses).logits
+        rows = zip(_response_part(model, logits, responses), responses, strict=True)
+        return [_chosen_log_probs(row, torch.tensor(ids, device=row.device)) for row, ids in rows]
+    seen = []
+    hook = head.register_forward_pre_hook(lambda _, args: seen.append(args[0]) or (args[0][:, :0],))
+    try:
+        _forward(model, prompts, responses)
+    finally:
+        hook.remove()
+    states = torch.cat(_response_part(model, seen[0], responses)).split(LOGITS_AT_ONCE)
+    tokens = torch.tensor([t for row in responses for t in row], device=seen[0].device)
+    parts = zip(states, tokens.split(LOGITS_AT_ONCE), strict=True)
+    found = torch.cat([_chosen_log_probs(head(part), ids) for part, ids in parts])
+    return found.split([len(row) for row in responses])
+
+
+def _chosen_log_probs(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    logits = logits.float()
+    return logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
+
+
+def _response_part(model, values: torch.Tensor, responses) -> list[torch.Tensor]:
+    """Per row what predicts its response tokens: `values` (rows, time, ...) as `_forward` pads them."""
+    rows = zip(values, responses, strict=True)
+    if model.config.is_encoder_decoder:
+        return [row[: len(ids)] for row, ids in rows]
+    return [row[-len(ids) - 1 : -1] for row, ids in rows]
+
+
+def _forward(model, prompts, responses):
     device = model.device
     if model.config.is_encoder_decoder:
         start = model.config.decoder_start_token_id
         ids, mask = (x.to(device) for x in generation.pad_rows(prompts, 0, "right"))
         shifted, _ = generation.pad_rows([[start, *row[:-1]] for row in responses], start, "right")
-        out = model(input_ids=ids, attention_mask=mask, decoder_input_ids=shifted.to(device))
-        return [logits[: len(row)] for logits, row in zip(out.logits, responses, strict=True)]
+        return model(input_ids=ids, attention_mask=mask, decoder_input_ids=shifted.to(device))
     pairs = [prompt + row for prompt, row in zip(prompts, responses, strict=True)]
     ids, mask = (x.to(device) for x in generation.pad_rows(pairs, 0, "left"))
     extra = {}
     if "position_ids" in inspect.signature(model.forward).parameters:
         extra["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
     keep = max(map(len, responses)) + 1  # left padding: all responses end at the last position
-    out = model(input_ids=ids, attention_mask=mask, logits_to_keep=keep, use_cache=False, **extra)
-    return [logits[-len(row) - 1 : -1] for logits, row in zip(out.logits, responses, strict=True)]
+    return model(input_ids=ids, attention_mask=mask, logits_to_keep=keep, use_cache=False, **extra)
 
 
 def encode_pair(tokenizer, context: str, continuation: str) -> tuple[list[int], list[int]]:
