@@ -592,7 +592,7 @@ def rule_edit(rubric: Rubric, source: str, summary: str, critique: Critique) -> 
     """A refinement made by rule: what was right is kept, what the critique names is put right.
 
     Sentences with something that the source does not support, or that is said before, go; for a missing
-    fact, and for a summary that is too short, "Also:" and the words of the source that state it are added.
+    fact, and for a summary that is too short, the source's sentence that states it is added.
     "" where the edit would not do what the critique asks, or would lower the rubric's score.
     """
     wrong = rubric.judge(source, summary).spans
@@ -627,22 +627,22 @@ def _sentences(text: str) -> list[tuple[int, int]]:
     return list(itertools.pairwise([0, *ends, len(text)]))
 
 
-def _statement(rubric: Rubric, source: str, fact: str, most: int = 12) -> str:
-    """What the source says from the fact on, to the end of the clause or `most` words; "" if nothing.
+def _statement(rubric: Rubric, source: str, fact: str, most: int = 24) -> str:
+    """The source's sentence that states the fact, at most `most` words; "" if there is none.
 
-    A fact that ends its clause brings the few words before it.
+    A longer sentence ends with the clause that states the fact, or is that clause alone.
     """
-    needed = set(stems(fact))
     for start, end in _sentences(source):
         words = source[start:end].split()
-        at = next((i for i, word in enumerate(words) if needed & set(stems(word))), None)
-        if at is None or not rubric.states(" ".join(words[at : at + most]), fact):
+        if not rubric.states(" ".join(words), fact):
             continue
-        ends = [i for i in range(at, len(words)) if re.search(r"[,;:.!?]$", words[i])]
-        stop = next((i + 1 for i in ends if rubric.states(" ".join(words[at : i + 1]), fact)), at)
-        stop = min(max(stop, at + 1), at + most)
-        said = words[max(0, stop - 4) if stop - at < 3 else at : stop]
-        return "Also: " + " ".join(said).strip(' .,;:!?"') + "."
+        stops = [i + 1 for i, word in enumerate(words) if re.search(r"[,;:.!?]$", word)]
+        stops = sorted({*stops, len(words)})
+        starts = [0] if len(words) <= most else [0, *reversed(stops[:-1])]
+        for first, stop in itertools.product(starts, reversed(stops)):
+            said = _sentence(" ".join(words[first:stop]))
+            if 0 < stop - first <= most and rubric.states(said, fact):
+                return said
     return ""
 
 
