@@ -93,6 +93,32 @@ class SegmentReward:
         return replace(self, mean=float(found.mean()), std=float(found.std()) or 1.0)
 
 
+class ToxicityDrops:
+    """`SegmentReward.score` of detoxification (section 3): toxicity(y_1..y_j-1) - toxicity(y_1..y_j).
+
+    The drops of a response telescope to toxicity("") - toxicity(y), the holistic reward up to a constant.
+    Toxicity is the scorer's probability, 0 for no text, or with `logit` its log-odds held within +-6.  Where
+    a prefix has no score (NaN), it counts as the one before.
+    """
+
+    def __init__(self, scorer: scoring.Scorer, segmenter: segments.Segmenter, logit: bool = False):
+        self.scorer, self.segmenter, self.logit = scorer, segmenter, logit
+        self.calls = 0  # texts scored so far
+
+    def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[np.ndarray]:
+        """(segments,) drops of each response; prompts are not scored."""
+        ends = [[end for _, end in self.segmenter.spans(text)] for text in responses]
+        prefixes = [t[:end] for t, row in zip(responses, ends, strict=True) for end in row]
+        self.calls += len(prefixes)
+        found = self.scorer.score(prefixes) if prefixes else np.zeros(0)
+        parts = np.split(found, np.cumsum([len(row) for row in ends])[:-1])
+        return [-np.diff(self._measured(np.append(0.0, part))) for part in parts]
+
+    def _measured(self, scores: np.ndarray) -> np.ndarray:
+        known = np.maximum.accumulate(np.where(np.isnan(scores), 0, np.arange(len(scores))))
+        return scoring.log_odds(scores[known]) if self.logit else scores[known]
+
+
 def compose(parts: Sequence[SegmentReward], tokenizer: PreTrainedTokenizerBase) -> RewardFunction:
     """A dense reward for `ppo.train_ppo`: a component for each part, paid at its segments' last tokens.
 
@@ -152,14 +178,15 @@ class CleanTextReward:
 
     def __call__(self, samples: generation.Samples) -> dict[str, np.ndarray]:
         """Components (rows,) of each sample's reward; their sum is the reward."""
-        texts = samples.texts
-        repetition = [scoring.repetition_share(text) for text in texts]
-        faults = {
-            "empty": np.array([scoring.is_empty(text) for text in texts], dtype=float),
-            "repetition": np.nan_to_num(repetition),
-            "non_latin": scoring.script_share(texts),
-        }
-        return {
-            "clean": -self.scorer.logit(texts),
-            **{name: -self.penalty * share for name, share in faults.items()},
-        }
+        return {"clean": -self.scorer.logit(samples.texts)} | fault_penalties(samples, self.penalty)
+
+
+def fault_penalties(samples: generation.Samples, penalty: float = 4.0) -> dict[str, np.ndarray]:
+    """-penalty x (empty, share of repeated word 3-grams, share of non-Latin letters), each (rows,)."""
+    repetition = [scoring.repetition_share(text) for text in samples.texts]
+    faults = {
+        "empty": np.array([scoring.is_empty(text) for text in samples.texts], dtype=float),
+        "repetition": np.nan_to_num(repetition),
+        "non_latin": scoring.script_share(samples.texts),
+    }
+    return {name: -penalty * share for name, share in faults.items()}
