@@ -377,7 +377,7 @@ def dense_rewards(
     axes.axhline(0, color="0.3", lw=1)
     shown = [str(token).strip() or repr(token)[1:-1] for token in tokens]
     axes.set_xticks(range(len(shown)), shown, rotation=90)
-    axes.set(ylabel="reward", xlim=(-0.8, len(shown) - 0.2))
+    axes.set(xlabel="token", ylabel="reward", xlim=(-0.8, len(shown) - 0.2))
     axes.grid(False, axis="x")
     return _finish(figure, title)
 

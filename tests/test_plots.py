@@ -54,6 +54,9 @@ TABLES = {
         [(step, arm, seed, seed + step) for step in range(4) for arm in "xy" for seed in (0, 2)],
         columns=["step", "arm", "seed", "value"],
     ),
+    "dense": pd.DataFrame(
+        [(2, "R1", 0.3), (4, "R1", -0.3), (4, "R2", 0.5)], columns=["position", "model", "value"]
+    ),
 }
 FIGURES = {
     "interval": lambda t: plots.interval_plot(t, xlabel="score", reference=0.0),
@@ -64,6 +67,7 @@ FIGURES = {
     "curve": lambda t: plots.learning_curve(t, ylabel="reward"),
     "ratings": plots.score_histogram,
     "calibration": plots.calibration_plot,
+    "dense": lambda t: plots.dense_rewards(t, ["A", " lake", ".", "\n", "It"]),
 }
 
 
@@ -191,6 +195,14 @@ def test_learning_curve_shows_mean_and_range():
     assert any(line.get_label() == "reference 1.5" for line in axes.lines)
     band = axes.collections[0].get_paths()[0].vertices
     assert band[:, 1].min() == 0 and band[:, 1].max() == 5
+
+
+def test_dense_rewards_stand_side_by_side_at_their_tokens():
+    figure = FIGURES["dense"](TABLES["dense"])
+    assert {"A", "lake", "\\n", "R1 (sum +0.00)", "R2 (sum +0.50)"} <= texts(figure)
+    first, second = (line.get_xdata() for line in figure.axes[0].lines[:2])
+    np.testing.assert_allclose(np.round(first), [2, 4])
+    assert second[0] > first[1] and round(second[0]) == 4
 
 
 @pytest.mark.parametrize("name", FIGURES)
