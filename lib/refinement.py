@@ -592,7 +592,9 @@ def rule_edit(rubric: Rubric, source: str, summary: str, critique: Critique) -> 
     """A refinement made by rule: what was right is kept, what the critique names is put right.
 
     Sentences with something that the source does not support, or that is said before, go; for a missing
-    fact, and for a summary that is too short, the source's sentence that states it is added.
+    fact, and for a summary that is too short, "Also:" and the words of the source that state it are added.
+    Where no sentence is left, the source's first one takes their place: a text of "Also:" alone would
+    teach a model to write nothing else.
     "" where the edit would not do what the critique asks, or would lower the rubric's score.
     """
     wrong = rubric.judge(source, summary).spans
@@ -601,12 +603,15 @@ def rule_edit(rubric: Rubric, source: str, summary: str, critique: Critique) -> 
         for start, end in _sentences(summary)
         if not any(start <= span.start < end for span in wrong)
     ]
+    sentences = sentences or [_opening(source)]
     left = rubric.judge(source, " ".join(sentences)).missing
     fact = critique.target if critique.category == "coverage" else (left[0] if left else "")
     if fact and critique.category != "repetition":
         added = _statement(rubric, source, fact)
         told = set(stems(added))
-        sentences = [s for s in sentences if not told.issuperset(stems(s))] + [added]
+        sentences = [s for s in sentences if not told.issuperset(stems(s))] or [_opening(source)]
+        if not rubric.states(" ".join(sentences), fact):
+            sentences.append(added)
     kept = " ".join(sentences).strip()
     if not incorporates(rubric, source, summary, critique, kept):
         return ""
@@ -627,23 +632,31 @@ def _sentences(text: str) -> list[tuple[int, int]]:
     return list(itertools.pairwise([0, *ends, len(text)]))
 
 
-def _statement(rubric: Rubric, source: str, fact: str, most: int = 24) -> str:
-    """The source's sentence that states the fact, at most `most` words; "" if there is none.
+def _statement(rubric: Rubric, source: str, fact: str, most: int = 12) -> str:
+    """What the source says from the fact on, to the end of the clause or `most` words; "" if nothing.
 
-    A longer sentence ends with the clause that states the fact, or is that clause alone.
+    A fact that ends its clause brings the few words before it.
     """
+    needed = set(stems(fact))
     for start, end in _sentences(source):
         words = source[start:end].split()
-        if not rubric.states(" ".join(words), fact):
+        at = next((i for i, word in enumerate(words) if needed & set(stems(word))), None)
+        if at is None or not rubric.states(" ".join(words[at : at + most]), fact):
             continue
-        stops = [i + 1 for i, word in enumerate(words) if re.search(r"[,;:.!?]$", word)]
-        stops = sorted({*stops, len(words)})
-        starts = [0] if len(words) <= most else [0, *reversed(stops[:-1])]
-        for first, stop in itertools.product(starts, reversed(stops)):
-            said = _sentence(" ".join(words[first:stop]))
-            if 0 < stop - first <= most and rubric.states(said, fact):
-                return said
+        ends = [i for i in range(at, len(words)) if re.search(r"[,;:.!?]$", words[i])]
+        stop = next((i + 1 for i in ends if rubric.states(" ".join(words[at : i + 1]), fact)), at)
+        stop = min(max(stop, at + 1), at + most)
+        said = words[max(0, stop - 4) if stop - at < 3 else at : stop]
+        return "Also: " + " ".join(said).strip(' .,;:!?"') + "."
     return ""
+
+
+def _opening(source: str, most: int = 24) -> str:
+    """The source's first sentence, or as many of its clauses as fit in `most` words."""
+    words = source[slice(*_sentences(source)[0])].split()
+    stops = [i + 1 for i, word in enumerate(words) if re.search(r"[,;:.!?]$", word)]
+    fit = [stop for stop in stops if stop <= most]
+    return _sentence(" ".join(words[: fit[-1] if fit else most]))
 
 
 def warm_up_examples(

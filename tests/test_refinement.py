@@ -182,10 +182,10 @@ def test_rule_edit_keeps_what_was_right_and_follows_every_critique():
         edited = rf.rule_edit(RUBRIC, POST, summary, critique)
         assert edited.startswith("Lake Ormin is a shallow lake") and "crocodiles" not in edited
         assert RUBRIC.states(edited, target)
-        added = edited.removeprefix("Lake Ormin is a shallow lake.").strip().rstrip(".")
-        assert not added or added.lower() in POST.lower()  # the source's own words
         assert RUBRIC.judge(POST, edited).score > RUBRIC.judge(POST, summary).score
     assert rf.rule_edit(RUBRIC, POST, summary, Critique("coverage", "Paris", "")) == ""
+    wrong = rf.rule_edit(RUBRIC, POST, "It is full of crocodiles.", Critique("coverage", "42", ""))
+    assert wrong.split(" Also: ")[0] in POST and "42" in wrong  # a text, and not "Also:" alone
 
 
 def test_simulated_feedback_and_warm_up():
