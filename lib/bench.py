@@ -295,7 +295,7 @@ def _generated(model, tokenizer, prompts, n: int, at_once: int, new_tokens: int,
 def sample_benchmark(size: str) -> Benchmark:
     """`generation.sample` and `model.generate`; the peer's batch of 4 prompts is its fastest here."""
     model, tokenizer = load(size)
-    prompts = mixed_prompts(tokenizer, 32 if size == "real" else 4, size)
+    prompts = mixed_prompts(tokenizer, 16 if size == "real" else 4, size)
     seen, steps = sum(len(tokenizer(p)["input_ids"]) for p in prompts), NEW_TOKENS
 
     def work(rows: list) -> Work:
@@ -342,8 +342,8 @@ def logprob_benchmark(size: str) -> Benchmark:
     prompts = mixed_prompts(tokenizer, 64 if size == "real" else 4, size)
     prompts = [tokenizer(p)["input_ids"] for p in prompts]
     lengths = np.random.default_rng(1).integers(4, NEW_TOKENS + 1, len(prompts))
-    texts = [" ".join(articles(len(prompts), size)[i:] * 50) for i in range(len(prompts))]
-    responses = [tokenizer(t)["input_ids"][:n] for t, n in zip(texts, lengths, strict=True)]
+    texts = [" ".join(articles(2 * NEW_TOKENS, size)[i:]) for i in range(len(prompts))]
+    responses = [tokenizer(t[:500])["input_ids"][:n] for t, n in zip(texts, lengths, strict=True)]
     theirs = copy.deepcopy(model)  # TRL changes the model's forward
     add_fused_lm_head(theirs)
     units = sum(map(len, responses))
@@ -387,26 +387,27 @@ def score_benchmark(size: str) -> Benchmark:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model, tokenizer = _classifier(size)
-    count, more = (2_000, 100_000) if size == "real" else (40, 800)
+    count, more = (1_000, 100_000) if size == "real" else (40, 800)
     texts, longest = articles(count, size), min(tokenizer.model_max_length, 512)
     scorer = scoring.ClassifierScorer(model, tokenizer, name="bench")
     pipe = pipeline("text-classification", model=model, tokenizer=tokenizer, batch_size=32)
     layers = sum(p.numel() for n, p in model.named_parameters() if "embeddings" not in n)
     tokens = sum(map(len, tokenizer(texts, truncation=True, max_length=longest)["input_ids"]))
 
-    def ours(texts: Sequence[str]) -> Work:
+    def ours() -> Work:
         scorer.score(texts)
-        return Work(len(texts), 2 * layers * tokens * len(texts) / count)
+        return Work(count, 2 * layers * tokens)
 
     def peer() -> Work:
         pipe(texts, truncation=True, max_length=longest)
         return Work(count, 2 * layers * tokens)
 
     def grown(n: int) -> Work:  # short texts, for time
-        return ours([text[:60] for text in itertools.islice(itertools.cycle(texts), n)])
+        scorer.score([text[:24] for text in itertools.islice(itertools.cycle(texts), n)])
+        return Work(n)
 
     what = f"{count:,} texts of mixed length, {tokens / count:.0f} tokens on average"
-    sides = {"ours": lambda: partial(ours, texts), "pipeline, 32 texts a batch": lambda: peer}
+    sides = {"ours": lambda: ours, "pipeline, 32 texts a batch": lambda: peer}
     growth = {n: partial(grown, n) for n in (more // 20, more)}
     return Benchmark("texts", 3.0, what, sides, model.dtype, growth=growth)
 
@@ -414,7 +415,7 @@ def score_benchmark(size: str) -> Benchmark:
 def best_of_n_benchmark(size: str) -> Benchmark:
     """Sample n answers to each prompt and score them; the peer encodes each prompt n times."""
     model, tokenizer = load(size)
-    n, count, new_tokens = (64, 4, NEW_TOKENS) if size == "real" else (4, 2, 8)
+    n, count, new_tokens = (64, 2, NEW_TOKENS) if size == "real" else (4, 2, 8)
     prompts = mixed_prompts(tokenizer, 2 * count, size)[-count:]
     scorer = reward_models.RewardModel(copy.deepcopy(model).base_model, tokenizer)
     seen = sum(len(tokenizer(p)["input_ids"]) for p in prompts)
@@ -462,7 +463,7 @@ def _endpoint(**options) -> Iterator[str]:
 
 def feedback_benchmark(size: str) -> Benchmark:
     """`ChatClient.ask` and one request after another, at an endpoint with a rate limit and faults."""
-    count, few, rate, faults = (3_000, 150, 150, 0.3) if size == "real" else (20, 5, 200, 0.0)
+    count, few, rate, faults = (3_000, 30, 150, 0.3) if size == "real" else (20, 5, 200, 0.0)
     options, numbers = {"rate": rate, "faults": faults, "seed": 0}, itertools.count()
 
     def ours() -> Thunk:
@@ -525,7 +526,7 @@ def _rl(size: str, **changes):
     """A function that loads the policy anew, prompts, and the settings both sides use."""
     config = ppo.PPOConfig(steps=1, seed=0, **{**EPISODES, **UPDATES, **changes})
     tokenizer = load(size)[1]
-    return partial(load, size), mixed_prompts(tokenizer, 16, size), config
+    return partial(load, size), mixed_prompts(tokenizer, 32, size)[:16], config  # beginnings
 
 
 def _episodes(model, config: ppo.PPOConfig, new: float) -> Work:
@@ -545,7 +546,7 @@ def ppo_benchmark(size: str) -> Benchmark:
 
             def run() -> Work:
                 history = train(model, tokenizer, prompts, _distinct, config, **options)
-                return _episodes(model, config, history["tokens_sample"].sum())
+                return _episodes(model, config, float(history["tokens_sample"].sum()))
 
             return run
 
@@ -557,8 +558,9 @@ def ppo_benchmark(size: str) -> Benchmark:
     )
     sides = {
         "ours": side(ppo.train_ppo),
-        "TRL, best settings": side(rloo.train_rloo),
-        "TRL, its defaults": side(rloo.train_rloo, **checkpointing),
+        "TRL, no checkpointing": side(rloo.train_rloo),
+        "TRL, no checkpointing, bf16": side(rloo.train_rloo, bf16=True),
+        "TRL, its defaults": side(rloo.train_rloo, bf16=None, **checkpointing),
     }
     return Benchmark("episodes", 3.0, what, sides, runtime.inference_dtype())
 
@@ -631,7 +633,7 @@ def ppo_reference_benchmark(size: str) -> Benchmark:
     def ours() -> Thunk:
         def run() -> Work:
             history = ppo.train_ppo(model, tokenizer, prompts, _distinct, config)
-            return _episodes(model, config, history["tokens_sample"].sum())
+            return _episodes(model, config, float(history["tokens_sample"].sum()))
 
         model, tokenizer = fresh()
         return run
@@ -705,6 +707,7 @@ def run(
     if unknown := [name for name in names if name not in {**BENCHMARKS, **commands}]:
         allowed = ", ".join([*BENCHMARKS, *commands])
         raise ValueError(f"unknown benchmark {', '.join(unknown)}; allowed: {allowed}.")
+    runtime.quiet_libraries()
     records = []
     for name in names or BENCHMARKS:
         if name in commands:

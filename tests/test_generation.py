@@ -98,6 +98,35 @@ def test_prompt_once_on_the_real_policy(policy, real_prompts, monkeypatch):
         np.testing.assert_allclose(ours, theirs, atol=1e-3)
 
 
+@pytest.mark.parametrize("family", ["tiny", "tiny_seq2seq"])
+def test_fast_and_plain_paths_draw_the_same_tokens(family, request, monkeypatch):
+    model, tokenizer = request.getfixturevalue(family)
+    drawn = {}
+    for plain in ("0", "1"):
+        monkeypatch.setenv("LIB_PLAIN", plain)
+        how = dict(n=4, max_new_tokens=20)
+        drawn[plain] = [
+            sample(model, tokenizer, PROMPTS, seed=seed, temperature=heat, **how).response_ids
+            for seed, heat in ((0, 0.0), (1, 1.0), (2, 0.7))
+        ]
+    assert drawn["0"] == drawn["1"]
+
+
+def test_a_cache_with_room_holds_what_a_growing_one_does():
+    torch.manual_seed(0)
+    grown = generation.DynamicLayer()
+    grown.update(torch.randn(2, 3, 4, 5), torch.randn(2, 3, 4, 5))
+    roomy = generation._RoomyLayer.of(grown, 2, more=3)
+    grown.batch_repeat_interleave(2)
+    for step in range(3):
+        new = torch.randn(2, len(grown.keys), 3, 1, 5)
+        for ours, theirs in zip(roomy.update(*new), grown.update(*new), strict=True):
+            assert torch.equal(ours, theirs)
+        assert roomy.get_seq_length() == grown.get_seq_length() == 5 + step
+        kept = torch.arange(len(grown.keys))[1:]
+        roomy.batch_select_indices(kept), grown.batch_select_indices(kept)
+
+
 def test_same_seed_same_samples_other_seed_others(tiny):
     model, tokenizer = tiny
     first, again, other = (

@@ -1,5 +1,6 @@
 """Scoring: values worked by hand, properties, and a stand-in for Perspective on 127.0.0.1."""
 
+import copy
 import gc
 import http.server
 import json
@@ -210,7 +211,7 @@ def test_batching_padding_and_bucketing_do_not_change_scores(monkeypatch):
     assert np.std(alone) > 0.05
     for budget in (1, 100, 100_000):
         scorer = scoring.ClassifierScorer(model, tokenizer, name="tiny")
-        scorer.TOKENS_PER_BATCH = budget
+        scorer.TOKENS_PER_BATCH = {"cpu": budget}
         np.testing.assert_allclose(scorer.score(texts), alone, atol=1e-5)
     monkeypatch.setenv("LIB_PLAIN", "1")
     np.testing.assert_allclose(scorer.score(texts), alone, atol=1e-5)
@@ -473,6 +474,36 @@ def test_token_log_probs_equal_one_by_one(kind, budget, request):
     for scores, (prompt, response) in zip(found, rows, strict=True):
         wanted = by_hand(model, prompt, response) if response else np.empty(0)
         np.testing.assert_allclose(scores, wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["tiny", "tiny_seq2seq"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fast_and_plain_log_probs_agree(kind, dtype, request, monkeypatch):
+    model, _ = request.getfixturevalue(kind)
+    model, rng = copy.deepcopy(model).to(dtype), np.random.default_rng(0)
+    rows = [[rng.integers(1, 15, k).tolist() for k in (1 + n % 5, n)] for n in range(1, 12)]
+    found = {}
+    monkeypatch.setattr(scoring, "LOGITS_AT_ONCE", 4)  # responses cross the chunks
+    for plain in ("0", "1"):
+        monkeypatch.setenv("LIB_PLAIN", plain)
+        found[plain] = scoring.token_log_probs(model, [p for p, _ in rows], [r for _, r in rows])
+    bound = 1e-4 if dtype == torch.float32 else 0.06  # 2^-8 of logits, which stay below 8
+    for ours, theirs in zip(found["0"], found["1"], strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=bound)
+
+
+def test_models_that_change_logits_after_the_output_layer_take_the_plain_path(tiny, monkeypatch):
+    model, calls = copy.deepcopy(tiny[0]), []
+    model.config.final_logit_softcapping = 30.0
+    part = scoring._response_part
+
+    def spy(model, values, responses):
+        calls.append(values.shape[-1])
+        return part(model, values, responses)
+
+    monkeypatch.setattr(scoring, "_response_part", spy)
+    scoring.token_log_probs(model, [[1]], [[2, 3]])
+    assert calls == [model.config.vocab_size]
 
 
 def test_sampled_ids_get_the_log_probs_they_were_sampled_with(tiny):
