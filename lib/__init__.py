@@ -1,8 +1,10 @@
 """Learning from Feedback: the small library behind the course's notebooks.
 
 Modules are flat and named by the field's nouns.  Imports go one way:
-runtime -> assets -> data -> models -> generation -> losses -> scoring -> metrics -> plots -> sft,
-rewards -> ppo -> rloo -> runner.
+runtime -> assets -> data -> models -> generation -> losses -> scoring -> metrics -> plots ->
+preferences -> rubric -> feedback -> sft, reward_models, segments -> rewards -> ppo -> rloo -> what one
+paper needs (refinement, imitation, conditioning, qa_feedback, fine_grained, grounded_qa, annotate) ->
+bench, runner.
 """
 
 import os
