@@ -52,7 +52,7 @@ def train_rloo(
     score = _Score(reward_fn, tokenizer)
     slices = config.batch // config.minibatch_size
     updates = config.epochs * slices  # optimizer steps on one rollout
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, sft.own_precision():
         arguments = trl.RLOOConfig(
             output_dir=folder, max_steps=config.steps * updates, num_iterations=config.epochs,
             per_device_train_batch_size=config.minibatch_size, gradient_accumulation_steps=1,

@@ -9,6 +9,7 @@ Encoder-decoder models, which SFTTrainer does not take, go through its parent, `
 from __future__ import annotations
 
 import contextlib
+import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ import datasets
 import pandas as pd
 import torch
 import transformers
+from accelerate.state import AcceleratorState
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lib import runtime
@@ -119,7 +121,7 @@ def train_sft(
         whole = output.glob("checkpoint-*/trainer_state.json")  # the file that is written last
         steps = [int(path.parent.name.removeprefix("checkpoint-")) for path in whole]
         last = f"{output}/checkpoint-{max(steps)}" if steps else None
-        with _own_forward(model), _logits_where_loss_falls():
+        with _own_forward(model), own_precision(), _logits_where_loss_falls():
             trainer = _trainer(model, tokenizer, train, test, output_dir=str(output), **arguments)
             trainer.train(resume_from_checkpoint=last)
     model.eval()
@@ -137,6 +139,24 @@ def _own_forward(model):
     model.__dict__.pop("forward", None)
     if own is not None:
         model.forward = own
+
+
+@contextlib.contextmanager
+def own_precision():
+    """Within: a trainer may set accelerate's precision, which holds for the process; after: as before.
+
+    Otherwise a PPO run that follows a trainer in bfloat16 would compute in it.
+    """
+    name, state = "ACCELERATE_MIXED_PRECISION", AcceleratorState._shared_state
+    before, chosen = dict(state), os.environ.get(name)
+    try:
+        yield
+    finally:
+        state.clear()
+        state.update(before)
+        os.environ.pop(name, None)
+        if chosen is not None:
+            os.environ[name] = chosen
 
 
 @contextlib.contextmanager

@@ -90,7 +90,7 @@ def test_the_peer_of_sample_counts_tokens_up_to_the_end():
     end = tokenizer.eos_token_id
     model.get_output_embeddings().weight.data[end] *= 30  # sometimes the end, else anything
     rows = bench._generated(model, tokenizer, bench.articles(6, "tiny"), 4, 3, 8)
-    assert len(rows) == 24 and {len(row) for row in rows} > {1}
+    assert len(rows) == 24 and len({len(row) for row in rows}) > 1
     assert all(end not in row[:-1] for row in rows)
 
 

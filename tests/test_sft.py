@@ -10,6 +10,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from tokenizers import Regex, Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
@@ -215,3 +217,15 @@ def test_a_folder_of_another_run_is_refused(toy, tmp_path):
     sft.train_sft(model, tokenizer, rows, folder=tmp_path, max_steps=1)
     with pytest.raises(ValueError, match="holds a run with other settings"):
         sft.train_sft(model, tokenizer, rows, folder=tmp_path, max_steps=2)
+
+
+def test_the_precision_of_a_trainer_ends_with_it(monkeypatch):
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    Accelerator(cpu=True)
+    with sft.own_precision():
+        AcceleratorState._reset_state()
+        inner = Accelerator(cpu=True, mixed_precision="bf16")
+        os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"
+        assert inner.mixed_precision == "bf16"
+    assert "ACCELERATE_MIXED_PRECISION" not in os.environ
+    assert Accelerator(cpu=True).mixed_precision == "no"
