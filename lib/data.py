@@ -62,6 +62,7 @@ def _text_records(path: Path) -> Iterator[tuple[int, dict]]:
 
 
 def jsonl_records(path: Path) -> Iterator[tuple[int, dict]]:
+    """Records of JSON lines with their line numbers; ValueError names the line that is not JSON."""
     for number, line in enumerate(_lines(path), 1):
         try:
             yield number, json.loads(line)

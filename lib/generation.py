@@ -198,9 +198,8 @@ def _invert_cdf(probs: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     cumulative = probs.cumsum(-1)
     target = (noise.to(probs) * cumulative[:, -1])[:, None]
     found = torch.searchsorted(cumulative, target, right=True)[:, 0]
-    if (
-        runtime.plain_mode() or (found == probs.shape[-1]).any()
-    ):  # noise x total rounded up to total
+    past_end = (found == probs.shape[-1]).any()  # noise x total was rounded up to total
+    if runtime.plain_mode() or past_end:
         last_possible = (probs > 0).to(torch.int8).cumsum(-1).argmax(-1)
         found = torch.minimum(found, last_possible)
     return found

@@ -632,6 +632,11 @@ def _sentences(text: str) -> list[tuple[int, int]]:
     return list(itertools.pairwise([0, *ends, len(text)]))
 
 
+def _clause_ends(words: Sequence[str]) -> list[int]:
+    """How many words stand up to the end of each clause."""
+    return [i + 1 for i, word in enumerate(words) if re.search(r"[,;:.!?]$", word)]
+
+
 def _statement(rubric: Rubric, source: str, fact: str, most: int = 12) -> str:
     """What the source says from the fact on, to the end of the clause or `most` words; "" if nothing.
 
@@ -643,8 +648,8 @@ def _statement(rubric: Rubric, source: str, fact: str, most: int = 12) -> str:
         at = next((i for i, word in enumerate(words) if needed & set(stems(word))), None)
         if at is None or not rubric.states(" ".join(words[at : at + most]), fact):
             continue
-        ends = [i for i in range(at, len(words)) if re.search(r"[,;:.!?]$", words[i])]
-        stop = next((i + 1 for i in ends if rubric.states(" ".join(words[at : i + 1]), fact)), at)
+        stops = [stop for stop in _clause_ends(words) if stop > at]
+        stop = next((i for i in stops if rubric.states(" ".join(words[at:i]), fact)), at)
         stop = min(max(stop, at + 1), at + most)
         said = words[max(0, stop - 4) if stop - at < 3 else at : stop]
         return "Also: " + " ".join(said).strip(' .,;:!?"') + "."
@@ -654,8 +659,7 @@ def _statement(rubric: Rubric, source: str, fact: str, most: int = 12) -> str:
 def _opening(source: str, most: int = 24) -> str:
     """The source's first sentence, or as many of its clauses as fit in `most` words."""
     words = source[slice(*_sentences(source)[0])].split()
-    stops = [i + 1 for i, word in enumerate(words) if re.search(r"[,;:.!?]$", word)]
-    fit = [stop for stop in stops if stop <= most]
+    fit = [stop for stop in _clause_ends(words) if stop <= most]
     return _sentence(" ".join(words[: fit[-1] if fit else most]))
 
 

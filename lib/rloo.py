@@ -41,8 +41,7 @@ def train_rloo(
     import datasets
     import trl
 
-    if config.samples_per_prompt < 2:
-        given = config.samples_per_prompt
+    if (given := config.samples_per_prompt) < 2:
         raise ValueError(f"samples_per_prompt is {given}; RLOO compares samples: give 2 or more.")
     if policy.config.is_encoder_decoder:
         raise ValueError("TRL's RLOO trains decoder-only models; use ppo.train_ppo for this one.")

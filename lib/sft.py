@@ -135,10 +135,12 @@ def train_sft(
 def _own_forward(model):
     """Take off the `forward` that TRL and accelerate hang on the model while they train it."""
     own = model.__dict__.get("forward")
-    yield
-    model.__dict__.pop("forward", None)
-    if own is not None:
-        model.forward = own
+    try:
+        yield
+    finally:
+        model.__dict__.pop("forward", None)
+        if own is not None:
+            model.forward = own
 
 
 @contextlib.contextmanager
