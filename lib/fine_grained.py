@@ -81,7 +81,7 @@ def from_errors(records: Sequence[dict], category: str) -> SegmentFeedback:
     segmenter = Segmenter(UNITS[category])
     labels = [segment_labels(record, segmenter, category) for record in records]
     prompts, responses = [prompt_of(r) for r in records], [r["prediction 1"] for r in records]
-    group = reward_models._number([r["question"] for r in records])
+    group = reward_models.number_prompts([r["question"] for r in records])
     row = np.repeat(np.arange(len(records)), [len(found) for found in labels])
     return SegmentFeedback(prompts, responses, group, labels=np.concatenate(labels), row=row)
 
@@ -93,7 +93,7 @@ def from_preferences(records: Sequence[dict], verdicts: Sequence[Sequence[int] |
     """
     prompts = [p for r in records for p in [prompt_of(r)] * 4]
     responses = [r[name] for r in records for name in qa.PREDICTIONS]
-    group = np.repeat(reward_models._number([r["question"] for r in records]), 4)
+    group = np.repeat(reward_models.number_prompts([r["question"] for r in records]), 4)
     pairs = [
         (4 * i + a, 4 * i + b) if value == 1 else (4 * i + b, 4 * i + a)
         for i, six in enumerate(verdicts)

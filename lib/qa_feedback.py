@@ -24,6 +24,7 @@ from sklearn.metrics import cohen_kappa_score
 from transformers import PreTrainedTokenizerBase
 
 from lib import data, metrics
+from lib.segments import Segmenter
 
 CATEGORIES = {  # error type -> what its reward model judges (section 4 of the paper)
     "Irrelevant": "C1", "Redundant": "C1", "Incoherent": "C1", "Wrong-Grounding": "C2",
@@ -151,12 +152,12 @@ def _check_source(source: object, passages: list, where: str) -> None:
 def to_record(item: dict) -> dict:
     """A course item {instruction, input, responses} as a record without feedback; a record stays as it is.
 
-    The input becomes passage 1, titled "Input", cut into sentences after . ! ? and a blank.
+    The input becomes passage 1, titled "Input", cut into sentences.
     """
     if not isinstance(item, dict) or "responses" not in item:
         return item
-    sentences = re.split(r"(?<=[.!?])\s+", item.get("input") or "")
-    passages = [["Input", *sentences]] if sentences != [""] else []
+    sentences = Segmenter("sentence").texts(item.get("input") or "")
+    passages = [["Input", *sentences]] if sentences else []
     answers = dict(zip(PREDICTIONS, item["responses"], strict=False))
     return {"question": item.get("instruction"), "passages": passages, "gold": "", **answers}
 

@@ -26,6 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lib import data, generation, metrics, runtime, scoring
 from lib.feedback import ChatClient, chat
 from lib.rubric import CATEGORIES, Critique, Rubric, SimulatedAnnotator, stems
+from lib.segments import Segmenter
 
 SAMPLING = {"temperature": 1.0, "top_p": 0.95}  # the paper's; 48 new tokens
 ARTICLE = ("id", "title", "post", "summary", "feedback", "feedback_class", "feedback_target")
@@ -33,6 +34,7 @@ ARTICLE = ("id", "title", "post", "summary", "feedback", "feedback_class", "feed
 
 # --- articles ------------------------------------------------------------------------------------
 
+SENTENCES = Segmenter("sentence")
 SAMPLE_SPLITS = {"pool": (0, 12), "train": (12, 20), "test": (20, 26)}
 
 
@@ -600,7 +602,7 @@ def rule_edit(rubric: Rubric, source: str, summary: str, critique: Critique) -> 
     wrong = rubric.judge(source, summary).spans
     sentences = [
         _sentence(summary[start:end])
-        for start, end in _sentences(summary)
+        for start, end in SENTENCES.spans(summary)
         if not any(start <= span.start < end for span in wrong)
     ]
     sentences = sentences or [_opening(source)]
@@ -626,12 +628,6 @@ def _sentence(text: str) -> str:
     return text[:1].upper() + text[1:] + ("" if not text or text[-1] in ".!?" else ".")
 
 
-def _sentences(text: str) -> list[tuple[int, int]]:
-    """Where each sentence starts and ends."""
-    ends = [m.start() for m in re.finditer(r"(?<=[.!?])\s+(?=[A-Z0-9])", text)]
-    return list(itertools.pairwise([0, *ends, len(text)]))
-
-
 def _clause_ends(words: Sequence[str]) -> list[int]:
     """How many words stand up to the end of each clause."""
     return [i + 1 for i, word in enumerate(words) if re.search(r"[,;:.!?]$", word)]
@@ -643,7 +639,7 @@ def _statement(rubric: Rubric, source: str, fact: str, most: int = 12) -> str:
     A fact that ends its clause brings the few words before it.
     """
     needed = set(stems(fact))
-    for start, end in _sentences(source):
+    for start, end in SENTENCES.spans(source):
         words = source[start:end].split()
         at = next((i for i, word in enumerate(words) if needed & set(stems(word))), None)
         if at is None or not rubric.states(" ".join(words[at : at + most]), fact):
@@ -658,7 +654,7 @@ def _statement(rubric: Rubric, source: str, fact: str, most: int = 12) -> str:
 
 def _opening(source: str, most: int = 24) -> str:
     """The source's first sentence, or as many of its clauses as fit in `most` words."""
-    words = source[slice(*_sentences(source)[0])].split()
+    words = next(iter(SENTENCES.texts(source)), "").split()
     fit = [stop for stop in _clause_ends(words) if stop <= most]
     return _sentence(" ".join(words[: fit[-1] if fit else most]))
 

@@ -366,7 +366,7 @@ def from_ratings(
     table = preferences.first_of_each(ratings)
     targets = losses.rating_target(torch.tensor(table["score"].to_numpy(dtype=np.float32)))
     prompts = [template(*row) for row in zip(table["instruction"], table["input"], strict=True)]
-    return Feedback(prompts, list(table["response"]), _number(prompts), targets.numpy())
+    return Feedback(prompts, list(table["response"]), number_prompts(prompts), targets.numpy())
 
 
 def from_rankings(
@@ -387,10 +387,11 @@ def from_rankings(
         pair = [known.setdefault((prompt, r), len(known)) for r in (row.response1, row.response2)]
         pairs.append(pair if row.verdict == "(a)" else pair[::-1])
     prompts, responses = ([key[side] for key in known] for side in (0, 1))
-    return Feedback(prompts, responses, _number(prompts), pairs=np.array(pairs))
+    return Feedback(prompts, responses, number_prompts(prompts), pairs=np.array(pairs))
 
 
-def _number(prompts: Sequence[str]) -> np.ndarray:
+def number_prompts(prompts: Sequence[str]) -> np.ndarray:
+    """(rows,) a number for each distinct prompt, counted from 0 in order of appearance."""
     return pd.factorize(np.array(prompts, dtype=object))[0]
 
 
