@@ -237,16 +237,20 @@ def category_heatmap(
 
 
 def agreement_heatmap(
-    table: pd.DataFrame, *, xlabel: str, ylabel: str, title: str = "Agreement of two annotations"
-) -> Figure:
-    """Counts of a square table (rows: one annotation, columns: the other), agreement framed."""
+    table: pd.DataFrame, *, xlabel: str, ylabel: str, title: str = "Agreement of two annotations",
+    label: str = "pairs",
+) -> Figure:  # fmt: skip
+    """Counts of a square table (rows: one annotation, columns: the other), agreement framed.
+
+    `label`: what is counted.
+    """
     figure, axes = _start(table.reset_index(), "", 1.5 + 0.7 * len(table))
     image = _cells(axes, table, "{:,.0f}")
     for k in range(len(table)):
         axes.add_patch(Rectangle((k - 0.48, k - 0.48), 0.96, 0.96, fill=False, lw=2.5))
     axes.set_yticks(range(len(table)), table.index)
     axes.set(xlabel=xlabel, ylabel=ylabel)
-    figure.colorbar(image, ax=axes, label="pairs")
+    figure.colorbar(image, ax=axes, label=label)
     return _finish(figure, f"{title} (n = {int(table.to_numpy().sum()):,})")
 
 
