@@ -388,7 +388,7 @@ class EmbeddingSimilarity:
         ids = [self.tokenizer(t, truncation=True, max_length=limit)["input_ids"] for t in texts]
         found = np.zeros((len(texts), self.model.config.hidden_size))
         full = [i for i, text in enumerate(texts) if not scoring.is_empty(text)]
-        for batch in scoring.token_batches([len(ids[i]) for i in full], tokens_per_batch):
+        for batch in generation.token_batches([len(ids[i]) for i in full], tokens_per_batch):
             places = [full[j] for j in batch]
             pad = self.tokenizer.pad_token_id or 0
             rows, mask = generation.pad_rows([ids[i] for i in places], pad, "right")

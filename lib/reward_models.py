@@ -312,7 +312,7 @@ def _batches(rows, budget: int, shared: bool) -> Iterator[list[int]]:
     """Row numbers in batches of like length; with shared=True rows of one prompt stand together."""
     lengths = [len(a) + len(b) for a, b in rows]
     if not shared:
-        yield from scoring.token_batches(lengths, budget)
+        yield from generation.token_batches(lengths, budget)
         return
     batch, width = [], 0
     for i in sorted(range(len(rows)), key=lambda i: (len(rows[i][0]), rows[i], i)):

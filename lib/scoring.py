@@ -16,7 +16,7 @@ import re
 import time
 import unicodedata
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -289,7 +289,7 @@ class ClassifierScorer(Scorer):
         self.truncated += sum(bool(e.overflowing) for e in encoded.encodings or [])
         ids, scores, device = encoded["input_ids"], np.empty(len(texts)), self.model.device
         budget = self.TOKENS_PER_BATCH.get(device.type, 8192)
-        for batch in token_batches([len(row) for row in ids], budget):
+        for batch in generation.token_batches([len(row) for row in ids], budget):
             pad = self.tokenizer.pad_token_id or 0
             rows, mask = generation.pad_rows([ids[i] for i in batch], pad, "right")
             logits = self.model(input_ids=rows.to(device), attention_mask=mask.to(device)).logits
@@ -316,16 +316,6 @@ def toxic_label(labels: Sequence[str], label: str | None = None) -> int:
     raise ValueError(
         f"{asked}; this model has {', '.join(map(str, labels))}. Give one as label=..."
     )
-
-
-def token_batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
-    """Row numbers in batches of like length, longest first, with rows x longest <= budget tokens."""
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    start = 0
-    while start < len(order):
-        rows = 1 if runtime.plain_mode() else max(1, budget // max(1, lengths[order[start]]))
-        yield order[start : start + rows]
-        start += rows
 
 
 # --- Perspective ---------------------------------------------------------------------------------
@@ -477,7 +467,7 @@ def token_log_probs(
             raise ValueError(f"row {i} has an empty prompt; give it a start token at least.")
     bar = runtime.progress(total=len(rows), label="log-probabilities", unit="text")
     lengths = [len(prompt_ids[i]) + len(response_ids[i]) for i in rows]
-    for batch in token_batches(lengths, tokens_per_batch):
+    for batch in generation.token_batches(lengths, tokens_per_batch):
         places = [rows[j] for j in batch]
         responses = [list(response_ids[i]) for i in places]
         rows_found = _log_probs(model, [list(prompt_ids[i]) for i in places], responses)

@@ -5,7 +5,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import TopKLogitsWarper, TopPLogitsWarper
+from transformers import (
+    AttentionInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from lib import generation
 from lib.generation import Decoding, draw_tokens, sample
@@ -110,6 +116,47 @@ def test_fast_and_plain_paths_draw_the_same_tokens(family, request, monkeypatch)
             for seed, heat in ((0, 0.0), (1, 1.0), (2, 0.7))
         ]
     assert drawn["0"] == drawn["1"]
+
+
+@pytest.mark.parametrize("kind", [*generation.SHARED_PROMPT, "gpt2"])
+def test_prompts_stored_once_in_every_architecture(kind, tiny, monkeypatch):
+    """Fast path, rows dropped on the way, and plain one give the same; gpt2 has no fast one."""
+    _, tokenizer = tiny
+    sizes = dict(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, vocab_size=len(tokenizer)
+    )
+    if kind != "gpt2":
+        sizes |= dict(num_key_value_heads=2, intermediate_size=48, head_dim=8, sliding_window=None)
+    torch.manual_seed(0)
+    ends = {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": tokenizer.bos_token_id}
+    config = AutoConfig.for_model(kind, **sizes, **ends)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    used, attend = [], generation._shared_attention
+    monkeypatch.setitem(
+        AttentionInterface._global_mapping, "shared_prompt",
+        lambda *args, **kwargs: used.append(len(args[1])) or attend(*args, **kwargs),
+    )  # fmt: skip
+    before = config._attn_implementation
+    fast = sample(model, tokenizer, PROMPTS, n=6, max_new_tokens=40, seed=1)
+    assert bool(used) == (kind != "gpt2") and model.config._attn_implementation == before
+    assert not used or len(set(used)) > 1, "no row was dropped"
+    monkeypatch.setenv("LIB_PLAIN", "1")
+    plain = sample(model, tokenizer, PROMPTS, n=6, max_new_tokens=40, seed=1)
+    assert fast.response_ids == plain.response_ids
+    for ours, theirs in zip(fast.model_log_probs, plain.model_log_probs, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
+def test_tokens_are_found_by_blocks_as_in_one_running_sum(monkeypatch):
+    torch.manual_seed(0)
+    mass, noise = torch.rand(64, 3_000) ** 30, torch.rand(64)
+    mass[:, 2_000:2_600] = 0  # whole blocks without mass
+    noise[:3] = torch.tensor([0.0, 1 - 2**-24, 0.5])
+    found = generation._invert_cdf(mass, noise)
+    running = mass.double().cumsum(-1)
+    expected = torch.searchsorted(running, (noise.double() * running[:, -1])[:, None], right=True)
+    assert (found - expected[:, 0]).abs().gt(0).sum() <= 1  # rounding at an edge
+    assert (mass.gather(-1, found[:, None]) > 0).all()
 
 
 def test_a_cache_with_room_holds_what_a_growing_one_does():
