@@ -295,7 +295,7 @@ def _generated(model, tokenizer, prompts, n: int, at_once: int, new_tokens: int,
 def sample_benchmark(size: str) -> Benchmark:
     """`generation.sample` and `model.generate`; the peer's batch of 4 prompts is its fastest here."""
     model, tokenizer = load(size)
-    prompts = mixed_prompts(tokenizer, 16 if size == "real" else 4, size)
+    prompts = mixed_prompts(tokenizer, 64 if size == "real" else 4, size)
     seen, steps = sum(len(tokenizer(p)["input_ids"]) for p in prompts), NEW_TOKENS
 
     def work(rows: list) -> Work:
@@ -387,7 +387,7 @@ def score_benchmark(size: str) -> Benchmark:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model, tokenizer = _classifier(size)
-    count, more = (1_000, 100_000) if size == "real" else (40, 800)
+    count, more = (5_000, 100_000) if size == "real" else (40, 800)
     texts, longest = articles(count, size), min(tokenizer.model_max_length, 512)
     scorer = scoring.ClassifierScorer(model, tokenizer, name="bench")
     pipe = pipeline("text-classification", model=model, tokenizer=tokenizer, batch_size=32)
