@@ -234,8 +234,15 @@ def fingerprint(path: Path, scale: str, parameters: dict) -> str:
     """Hash of everything a notebook's result depends on: its cells, not its outputs, ids or metadata."""
     notebook = read_notebook(path)
     cells = [[cell.cell_type, cell.source, _tagged(cell, "parameters")] for cell in notebook.cells]
+    return runtime.content_hash(cells, scale, parameters, code_hash(path), _small_data())
+
+
+def code_hash(path: Path) -> str:
+    """Hash of a notebook's code cells and of the modules they use: what half-done work was made by."""
+    notebook = read_notebook(path)
+    code = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
     modules = [[module.name, module.read_text("utf-8")] for module in lib_modules(notebook, LIB)]
-    return runtime.content_hash(cells, scale, parameters, modules, _small_data())
+    return runtime.content_hash(code, modules)
 
 
 def read_json(path: Path) -> dict:
@@ -375,7 +382,8 @@ def _new_record(name: str, scale: str, given: dict, source_hash: str) -> dict:
     packages = (*runtime.SHOWN_PACKAGES, "papermill")
     return {
         "notebook": name, "scale": scale, "status": "running", "given": given, "parameters": used,
-        "seed": used.get("SEED"), "fingerprint": source_hash, "device": runtime.describe_device(),
+        "seed": used.get("SEED"), "fingerprint": source_hash, "code": code_hash(find_notebooks()[name]),
+        "device": runtime.describe_device(),
         "cpu_count": os.cpu_count(), "python": platform.python_version(),
         "versions": {package: metadata.version(package) for package in packages},
         "git_commit": runtime.git_commit(), "pid": os.getpid(), "started": _now(),
@@ -384,7 +392,7 @@ def _new_record(name: str, scale: str, given: dict, source_hash: str) -> dict:
 
 
 def _clear_folder(folder: Path, everything: bool) -> None:
-    """Remove what an older run left, but its finished steps (`work/`) only if asked to."""
+    """Remove what an older run left; its finished steps (`work/`) only if `everything` is to go."""
     for path in folder.iterdir():
         if path.name not in ((".lock",) if everything else (".lock", "work")):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -452,7 +460,9 @@ def run_notebook(name: str, scale: str, given: dict, *, force: bool, label: str)
 
 
 def _run_locked(record: dict, folder: Path, force: bool, label: str) -> dict:
-    _clear_folder(folder, everything=force)
+    # checkpoints and tables of other code would be taken for this code's
+    stale = read_json(folder / "run.json").get("code") != record["code"]
+    _clear_folder(folder, everything=force or stale)
     runtime.write_atomic(folder / "run.json", runtime.to_json(record))
     watch = Watch(label)
     try:

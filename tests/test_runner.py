@@ -284,9 +284,11 @@ def test_a_finished_run_is_repeated_only_when_it_must_be(root, capsys):
     assert (
         "Does 10_a run?\n" in listed and "demo: not run" in listed and "smoke: finished" in listed
     )
+    (folder / "work").mkdir()
     write(root, "10_a", FINISH + count + "  # changed")
     main(["list"])
     assert "smoke: outdated" in capsys.readouterr().out
+    assert main(command) == 0 and not (folder / "work").exists(), "other code's work was kept"
 
 
 # --- failing, dying, stopping --------------------------------------------------------------------
