@@ -25,7 +25,7 @@ from transformers import AttentionInterface, PreTrainedModel, PreTrainedTokenize
 from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.modeling_outputs import BaseModelOutput
 
-from lib import runtime
+from lib import models, runtime
 
 ROWS_PER_BATCH = {"cpu": 128, "mps": 128, "cuda": 512}
 # rows are dropped when fewer than this share still run (dropping copies the cache)
@@ -132,14 +132,14 @@ def sample(
     rows: list[_Row | None] = [None] * (len(prompt_ids) * n)
     rows_per_batch = rows_per_batch or ROWS_PER_BATCH.get(model.device.type, 128)
     bar = runtime.progress(total=len(rows), label=label, unit="sample")
-    for batch in _length_batches(prompt_ids, max(1, rows_per_batch // n)):
-        places = [index * n + j for index in batch for j in range(n)]
-        drawn = _sample_batch(
-            model, tokenizer, [prompt_ids[i] for i in batch], n, noise[places], how
-        )
-        for place, row in zip(places, drawn, strict=True):
-            rows[place] = row
-        bar.update(len(places))
+    with models.for_sampling(model):
+        for batch in _length_batches(prompt_ids, max(1, rows_per_batch // n)):
+            places = [index * n + j for index in batch for j in range(n)]
+            ids = [prompt_ids[i] for i in batch]
+            drawn = _sample_batch(model, tokenizer, ids, n, noise[places], how)
+            for place, row in zip(places, drawn, strict=True):
+                rows[place] = row
+            bar.update(len(places))
     bar.close()
     return _collect(tokenizer, prompts, prompt_ids, n, rows, time.perf_counter() - started)
 
@@ -382,12 +382,11 @@ class _SharedLayer(DynamicLayer):
     `update` gives itself in the place of keys and values, for `_shared_attention`, which reads both parts.
     """
 
-    def __init__(self, layer: DynamicLayer, lines: _Lines, more: int):
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, lines: _Lines, more: int):
         super().__init__()
-        self.is_initialized, self.dtype, self.device = True, layer.dtype, layer.device
-        self.lines, self.used, self.prompts = lines, 0, (layer.keys, layer.values)
-        prompts, heads, _, width = layer.keys.shape
-        rows = prompts * lines.n
+        self.is_initialized, self.dtype, self.device = True, keys.dtype, keys.device
+        self.lines, self.used, self.prompts = lines, 0, (keys, values)
+        rows, heads = keys.shape[0] * lines.n, keys.shape[1]
         self.room = [held.new_empty(rows, heads, more, held.shape[-1]) for held in self.prompts]
 
     @property
@@ -433,8 +432,10 @@ AttentionInterface.register("shared_prompt", _shared_attention)
 
 
 @contextlib.contextmanager
-def _attending(configs: Sequence) -> Iterator[None]:
-    """Attention layers with these configurations use `_shared_attention`, which needs no mask."""
+def _attending(model: PreTrainedModel) -> Iterator[None]:
+    """Within: the model's attention layers use `_shared_attention`, which needs no mask."""
+    layers = [m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "config")]
+    configs = {id(layer.config): layer.config for layer in layers}.values()
     before = [config._attn_implementation for config in configs]
     try:
         for config in configs:
@@ -473,31 +474,22 @@ class _DecoderOnly:
 
     def _encode_once(self, ids, n, new_tokens):
         """Prompts of like length together, so that little padding is computed; then one shared cache."""
-        mask, longest, parts, logits = self.mask, ids.shape[1], [], None
+        mask, longest, order, logits, parts = self.mask, ids.shape[1], [], [], []
         for batch in token_batches(mask.sum(1).tolist(), PROMPT_TOKENS):
-            self.mask, self.cache = mask[batch], None
-            width = int(self.mask.sum(1).max())
-            self.mask = self.mask[:, -width:]
+            width = int(mask[batch].sum(1).max())
+            self.mask, self.cache = mask[batch, -width:], None
             self._forward(ids[batch, -width:])
-            parts.append((batch, width, self.cache.layers))
-            logits = (
-                self.logits.new_empty(len(ids), self.logits.shape[-1]) if logits is None else logits
-            )
-            logits[batch] = self.logits
-        self.mask, self.logits, self.lines = mask, logits, _Lines(n, mask == 0)
-        layers = []
-        for k, layer in enumerate(parts[0][2]):
-            for name in ("keys", "values"):
-                rows = getattr(layer, name)
-                whole = rows.new_zeros(len(ids), rows.shape[1], longest, rows.shape[-1])
-                for batch, width, held in parts:
-                    whole[batch, :, -width:] = getattr(held[k], name)
-                setattr(layer, name, whole)
-            layers.append(_SharedLayer(layer, self.lines, new_tokens))
-        self.cache.layers = layers
-        modules = [module for module in self.model.modules() if hasattr(module, "layer_idx")]
-        found = {id(m.config): m.config for m in modules if hasattr(m, "config")}
-        self.configs = list(found.values())
+            order += batch
+            logits.append(self.logits)
+            held = ((layer.keys, layer.values) for layer in self.cache.layers)
+            left = (0, 0, longest - width, 0)
+            parts.append([[torch.nn.functional.pad(x, left) for x in both] for both in held])
+        back = torch.tensor(order, device=ids.device).argsort()
+        self.mask, self.logits, self.lines = mask, torch.cat(logits)[back], _Lines(n, mask == 0)
+        self.cache.layers = [
+            _SharedLayer(*(torch.cat(x)[back] for x in zip(*layer, strict=True)), self.lines, new_tokens)
+            for layer in zip(*parts, strict=True)
+        ]  # fmt: skip
 
     def _forward(self, ids):
         extra = {}
@@ -518,7 +510,7 @@ class _DecoderOnly:
 
     def advance(self, tokens):
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], -1)
-        with _attending(self.configs) if self.lines else contextlib.nullcontext():
+        with _attending(self.model) if self.lines else contextlib.nullcontext():
             self._forward(tokens[:, None])
 
 

@@ -16,6 +16,7 @@ import inspect
 import json
 import logging
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -179,6 +180,39 @@ def _to_own_dtype(layer, args, kwargs):
 
     dtype = next(layer.parameters()).dtype
     return tree_map(cast, (args, kwargs))
+
+
+@contextlib.contextmanager
+def for_sampling(model: PreTrainedModel) -> Iterator[None]:
+    """Within: `model` samples as fast as it can; after: its weights as before.  LIB_PLAIN=1: no change.
+
+    What `set_trainable` raised to float32 has its frozen trunk's dtype (measured on a CPU with bfloat16:
+    1.7 times the tokens/s).  The output layer sees contiguous states: of others torch makes a product
+    for each row, where the layer is frozen, and copies the vocabulary's matrix as often.
+    """
+    if runtime.plain_mode():
+        yield
+        return
+    raised, low = _above_trunk(model)
+    kept, output = [parameter.data for parameter in raised], model.get_output_embeddings()
+    hook = output.register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))
+    try:
+        for parameter in raised:
+            parameter.data = parameter.data.to(low)
+        yield
+    finally:
+        hook.remove()
+        for parameter, data in zip(raised, kept, strict=True):
+            parameter.data = data
+
+
+def _above_trunk(model) -> tuple[list[torch.nn.Parameter], torch.dtype | None]:
+    """Parameters in float32 over a frozen trunk in another dtype, and that dtype; none where all is one."""
+    floating = [p for p in model.parameters() if p.is_floating_point()]
+    low = {p.dtype for p in floating if not p.requires_grad} - {torch.float32}
+    if len(low) != 1 or model.config.is_encoder_decoder or is_eight_bit(model):
+        return [], None
+    return [p for p in floating if p.dtype == torch.float32], low.pop()
 
 
 def lora_config(model: PreTrainedModel, layers: torch.nn.ModuleList, rank: int):

@@ -147,7 +147,7 @@ def test_prompts_stored_once_in_every_architecture(kind, tiny, monkeypatch):
         np.testing.assert_allclose(ours, theirs, atol=1e-4)
 
 
-def test_tokens_are_found_by_blocks_as_in_one_running_sum(monkeypatch):
+def test_tokens_are_found_by_blocks_as_in_one_running_sum():
     torch.manual_seed(0)
     mass, noise = torch.rand(64, 3_000) ** 30, torch.rand(64)
     mass[:, 2_000:2_600] = 0  # whole blocks without mass

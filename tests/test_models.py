@@ -1,5 +1,7 @@
 """Tiny models need no download and are the same every time; loading checks names."""
 
+import copy
+
 import pytest
 import torch
 
@@ -66,6 +68,37 @@ def saved(tiny, folder):
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
+
+
+def test_sampling_takes_the_trunks_dtype_and_gives_the_weights_back(tiny, monkeypatch):
+    model = copy.deepcopy(tiny[0]).to(torch.bfloat16)
+    models.set_trainable(model, "top", layers=1)
+    output, seen = model.get_output_embeddings(), []
+    output.register_forward_hook(lambda *call: seen.append((call[1][0], call[2])))
+    before = {name: p.data_ptr() for name, p in model.named_parameters()}
+    values = [p.detach().clone() for p in model.parameters()]
+    ids = torch.tensor([[1, 2, 3], [4, 5, 6]])
+
+    def logits():
+        with torch.inference_mode():
+            return model(input_ids=ids, logits_to_keep=1).logits
+
+    plain = logits()
+    with models.for_sampling(model):
+        assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+        fast = logits()
+    assert [call[1].dtype for call in seen] == [torch.float32, torch.bfloat16]
+    assert [call[0].is_contiguous() for call in seen] == [False, True]
+    bound = 2**-7 * plain.abs().max()  # two roundings of bfloat16
+    torch.testing.assert_close(fast.float(), plain, atol=float(bound), rtol=0)
+    assert before == {name: p.data_ptr() for name, p in model.named_parameters()}
+    assert all(map(torch.equal, values, model.parameters()))
+    with pytest.raises(RuntimeError, match="in between"), models.for_sampling(model):
+        raise RuntimeError("in between")
+    assert all(map(torch.equal, values, model.parameters())) and not output._forward_pre_hooks
+    monkeypatch.setenv("LIB_PLAIN", "1")
+    with models.for_sampling(model):
+        assert torch.equal(logits(), plain)
 
 
 def test_eight_bits_need_bitsandbytes(tiny, tmp_path, monkeypatch):
