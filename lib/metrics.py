@@ -18,6 +18,7 @@ import pandas as pd
 from scipy import special, stats
 
 RESAMPLES = 2000
+SEEDS_NEEDED = 3  # where a rule looks at each seed
 SCORE_COLUMNS = {"perspective": "pro_API_response_score", "roberta": "response_score"}
 
 
@@ -208,6 +209,21 @@ def paired_difference(
     return PairedDifference(*interval, d=float(d), p=float(p))
 
 
+def paired_over_seeds(
+    table: pd.DataFrame, a: str, b: str, column: str, *, unit: str = "prompt_index", seed: int = 0
+) -> tuple[PairedDifference, pd.Series]:
+    """Arm b minus arm a over units (prompts, articles), and the mean difference in each seed.
+
+    `table` has a row for each sample, with columns arm, seed, `unit` and `column`.  A unit counts with
+    its mean over samples, then over the seeds in which both arms have it.
+    """
+    rows = table[table.arm.isin([a, b])].groupby(["seed", unit, "arm"])[column].mean()
+    rows = rows.unstack("arm").reindex(columns=[a, b]).dropna()
+    sides = rows.groupby(unit).mean()
+    by_seed = (rows[b] - rows[a]).groupby("seed").mean()
+    return paired_difference(sides[a], sides[b], seed=seed), by_seed
+
+
 def correlation(a: np.ndarray, b: np.ndarray) -> float:
     """Pearson correlation; NaN where one side does not vary."""
     if len(a) < 2 or np.ptp(a) == 0 or np.ptp(b) == 0:
@@ -215,17 +231,28 @@ def correlation(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.corrcoef(a, b)[0, 1])
 
 
-def decide(found: Interval | PairedDifference, *, better: str, threshold: float = 0.0) -> str:
+def decide(
+    found: Interval | PairedDifference,
+    *,
+    better: str,
+    threshold: float = 0.0,
+    by_seed: Sequence[float] | None = None,
+) -> str:
     """The verdict of the usual rule: the whole interval on one side of the threshold.
 
     better = "lower" or "higher" is the paper's direction.  An interval that touches the threshold, or
-    has no bounds, gives "not demonstrated".
+    has no bounds, gives "not demonstrated"; so do fewer than three values `by_seed`, where they are
+    given, or one that is not on the interval's side.
     """
     if better not in ("lower", "higher"):
         raise ValueError(f"better is {better!r}; allowed: lower, higher.")
     below, above = found.high < threshold, found.low > threshold
     if not (below or above):
         return "not demonstrated"
+    if by_seed is not None:
+        agree = [value < threshold if below else value > threshold for value in by_seed]
+        if len(agree) < SEEDS_NEEDED or not all(agree):
+            return "not demonstrated"
     return "same direction" if below == (better == "lower") else "opposite"
 
 

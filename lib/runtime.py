@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from importlib import metadata
@@ -411,6 +411,17 @@ def stored_tables(notebook: str, scale: str) -> dict[str, pd.DataFrame]:
     for path in sorted(folder.glob("*-*.csv")):
         tables.setdefault(path.stem.split("-")[0], []).append(pd.read_csv(path))
     return {name: pd.concat(parts, ignore_index=True) for name, parts in tables.items()}
+
+
+def with_stored(
+    live: pd.DataFrame | None, kept: pd.DataFrame | None, keys: Sequence[str] = ("arm", "seed")
+) -> pd.DataFrame:
+    """Live rows, then the kept rows of those values of `keys` that did not run here."""
+    parts = [table for table in (live, kept) if table is not None and len(table)]
+    if len(parts) < 2:
+        return parts[0] if parts else pd.DataFrame(columns=list(keys))
+    ran, held = (pd.MultiIndex.from_frame(table[list(keys)]) for table in parts)
+    return pd.concat([live, kept[~held.isin(ran)]], ignore_index=True)
 
 
 def describe_run(run: Run, **settings) -> pd.DataFrame:

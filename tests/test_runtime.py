@@ -157,6 +157,18 @@ def test_stored_tables_are_joined_by_name(tmp_path, monkeypatch):
     assert runtime.stored_tables("11_x", "full") == {}
 
 
+def test_what_ran_here_takes_the_place_of_what_was_kept():
+    live = pd.DataFrame({"arm": ["FT", "FT"], "seed": [0, 0], "score": [1.0, 2.0]})
+    kept = pd.DataFrame({"arm": ["FT", "FT", "PPO"], "seed": [0, 1, 0], "score": [7.0, 8.0, 9.0]})
+    joined = runtime.with_stored(live, kept)
+    assert joined.score.tolist() == [1, 2, 8, 9] and joined.index.tolist() == [0, 1, 2, 3]
+    assert runtime.with_stored(live, kept, keys=("arm",)).score.tolist() == [1, 2, 9]
+    for nothing in (None, live.head(0)):
+        assert runtime.with_stored(live, nothing) is live
+        assert runtime.with_stored(nothing, kept) is kept
+    assert list(runtime.with_stored(None, None)) == ["arm", "seed"]
+
+
 def test_free_memory_releases_a_models_weights():
     layer = torch.nn.Linear(10, 10)
     runtime.free_memory(layer)
