@@ -738,21 +738,19 @@ class _Rows:
     """Training sequences as one `TokenBatch`; the frozen trunk's states are kept when first computed."""
 
     def __init__(self, tokens: models.TokenBatch):
-        self.tokens, self.states = tokens, None
+        self.tokens = tokens
         self.known = torch.zeros(len(tokens.response_ids), dtype=torch.bool)
 
     def take(self, index: torch.Tensor) -> models.TokenBatch:
         part = self.tokens.rows(index)
-        if self.known[index].all():
-            part.trunk = self.states[index]
+        if not self.known[index].all():
+            part.trunk = None
         return part
 
     def keep(self, index: torch.Tensor, part: models.TokenBatch) -> None:
         if part.trunk is None or self.known[index].all():
             return
-        if self.states is None:
-            self.states = part.trunk.new_zeros(len(self.known), *part.trunk.shape[1:])
-        self.states[index] = part.trunk
+        self.tokens.keep_trunk(index, part)
         self.known[index] = True
 
 
@@ -1003,7 +1001,7 @@ class ConditionalTraining:
         logits, _ = self.network(part, reference)
         if fixed:
             rows.keep(places, part)
-        return logits
+        return part.spread(logits)
 
     def _share(self, done: int) -> float:
         """Of the peak learning rate, after `done` steps of this optimizer."""
@@ -1035,7 +1033,7 @@ class ConditionalTraining:
         padded = generation.pad_rows(prompts, pad, side)
         padded += generation.pad_rows(responses, pad, "right")
         ids, seen, response, mask = (x.to(device) for x in padded)
-        return models.TokenBatch(ids, seen, response), mask.float()
+        return models.TokenBatch(ids, seen, response, mask), mask.float()
 
     @torch.no_grad()
     def _reference_nll(self, prompts, responses) -> list[float]:

@@ -268,16 +268,21 @@ class PPO:
         padded = generation.pad_rows(samples.prompt_ids, fill, side)
         padded += generation.pad_rows(samples.response_ids, fill, "right")
         prompt_ids, prompt_mask, response_ids, mask = (x.to(device) for x in padded)
-        tokens = models.TokenBatch(prompt_ids, prompt_mask, response_ids)
-        parts = []
-        for rows in torch.arange(len(samples)).split(self.config.forward_rows):
+        tokens = models.TokenBatch(prompt_ids, prompt_mask, response_ids, mask)
+        done, parts = [], []
+        order = prompt_mask.sum(1).argsort(
+            stable=True
+        )  # prompts of like length need little padding
+        for rows in order.split(self.config.forward_rows):
             part = tokens.rows(rows)
             log_probs, values, entropy = self.evaluate(part)
             ref_log_probs = self.evaluate(part, reference=True)[0]
-            parts.append((log_probs, ref_log_probs, values, entropy, part.trunk))
-        *joined, trunks = zip(*parts, strict=True)
-        tokens.trunk = None if trunks[0] is None else torch.cat(trunks)
-        return Rollout(tokens, mask.float(), paid.to(device), *map(torch.cat, joined))
+            parts.append((log_probs, ref_log_probs, values, entropy))
+            done.append((rows, part))
+        for rows, part in done if part.trunk is not None else ():
+            tokens.keep_trunk(rows, part)
+        joined = (torch.cat(x)[order.argsort()] for x in zip(*parts, strict=True))
+        return Rollout(tokens, mask.float(), paid.to(device), *joined)
 
     def evaluate(
         self, tokens: models.TokenBatch, reference: bool = False
@@ -286,10 +291,12 @@ class PPO:
         logits, values = self.network(tokens, reference)
         if self.config.temperature != 1:
             logits = logits / self.config.temperature
-        chosen = tokens.response_ids.flatten()
-        log_probs = -cross_entropy(logits.flatten(0, 1), chosen, reduction="none").view_as(values)
+        chosen = tokens.response_ids[tokens.places]
+        found = [-cross_entropy(logits, chosen, reduction="none"), values]
         wanted = not reference and (self.config.entropy_coef > 0 or not torch.is_grad_enabled())
-        return log_probs, values, losses.entropy(logits) if wanted else None
+        found += [losses.entropy(logits)] if wanted else []
+        log_probs, values, *entropy = map(tokens.spread, found)
+        return log_probs, values, entropy[0] if wanted else None
 
     def add_advantages(self, rollout: Rollout) -> None:
         """Rewards less the KL penalty, then GAE; statistics are taken over all processes."""

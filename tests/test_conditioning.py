@@ -541,7 +541,8 @@ def test_frozen_layers_stay_and_their_states_are_computed_once(monkeypatch, styl
     (with_cache, fewer), (without, more) = found
     assert fewer < more
     for name in with_cache[3]:
-        assert torch.allclose(with_cache[3][name], without[3][name], atol=1e-5)
+        # rows of other lengths stand beside a row when its states are computed: rounding, then Adam
+        assert torch.allclose(with_cache[3][name], without[3][name], atol=1e-3)
 
 
 def test_training_makes_the_requested_label_likelier():

@@ -98,7 +98,9 @@ def test_a_separate_value_model_learns_what_the_prompt_tells():
         return [float("yes" in prompt) for prompt in samples.prompts]
 
     value_model = models.build_tiny_model("tiny", words=WORDS, seed=5)[0]
-    config = dataclasses.replace(TOY, steps=30, learning_rate=1e-9, lam=1.0)
+    config = dataclasses.replace(
+        TOY, steps=30, learning_rate=1e-9, value_learning_rate=1e-3, lam=1.0
+    )
     history = train(config, paid_for_the_prompt, value_model=value_model)
     assert history["explained_variance"].tail(5).mean() > 0.5
 
@@ -282,7 +284,40 @@ def test_a_value_sees_the_tokens_before_it_and_no_others(name, separate):
     with torch.no_grad():
         before, after = (run.evaluate(tokens)[1] for tokens in (rollout.tokens, changed))
     torch.testing.assert_close(before[:, :4], after[:, :4])
-    assert ((before[:, 4] - after[:, 4]).abs() > 1e-4).all()
+    long = rollout.mask[:, 4] == 1
+    assert long.any() and ((before[long, 4] - after[long, 4]).abs() > 1e-4).all()
+
+
+@pytest.mark.parametrize("separate", [False, True])
+@pytest.mark.parametrize("train", ["top", "all"])
+@pytest.mark.parametrize("name", ["tiny", "tiny-encoder-decoder"])
+def test_padding_is_not_computed_and_changes_nothing(name, train, separate, monkeypatch):
+    """Prompts and responses of 1 to 8 tokens: values and gradients of the fast path and the plain one."""
+    value_model = models.build_tiny_model(name, words=WORDS, seed=3)[0] if separate else None
+    config = dataclasses.replace(SHORT, train=train, layers=1, forward_rows=3)
+    run, _, _ = started(config, name, value_model=value_model)
+    torch.nn.init.normal_(run.shared.value_head[-1].weight)
+    prompts = ["a", "a b c d e", "yes", "no yes a", "a b", "b", "c", "a b c"]
+    samples = generation.sample(run.policy, run.tokenizer, prompts, seed=0, max_new_tokens=8)
+    for row in (1, 4):
+        samples.response_ids[row] = samples.response_ids[row][:2]
+    paid = torch.zeros(len(samples), max(map(len, samples.response_ids)))
+    found, computed = {}, {}
+    for plain in ("0", "1"):
+        monkeypatch.setenv("LIB_PLAIN", plain)
+        rollout = run.roll_out(samples, paid)
+        part = rollout.rows(torch.tensor([2, 0, 5]))
+        computed[plain] = part.tokens.prompt_ids.shape[1]
+        log_probs, values, _ = run.evaluate(part.tokens)
+        run.optimizer.zero_grad()
+        ((log_probs.exp() + values) * part.mask).sum().backward()
+        gradients = [p.grad for p in run.network.parameters() if p.grad is not None]
+        parts = (rollout.log_probs, rollout.ref_log_probs, rollout.values, rollout.entropy)
+        found[plain] = [x * rollout.mask for x in parts]
+        found[plain] += [log_probs * part.mask, values * part.mask, *gradients]
+    assert computed["0"] < computed["1"], "these three prompts are shorter than the longest"
+    for fast, plain in zip(*found.values(), strict=True):
+        torch.testing.assert_close(fast, plain, atol=1e-4, rtol=1e-4)
 
 
 def test_the_reference_stays_the_initial_policy():
@@ -305,6 +340,7 @@ def test_a_bfloat16_trunk_under_float32_layers():
     with torch.no_grad():
         shared = models.SharedTrunkPolicy(model, frozen=1)
         logits, _ = shared(dataclasses.replace(plain.tokens, trunk=None))
+    logits = plain.tokens.spread(logits)
     chosen = logits.log_softmax(-1).gather(-1, plain.tokens.response_ids[..., None])[..., 0]
     assert ((chosen - plain.log_probs).abs() * plain.mask).max() < 0.05
 

@@ -128,9 +128,9 @@ def test_the_fast_path_gives_the_plain_losses_and_leaves_the_model_as_it_was(mon
         assert model.forward == before
         ids = torch.tensor([[1, 2, 3]])
         logits, _ = models.SharedTrunkPolicy(model, frozen)(
-            models.TokenBatch(ids, torch.ones_like(ids), ids)
+            models.TokenBatch(ids, torch.ones_like(ids), ids, torch.ones_like(ids))
         )
-        assert logits.shape == (1, 3, len(tokenizer))
+        assert logits.shape == (3, len(tokenizer))
     assert losses["0"] == pytest.approx(losses["1"], abs=1e-4)
 
 
