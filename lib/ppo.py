@@ -279,8 +279,9 @@ class PPO:
             ref_log_probs = self.evaluate(part, reference=True)[0]
             parts.append((log_probs, ref_log_probs, values, entropy))
             done.append((rows, part))
-        for rows, part in done if part.trunk is not None else ():
-            tokens.keep_trunk(rows, part)
+        if part.trunk is not None:
+            for rows, few in done:
+                tokens.keep_trunk(rows, few)
         joined = (torch.cat(x)[order.argsort()] for x in zip(*parts, strict=True))
         return Rollout(tokens, mask.float(), paid.to(device), *joined)
 
