@@ -432,10 +432,8 @@ AttentionInterface.register("shared_prompt", _shared_attention)
 
 
 @contextlib.contextmanager
-def _attending(model: PreTrainedModel) -> Iterator[None]:
-    """Within: the model's attention layers use `_shared_attention`, which needs no mask."""
-    layers = [m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "config")]
-    configs = {id(layer.config): layer.config for layer in layers}.values()
+def _attending(configs: Sequence) -> Iterator[None]:
+    """Within: attention layers with these configurations use `_shared_attention`, which needs no mask."""
     before = [config._attn_implementation for config in configs]
     try:
         for config in configs:
@@ -444,6 +442,12 @@ def _attending(model: PreTrainedModel) -> Iterator[None]:
     finally:
         for config, name in zip(configs, before, strict=True):
             config._attn_implementation = name
+
+
+def _attention_configs(model: PreTrainedModel) -> list:
+    """The configurations that the model's attention layers read, each once."""
+    layers = [m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "config")]
+    return list({id(layer.config): layer.config for layer in layers}.values())
 
 
 class _DecoderOnly:
@@ -455,9 +459,10 @@ class _DecoderOnly:
         if runtime.plain_mode():
             ids, mask, n = ids.repeat_interleave(n, 0), mask.repeat_interleave(n, 0), 1
         self.takes_positions = "position_ids" in inspect.signature(model.forward).parameters
-        self.mask, self.cache, self.lines = mask, None, None
+        self.mask, self.cache, self.lines, self.configs = mask, None, None, []
         if self._can_share():
             self._encode_once(ids, n, new_tokens)
+            self.configs = _attention_configs(model)
         else:
             self._forward(ids)
             _make_room(self.cache, n, new_tokens)
@@ -510,7 +515,7 @@ class _DecoderOnly:
 
     def advance(self, tokens):
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], -1)
-        with _attending(self.model) if self.lines else contextlib.nullcontext():
+        with _attending(self.configs):
             self._forward(tokens[:, None])
 
 

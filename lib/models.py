@@ -187,7 +187,7 @@ def for_sampling(model: PreTrainedModel) -> Iterator[None]:
     """Within: `model` samples as fast as it can; after: its weights as before.  LIB_PLAIN=1: no change.
 
     What `set_trainable` raised to float32 has its frozen trunk's dtype (measured on a CPU with bfloat16:
-    1.7 times the tokens/s).  The output layer sees contiguous states: of others torch makes a product
+    1.5 times the tokens/s).  The output layer sees contiguous states: of others torch makes a product
     for each row, where the layer is frozen, and copies the vocabulary's matrix as often.
     """
     if runtime.plain_mode():

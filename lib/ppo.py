@@ -270,9 +270,8 @@ class PPO:
         prompt_ids, prompt_mask, response_ids, mask = (x.to(device) for x in padded)
         tokens = models.TokenBatch(prompt_ids, prompt_mask, response_ids, mask)
         done, parts = [], []
-        order = prompt_mask.sum(1).argsort(
-            stable=True
-        )  # prompts of like length need little padding
+        # prompts of like length need little padding
+        order = prompt_mask.sum(1).argsort(stable=True)
         for rows in order.split(self.config.forward_rows):
             part = tokens.rows(rows)
             log_probs, values, entropy = self.evaluate(part)

@@ -527,6 +527,8 @@ def test_the_reference_stays_while_the_policy_and_the_new_rows_learn():
 @pytest.mark.parametrize("style", ["text", "token"])
 def test_frozen_layers_stay_and_their_states_are_computed_once(monkeypatch, style):
     """Cached states change nothing, also where new rows train below the frozen layer."""
+    # padding left out beside other rows rounds differently, which Adam amplifies (tested with PPO)
+    monkeypatch.setattr(models.TokenBatch, "_padding", lambda *_: (0, 0))
     found = []
     for cached in (True, False):
         loop = training(style=style, config={"train": "top", "layers": 1, "steps": 12})
@@ -541,8 +543,7 @@ def test_frozen_layers_stay_and_their_states_are_computed_once(monkeypatch, styl
     (with_cache, fewer), (without, more) = found
     assert fewer < more
     for name in with_cache[3]:
-        # rows of other lengths stand beside a row when its states are computed: rounding, then Adam
-        assert torch.allclose(with_cache[3][name], without[3][name], atol=1e-3)
+        assert torch.allclose(with_cache[3][name], without[3][name], atol=1e-5)
 
 
 def test_training_makes_the_requested_label_likelier():
