@@ -12,7 +12,6 @@ depend on how prompts are batched (up to rounding).
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import time
 from collections.abc import Iterator, Sequence
@@ -431,25 +430,6 @@ def _shared_attention(module, query, key, value, attention_mask, scaling, **_):
 AttentionInterface.register("shared_prompt", _shared_attention)
 
 
-@contextlib.contextmanager
-def _attending(configs: Sequence) -> Iterator[None]:
-    """Within: attention layers with these configurations use `_shared_attention`, which needs no mask."""
-    before = [config._attn_implementation for config in configs]
-    try:
-        for config in configs:
-            config._attn_implementation = "shared_prompt"
-        yield
-    finally:
-        for config, name in zip(configs, before, strict=True):
-            config._attn_implementation = name
-
-
-def _attention_configs(model: PreTrainedModel) -> list:
-    """The configurations that the model's attention layers read, each once."""
-    layers = [m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "config")]
-    return list({id(layer.config): layer.config for layer in layers}.values())
-
-
 class _DecoderOnly:
     """Cache, mask and next-token logits of a decoder-only batch; prompts are left-padded."""
 
@@ -462,7 +442,7 @@ class _DecoderOnly:
         self.mask, self.cache, self.lines, self.configs = mask, None, None, []
         if self._can_share():
             self._encode_once(ids, n, new_tokens)
-            self.configs = _attention_configs(model)
+            self.configs = models.attention_configs(model)
         else:
             self._forward(ids)
             _make_room(self.cache, n, new_tokens)
@@ -515,7 +495,7 @@ class _DecoderOnly:
 
     def advance(self, tokens):
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], -1)
-        with _attending(self.configs):
+        with models.attending(self.configs, "shared_prompt"):  # which needs no mask
             self._forward(tokens[:, None])
 
 

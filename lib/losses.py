@@ -180,7 +180,8 @@ def kl_divergence(
 def entropy(logits: torch.Tensor) -> torch.Tensor:
     """-sum_v p log p in nats: logits (..., vocabulary) -> (...).  Logits of -inf count as probability 0."""
     log_probs = logits.log_softmax(-1)
-    return -(log_probs.exp() * log_probs.masked_fill(log_probs == -torch.inf, 0.0)).sum(-1)
+    finite = log_probs.clamp(min=torch.finfo(log_probs.dtype).min)
+    return -(log_probs.exp() * finite).sum(-1)
 
 
 def pairwise_loss(preferred: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:

@@ -16,8 +16,9 @@ import inspect
 import json
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch.utils._pytree import tree_map
@@ -39,6 +40,8 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from lib import assets, runtime
 
+PACKED_BYTES = 2**30
+NOTHING_AFTER = {"attr": "none", "scalars": [], "algorithm": ""}  # no activation fused to a product
 TINY_MODELS = ("tiny", "tiny-encoder-decoder")
 TINY_SPECIAL = ["<pad>", "<eos>", "<unk>", "<system>", "<user>", "<assistant>"]
 TINY_CHAT_TEMPLATE = (
@@ -188,7 +191,8 @@ def for_sampling(model: PreTrainedModel) -> Iterator[None]:
 
     What `set_trainable` raised to float32 has its frozen trunk's dtype (measured on a CPU with bfloat16:
     1.5 times the tokens/s).  The output layer sees contiguous states: of others torch makes a product
-    for each row, where the layer is frozen, and copies the vocabulary's matrix as often.
+    for each row, where the layer is frozen, and copies the vocabulary's matrix as often.  Weights are
+    packed (`packed`).  No gradients.
     """
     if runtime.plain_mode():
         yield
@@ -199,11 +203,61 @@ def for_sampling(model: PreTrainedModel) -> Iterator[None]:
     try:
         for parameter in raised:
             parameter.data = parameter.data.to(low)
-        yield
+        with packed(model):
+            yield
     finally:
         hook.remove()
         for parameter, data in zip(raised, kept, strict=True):
             parameter.data = data
+
+
+@contextlib.contextmanager
+def attending(configs: Sequence, how: str) -> Iterator[None]:
+    """Within: attention layers with these configurations use the implementation `how` ("eager", ...)."""
+    before = [config._attn_implementation for config in configs]
+    try:
+        for config in configs:
+            config._attn_implementation = how
+        yield
+    finally:
+        for config, name in zip(configs, before, strict=True):
+            config._attn_implementation = name
+
+
+def attention_configs(model: PreTrainedModel) -> list:
+    """The configurations that the model's attention layers read, each once."""
+    layers = [m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "config")]
+    return list({id(layer.config): layer.config for layer in layers}.values())
+
+
+@contextlib.contextmanager
+def packed(model: PreTrainedModel) -> Iterator[None]:
+    """Within: linear maps in bfloat16 on a CPU have their weights in the layout oneDNN computes in, which
+    `linear` makes anew at each call.  Same numbers, no gradients.  LIB_PLAIN=1: no change.
+
+    Measured: 1.15 times the tokens/s in sampling 128 rows, 1.3 with 16, 1.2 in scoring texts.  The layout
+    is a second copy of the weights: not for models of more than PACKED_BYTES.
+    """
+    linear = [] if runtime.plain_mode() else [*model.modules()]
+    linear = [m for m in linear if type(m) is torch.nn.Linear and _can_pack(m)]
+    if sum(m.weight.nbytes for m in linear) > PACKED_BYTES:
+        linear = []
+    product = torch.ops.mkldnn._linear_pointwise
+    try:
+        for module in linear:
+            weight = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach())
+            module.forward = partial(product, W=weight, B=module.bias, **NOTHING_AFTER)
+        yield
+    finally:
+        for module in linear:
+            module.__dict__.pop("forward", None)
+
+
+def _can_pack(module: torch.nn.Linear) -> bool:
+    known = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    ours = "forward" not in vars(module) and module.weight.device.type == "cpu"
+    usable = ours and module.weight.dtype == torch.bfloat16
+    return known and usable and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def _above_trunk(model) -> tuple[list[torch.nn.Parameter], torch.dtype | None]:

@@ -101,6 +101,39 @@ def test_sampling_takes_the_trunks_dtype_and_gives_the_weights_back(tiny, monkey
         assert torch.equal(logits(), plain)
 
 
+def test_packed_weights_give_the_same_numbers(tiny, monkeypatch):
+    model = copy.deepcopy(tiny[0]).to(torch.bfloat16)
+    linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    ids = torch.tensor([[1, 2, 3], [4, 5, 6]])
+
+    def packed():
+        return sum("forward" in vars(module) for module in linear)
+
+    with torch.inference_mode():
+        plain = model(input_ids=ids).logits
+        with models.packed(model):
+            usable = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+            assert packed() == (len(linear) if usable else 0)
+            assert torch.equal(model(input_ids=ids).logits, plain)
+            with models.packed(model):
+                pass  # an inner one takes nothing away
+            assert packed() == (len(linear) if usable else 0)
+    assert packed() == 0
+    with pytest.raises(RuntimeError, match="in between"), models.packed(model):
+        raise RuntimeError("in between")
+    assert packed() == 0
+    high = copy.deepcopy(model).float()
+    with models.packed(high):
+        assert not any("forward" in vars(m) for m in high.modules())
+    monkeypatch.setattr(models, "PACKED_BYTES", 100)
+    with models.packed(model):
+        assert packed() == 0
+    monkeypatch.undo()
+    monkeypatch.setenv("LIB_PLAIN", "1")
+    with models.packed(model):
+        assert packed() == 0
+
+
 def test_eight_bits_need_bitsandbytes(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(

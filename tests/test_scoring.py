@@ -217,6 +217,25 @@ def test_batching_padding_and_bucketing_do_not_change_scores(monkeypatch):
     np.testing.assert_allclose(scorer.score(texts), alone, atol=1e-5)
 
 
+def test_short_texts_in_bfloat16_score_as_on_the_plain_path(monkeypatch):
+    model, tokenizer = tiny_classifier()
+    scorer = scoring.ClassifierScorer(model.bfloat16(), tokenizer, name="tiny")
+    scorer.TOKENS_PER_BATCH, scorer.EAGER_TOKENS = {"cpu": 200}, 20
+    used, texts = [], random_texts(60, 50)
+    attention = model.bert.encoder.layer[0].attention
+    note = lambda module, args: used.append(model.config._attn_implementation)  # noqa: E731
+    attention.register_forward_pre_hook(note)
+    fast = scorer.score(texts)
+    assert set(used) == {"eager", "sdpa"} and model.config._attn_implementation == "sdpa"
+    assert not any("forward" in vars(module) for module in model.modules())
+    used.clear()
+    monkeypatch.setenv("LIB_PLAIN", "1")
+    plain = scorer.score(texts)
+    assert set(used) == {"sdpa"} and np.std(plain) > 0.05
+    np.testing.assert_allclose(fast, plain, atol=0.04)  # roundings of bfloat16
+    assert np.abs(fast - plain).mean() < 0.01
+
+
 def test_long_texts_are_cut_and_counted_once():
     scorer = scoring.ClassifierScorer(*tiny_classifier(), name="tiny")
     exact, long = " ".join(WORDS[:62]), " ".join(WORDS[:63])
