@@ -83,7 +83,8 @@ class Benchmark:
     sides: dict[str, Callable[[], Thunk]]
     dtype: torch.dtype = torch.float32
     limit: float | None = None  # units a second that no side can pass
-    growth: dict[int, Thunk] = field(default_factory=dict)  # size -> our side on that many units
+    growth: dict[int, Thunk] = field(default_factory=dict)  # size -> our side on that many
+    grows: str = ""  # what the sizes count
 
 
 # --- measuring -----------------------------------------------------------------------------------
@@ -175,6 +176,7 @@ def measure(name: str, benchmark: Benchmark, rounds: int = ROUNDS) -> dict:
     packages = {p: metadata.version(p) for p in runtime.SHOWN_PACKAGES}
     record |= {"device": runtime.describe_device(), "versions": packages, "ceilings": top}
     record |= {"commit": runtime.git_commit(), "plain": runtime.plain_mode(), "growth": growth}
+    record |= {"grows": benchmark.grows}
     record |= {"date": time.strftime("%Y-%m-%d", time.gmtime()), "runs": runs}
     return record
 
@@ -226,7 +228,7 @@ def to_text(record: dict) -> str:
         fit = growth_fit(record)
         sizes = ", ".join(f"{row['size']:,}" for row in record["growth"])
         lines.append(
-            f"  growth over {sizes} {record['unit']}: time ~ size^{fit['time_exponent']:.2f}, memory "
+            f"  growth over {sizes} {record['grows']}: time ~ size^{fit['time_exponent']:.2f}, memory "
             f"differs by {fit['memory_spread'] / 1e6:.0f} MB"
         )
     return "\n".join(lines)
@@ -309,9 +311,16 @@ def sample_benchmark(size: str) -> Benchmark:
     def peer(at_once: int) -> Work:
         return work(_generated(model, tokenizer, prompts, SAMPLES, at_once, NEW_TOKENS))
 
+    def grown(n: int) -> Work:  # few tokens, for time
+        more = [*itertools.islice(itertools.cycle(prompts), n)]
+        found = generation.sample(model, tokenizer, more, n=SAMPLES, max_new_tokens=NEW_TOKENS // 4)
+        return Work(len(found))
+
     what = f"{len(prompts)} prompts x {SAMPLES} samples, up to {NEW_TOKENS} tokens, natural stops"
     sides = {"ours": lambda: ours, "generate, 4 prompts a batch": lambda: partial(peer, 4)}
-    return Benchmark("tokens", 2.5, what, sides, model.dtype)
+    few = len(prompts) // 4
+    growth = {n: partial(grown, n) for n in (few, 10 * few)}
+    return Benchmark("tokens", 2.5, what, sides, model.dtype, growth=growth, grows="prompts")
 
 
 # --- log-probabilities ---------------------------------------------------------------------------
@@ -409,7 +418,7 @@ def score_benchmark(size: str) -> Benchmark:
     what = f"{count:,} texts of mixed length, {tokens / count:.0f} tokens on average"
     sides = {"ours": lambda: ours, "pipeline, 32 texts a batch": lambda: peer}
     growth = {n: partial(grown, n) for n in (more // 20, more)}
-    return Benchmark("texts", 3.0, what, sides, model.dtype, growth=growth)
+    return Benchmark("texts", 3.0, what, sides, model.dtype, growth=growth, grows="texts")
 
 
 def best_of_n_benchmark(size: str) -> Benchmark:
@@ -439,11 +448,20 @@ def best_of_n_benchmark(size: str) -> Benchmark:
             scorer(**scorer.batch(encoded[start : start + 32])).logits.cpu()
         return work(sum(map(len, rows)))
 
+    def grown(many: int) -> Work:
+        drawn = generation.sample(
+            model, tokenizer, prompts[:1], n=many, max_new_tokens=new_tokens // 4
+        )
+        scorer.score(drawn.prompts, drawn.texts)
+        return Work(many)
+
     what = (
         f"{count} prompts x {n} samples of up to {new_tokens} tokens, each scored by a reward model"
     )
     sides = {"ours": lambda: ours, "generate, then 32 rows a batch": lambda: peer}
-    return Benchmark("samples", 3.0, what, sides, model.dtype)
+    growth = {many: partial(grown, many) for many in (2 * n, 20 * n)}
+    options = {"growth": growth, "grows": "samples of a prompt"}
+    return Benchmark("samples", 3.0, what, sides, model.dtype, **options)
 
 
 # --- asking an endpoint --------------------------------------------------------------------------

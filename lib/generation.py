@@ -133,12 +133,14 @@ def sample(
     bar = runtime.progress(total=len(rows), label=label, unit="sample")
     with models.for_sampling(model):
         for batch in _length_batches(prompt_ids, max(1, rows_per_batch // n)):
-            places = [index * n + j for index in batch for j in range(n)]
-            ids = [prompt_ids[i] for i in batch]
-            drawn = _sample_batch(model, tokenizer, ids, n, noise[places], how)
-            for place, row in zip(places, drawn, strict=True):
-                rows[place] = row
-            bar.update(len(places))
+            for first in range(0, n, rows_per_batch):  # one part, unless n is larger than a batch
+                part = range(first, min(n, first + rows_per_batch))
+                places = [index * n + j for index in batch for j in part]
+                ids = [prompt_ids[i] for i in batch]
+                drawn = _sample_batch(model, tokenizer, ids, len(part), noise[places], how)
+                for place, row in zip(places, drawn, strict=True):
+                    rows[place] = row
+                bar.update(len(places))
     bar.close()
     return _collect(tokenizer, prompts, prompt_ids, n, rows, time.perf_counter() - started)
 

@@ -213,6 +213,7 @@ def category_heatmap(
 ) -> Figure:  # fmt: skip
     """Value of each category (rows, highest mean on top) and condition (columns), written in the cells.
 
+    Where both name the same things, rows stand as columns do: each thing beside itself is the diagonal.
     Columns category, condition, value; if known, low and high (written below the value) and n (in the
     row's name).
     """
@@ -220,7 +221,8 @@ def category_heatmap(
     figure, axes = _start(table, "category condition value", 1.7 + 0.62 * categories)
     values = table.pivot(index="category", columns="condition", values="value").astype(float)
     values = values[list(dict.fromkeys(table["condition"]))]
-    values = values.loc[values.mean(1).sort_values(ascending=False, kind="stable").index]
+    order = values.mean(1).sort_values(ascending=False, kind="stable").index
+    values = values.loc[values.columns if set(order) == set(values.columns) else order]
     bounds = [
         table.pivot(index="category", columns="condition", values=side).reindex_like(values)
         for side in ("low", "high")

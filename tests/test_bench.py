@@ -41,6 +41,7 @@ def by_hand() -> dict:
     ]  # fmt: skip
     growth = [{"size": n, "seconds": n / 10, "memory": 1e6 + n} for n in (10, 100, 1000)]
     rest = {"name": "x", "unit": "tokens", "what": "w", "limit": None, "growth": growth}
+    rest |= {"grows": "texts"}
     return {**rest, "ceilings": {"flops_per_s": 100.0, "bytes_per_s": 100.0}, "runs": runs}
 
 
@@ -56,7 +57,7 @@ def test_ratio_rate_and_share_by_hand():
 def test_linear_time_and_flat_memory_are_recognised():
     fit = bench.growth_fit(by_hand())
     assert fit["time_exponent"] == pytest.approx(1) and fit["memory_spread"] == 990
-    assert "size^1.00" in bench.to_text(by_hand())
+    assert "1,000 texts: time ~ size^1.00" in bench.to_text(by_hand())
 
 
 def test_peak_memory_sees_what_was_freed_again():

@@ -161,6 +161,16 @@ def test_heatmap_sorts_and_writes_values():
     assert (cells["-"], cells["0.00"], cells["0.50"]) == ("black", "white", "black")
 
 
+def test_a_square_heatmap_has_its_diagonal():
+    rows = [(a, b, float(a == b) + 0.1 * (b == "b")) for a in "abc" for b in "abc"]
+    figure = plots.category_heatmap(pd.DataFrame(rows, columns=["category", "condition", "value"]))
+    shown = [
+        [label.get_text() for label in labels]
+        for labels in (figure.axes[0].get_xticklabels(), figure.axes[0].get_yticklabels())
+    ]
+    assert shown == [["a", "b", "c"]] * 2
+
+
 def test_agreement_shows_every_count_and_frames_the_diagonal():
     counts = [[19, 8, 10], [11, 21, 7], [6, 9, 1026]]
     table = pd.DataFrame(counts, index=list("a=b"), columns=list("a=b"))
