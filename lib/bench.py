@@ -481,7 +481,7 @@ def _endpoint(**options) -> Iterator[str]:
 
 def feedback_benchmark(size: str) -> Benchmark:
     """`ChatClient.ask` and one request after another, at an endpoint with a rate limit and faults."""
-    count, few, rate, faults = (3_000, 30, 150, 0.3) if size == "real" else (20, 5, 200, 0.0)
+    count, few, rate, faults = (5_000, 30, 150, 0.3) if size == "real" else (20, 5, 200, 0.0)
     options, numbers = {"rate": rate, "faults": faults, "seed": 0}, itertools.count()
 
     def ours() -> Thunk:
