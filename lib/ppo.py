@@ -294,7 +294,7 @@ class PPO:
         logits, values = self.network(tokens, reference)
         wanted = not reference and (self.config.entropy_coef > 0 or not torch.is_grad_enabled())
         parts = [(logits, tokens.response_ids[tokens.places])]
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() and not runtime.plain_mode():
             parts = zip(*(x.split(READ_AT_ONCE) for x in parts[0]), strict=True)
         parts = [self._read(*part, wanted) for part in parts]
         found = [torch.cat(part) for part in zip(*parts, strict=True)]
