@@ -242,10 +242,10 @@ def packed(model: PreTrainedModel) -> Iterator[None]:
     linear = [m for m in linear if type(m) is torch.nn.Linear and _can_pack(m)]
     if sum(m.weight.nbytes for m in linear) > PACKED_BYTES:
         linear = []
-    product = torch.ops.mkldnn._linear_pointwise
     try:
         for module in linear:
             weight = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach())
+            product = torch.ops.mkldnn._linear_pointwise  # not there in every build of torch
             module.forward = partial(product, W=weight, B=module.bias, **NOTHING_AFTER)
         yield
     finally:

@@ -31,9 +31,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lib import generation, losses, models, rewards, runtime
 
 STAGES = ("sample", "score", "forward", "update")
-READ_AT_ONCE = (
-    32  # tokens whose probabilities stand in memory (measured: forward in 0.7 of the time)
-)
+# tokens whose probabilities stand in memory without gradients (measured: forward in 0.7 of the time)
+READ_AT_ONCE = 32
 MAY_BE_ZERO = {"top_k", "warmup_steps", "gamma", "lam", "entropy_coef", "kl_coef", "seed"}
 MAY_BE_ZERO |= {"value_pretrain_steps", "stop_entropy"}
 DECODING = ("max_new_tokens", "temperature", "top_k", "top_p")  # passed on to generation.sample

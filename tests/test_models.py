@@ -122,6 +122,10 @@ def test_packed_weights_give_the_same_numbers(tiny, monkeypatch):
     with pytest.raises(RuntimeError, match="in between"), models.packed(model):
         raise RuntimeError("in between")
     assert packed() == 0
+    with monkeypatch.context() as without:  # a build of torch without oneDNN
+        without.setattr(torch.ops, "mkldnn", object())
+        with models.packed(model):
+            assert packed() == 0
     high = copy.deepcopy(model).float()
     with models.packed(high):
         assert not any("forward" in vars(m) for m in high.modules())
