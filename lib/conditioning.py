@@ -812,7 +812,8 @@ class ConditionalTraining:
             items = self._stage("feedback", iteration, lambda i=items: self.ask(i))
             self._fill_pool(iteration, [_item(row) for row in items])
             started = time.perf_counter()
-            self.train(iteration)
+            with models.fast_float32(self.network):
+                self.train(iteration)
             self.seconds["train"] = time.perf_counter() - started
             rows = self._stage("evaluate", iteration, lambda n=iteration: self.evaluate(n))
             self._finish(iteration, rows)

@@ -27,7 +27,7 @@ import torch
 from torch.nn.functional import binary_cross_entropy_with_logits, normalize
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from lib import generation, reward_models, runtime, scoring
+from lib import generation, models, reward_models, runtime, scoring
 from lib import qa_feedback as qa
 from lib.reward_models import Feedback, TrainConfig
 from lib.segments import SHORTEST, Segmenter
@@ -300,10 +300,12 @@ class FineGrainedModel(reward_models.RewardModel):
         found: list[torch.Tensor] = [None] * len(rows)
         bar = runtime.progress(total=len(rows), label="segment features", unit="text")
         lengths = [len(row.context) + len(row.response) for row in rows]
-        for places in generation.token_batches(lengths, tokens_per_batch):
-            for i, features in zip(places, self._features([rows[i] for i in places]), strict=True):
-                found[i] = features.float().cpu()
-            bar.update(len(places))
+        with models.fast_float32(self):
+            for places in generation.token_batches(lengths, tokens_per_batch):
+                features = self._features([rows[i] for i in places])
+                for i, row in zip(places, features, strict=True):
+                    found[i] = row.float().cpu()
+                bar.update(len(places))
         bar.close()
         return found
 

@@ -41,6 +41,9 @@ from transformers.modeling_outputs import BaseModelOutput
 from lib import assets, runtime
 
 PACKED_BYTES = 2**30
+LARGE = (
+    2**17
+)  # values of a matrix (measured: oneDNN is faster from 128 x 512, slower below 64 x 128)
 NOTHING_AFTER = {"attr": "none", "scalars": [], "algorithm": ""}  # no activation fused to a product
 TINY_MODELS = ("tiny", "tiny-encoder-decoder")
 TINY_SPECIAL = ["<pad>", "<eos>", "<unk>", "<system>", "<user>", "<assistant>"]
@@ -209,6 +212,20 @@ def for_sampling(model: PreTrainedModel) -> Iterator[None]:
         hook.remove()
         for parameter, data in zip(raised, kept, strict=True):
             parameter.data = data
+
+
+@contextlib.contextmanager
+def fast_float32(model: torch.nn.Module) -> Iterator[None]:
+    """Within: float32 products by oneDNN, where that is faster here and as exact (`runtime`).
+
+    Measured: training SmolLM2's top layers in 0.6 of the time.  Not for small models, whose products
+    take longer so.  LIB_PLAIN=1: no change.
+    """
+    sizes = (p.numel() for p in model.parameters() if p.dtype == torch.float32 and p.dim() == 2)
+    wanted = max(sizes, default=0) >= LARGE and next(model.parameters()).device.type == "cpu"
+    wanted = wanted and not runtime.plain_mode() and runtime.medium_is_exact()
+    with runtime.medium_precision() if wanted else contextlib.nullcontext():
+        yield
 
 
 @contextlib.contextmanager

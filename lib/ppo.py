@@ -128,12 +128,13 @@ def train_ppo(
     """
     config = config or PPOConfig()
     run = PPO(policy, tokenizer, prompts, reward_fn, config, value_model, accelerator)
-    run.open(folder, held_out)
     bar = runtime.progress(total=config.steps, label="PPO", unit="step")
-    bar.update(len(run.history))
-    while len(run.history) < config.steps and run.stopped is None:
-        run.finish_step(run.step(len(run.history)))
-        bar.update(1)
+    with models.fast_float32(run.shared):
+        run.open(folder, held_out)
+        bar.update(len(run.history))
+        while len(run.history) < config.steps and run.stopped is None:
+            run.finish_step(run.step(len(run.history)))
+            bar.update(1)
     bar.close()
     return run.close()
 
@@ -149,13 +150,13 @@ def before_update(
     The rollout is evaluated again in the update's shuffled minibatches, by the forward pass that trains.
     """
     run = PPO(policy, tokenizer, prompts, lambda samples: [0.0] * len(samples), config)
-    samples = run.sample(0)
-    rollout, error = run.roll_out(samples, run.score(samples)[0]), 0.0
-    for part in map(rollout.rows, run.minibatches(0, 0)):
-        with torch.no_grad():
+    samples, error = run.sample(0), 0.0
+    with models.fast_float32(run.shared), torch.no_grad():
+        rollout = run.roll_out(samples, run.score(samples)[0])
+        for part in map(rollout.rows, run.minibatches(0, 0)):
             log_probs = run.evaluate(part.tokens)[0]
-        ratio = (log_probs - part.log_probs).masked_fill(part.mask == 0, 0).exp()
-        error = max(error, (ratio - 1).abs().max().item())
+            ratio = (log_probs - part.log_probs).masked_fill(part.mask == 0, 0).exp()
+            error = max(error, (ratio - 1).abs().max().item())
     kl = losses.kl_estimate(rollout.log_probs, rollout.ref_log_probs, "k1")
     return {"ratio_error": error, "kl": kl.masked_fill(rollout.mask == 0, 0).abs().max().item()}
 

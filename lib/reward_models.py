@@ -198,10 +198,11 @@ class RewardModel(torch.nn.Module):
         found = torch.empty(len(rows), self.centre.shape[0])
         shared = self._causal and all(a for a, _ in rows) and not runtime.plain_mode()
         bar = runtime.progress(total=len(rows), label="reward features", unit="text")
-        for places in _batches(rows, tokens_per_batch, shared):
-            batch = [rows[i] for i in places]
-            found[places] = (self._after_prefix if shared else self._pooled)(batch).float().cpu()
-            bar.update(len(places))
+        pooled = self._after_prefix if shared else self._pooled
+        with models.fast_float32(self):
+            for places in _batches(rows, tokens_per_batch, shared):
+                found[places] = pooled([rows[i] for i in places]).float().cpu()
+                bar.update(len(places))
         bar.close()
         return found
 
@@ -451,22 +452,25 @@ def train(
     encoded = None if features is not None else model.encode(feedback.prompts, feedback.responses)
     rng, history = np.random.default_rng(config.seed), []
     bar = runtime.progress(total=total, label="training a reward model", unit="step")
-    for step in range(total):
-        if step % batches == 0:
-            order = rng.permutation(groups)
-        chosen = order[step % batches :: batches]
-        loss = (batch_loss or _batch_loss)(model, feedback, chosen, encoded, features)
-        if not torch.isfinite(loss):
-            where = f"step {step + 1} of {total}, prompts {chosen.tolist()}"
-            raise FloatingPointError(f"the loss is {loss.item()} at {where}. Lower learning_rate.")
-        optimiser.zero_grad()
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        rate = schedule.get_last_lr()[0]
-        history.append((step + 1, (step + 1) / batches, loss.item(), rate, norm.item()))
-        optimiser.step()
-        schedule.step()
-        bar.update()
+    with models.fast_float32(model):
+        for step in range(total):
+            if step % batches == 0:
+                order = rng.permutation(groups)
+            chosen = order[step % batches :: batches]
+            loss = (batch_loss or _batch_loss)(model, feedback, chosen, encoded, features)
+            if not torch.isfinite(loss):
+                where = f"step {step + 1} of {total}, prompts {chosen.tolist()}"
+                raise FloatingPointError(
+                    f"the loss is {loss.item()} at {where}. Lower learning_rate."
+                )
+            optimiser.zero_grad()
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            rate = schedule.get_last_lr()[0]
+            history.append((step + 1, (step + 1) / batches, loss.item(), rate, norm.item()))
+            optimiser.step()
+            schedule.step()
+            bar.update()
     bar.close()
     return pd.DataFrame(history, columns=["step", "epoch", "loss", "learning_rate", "grad_norm"])
 
@@ -510,7 +514,8 @@ def train_with_trl(
         train_dataset=datasets.Dataset.from_list(rows), processing_class=model.tokenizer,
     )  # fmt: skip
     trainer.remove_callback(transformers.PrinterCallback)
-    trainer.train(resume_from_checkpoint=any(folder.glob("checkpoint-*")))
+    with models.fast_float32(model):
+        trainer.train(resume_from_checkpoint=any(folder.glob("checkpoint-*")))
     model.eval()
     log = [row for row in trainer.state.log_history if "loss" in row]
     return pd.DataFrame(log)[["step", "epoch", "loss"]]

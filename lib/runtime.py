@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from importlib import metadata
@@ -128,6 +128,35 @@ def inference_dtype(device: torch.device | None = None) -> torch.dtype:
     return (
         torch.bfloat16 if seconds[torch.float32] > 1.3 * seconds[torch.bfloat16] else torch.float32
     )
+
+
+@contextlib.contextmanager
+def medium_precision() -> Iterator[None]:
+    """Within: torch's float32 precision "medium", process-wide."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@lru_cache(maxsize=1)
+def medium_is_exact() -> bool:
+    """Whether float32 products at "medium" precision are as exact on this CPU, and at least 1.2x as fast.
+
+    There torch asks oneDNN in the place of MKL, which is slow on processors that Intel did not make
+    (measured on an AMD EPYC: 2.2x).  Where oneDNN has bfloat16 units to use (AMX), it rounds: not exact.
+    """
+    errors, seconds = [], []
+    with torch.random.fork_rng(devices=[]):
+        left, right = torch.randn(512, 512), torch.randn(512, 512)
+        exact = left.double() @ right.double()
+        for precision in (contextlib.nullcontext, medium_precision):
+            with precision():
+                errors.append((left @ right - exact).abs().mean().item())
+                seconds.append(_matmul_seconds(torch.float32))
+    return errors[1] < 2 * errors[0] and seconds[0] > 1.2 * seconds[1]
 
 
 def _matmul_seconds(dtype: torch.dtype, size: int = 512, repeats: int = 5) -> float:

@@ -553,7 +553,8 @@ def token_log_probs(
     for batch in generation.token_batches(lengths, tokens_per_batch):
         places = [rows[j] for j in batch]
         responses = [list(response_ids[i]) for i in places]
-        rows_found = _log_probs(model, [list(prompt_ids[i]) for i in places], responses)
+        with models.fast_float32(model):
+            rows_found = _log_probs(model, [list(prompt_ids[i]) for i in places], responses)
         for place, row in zip(places, rows_found, strict=True):
             found[place] = row.cpu().numpy()
         bar.update(len(batch))

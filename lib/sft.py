@@ -21,7 +21,7 @@ import transformers
 from accelerate.state import AcceleratorState
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lib import runtime
+from lib import models, runtime
 
 NO_LOSS = -100  # label of a token without loss
 PLAIN = {"logging_steps": 1, "report_to": "none", "disable_tqdm": True}
@@ -121,7 +121,12 @@ def train_sft(
         whole = output.glob("checkpoint-*/trainer_state.json")  # the file that is written last
         steps = [int(path.parent.name.removeprefix("checkpoint-")) for path in whole]
         last = f"{output}/checkpoint-{max(steps)}" if steps else None
-        with _own_forward(model), own_precision(), _logits_where_loss_falls():
+        with (
+            _own_forward(model),
+            own_precision(),
+            _logits_where_loss_falls(),
+            models.fast_float32(model),
+        ):
             trainer = _trainer(model, tokenizer, train, test, output_dir=str(output), **arguments)
             trainer.train(resume_from_checkpoint=last)
     model.eval()

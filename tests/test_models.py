@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from lib import models
+from lib import models, runtime
 
 
 def test_tiny_models_are_reproducible_and_leave_the_global_seed_alone():
@@ -158,3 +158,38 @@ def test_a_model_in_eight_bits_trains_adapters_only(tiny, tmp_path):
     models.set_trainable(model, "lora", layers=1)
     trained = {n: p.dtype for n, p in model.named_parameters() if p.requires_grad}
     assert trained and all("lora_" in n and d == torch.float32 for n, d in trained.items())
+
+
+def test_fast_float32_is_float32(monkeypatch):
+    wide = torch.nn.Sequential(torch.nn.Linear(300, 600), torch.nn.GELU(), torch.nn.Linear(600, 7))
+    inputs, found = torch.randn(50, 300), {}
+    for plain in ("0", "1"):
+        monkeypatch.setenv("LIB_PLAIN", plain)
+        wide.zero_grad()
+        with models.fast_float32(wide):
+            used = torch.get_float32_matmul_precision()
+            out = wide(inputs)
+            out.square().sum().backward()
+        assert used == ("medium" if plain == "0" and runtime.medium_is_exact() else "highest")
+        assert torch.get_float32_matmul_precision() == "highest"
+        found[plain] = [out.detach(), *(p.grad.clone() for p in wide.parameters())]
+    for fast, slow in zip(found["0"], found["1"], strict=True):
+        torch.testing.assert_close(fast, slow, rtol=1e-5, atol=1e-5 * float(slow.abs().max()))
+
+
+def test_fast_float32_leaves_small_models_and_ends_with_an_error(monkeypatch):
+    monkeypatch.setattr(runtime, "medium_is_exact", lambda: True)
+    with models.fast_float32(models.build_tiny_model("tiny")[0]):
+        assert torch.get_float32_matmul_precision() == "highest"
+    with pytest.raises(KeyError), models.fast_float32(torch.nn.Linear(400, 400)):
+        assert torch.get_float32_matmul_precision() == "medium"
+        raise KeyError
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_asking_for_the_precision_draws_no_random_number():
+    runtime.medium_is_exact.cache_clear()
+    torch.manual_seed(3)
+    wanted = torch.rand(1)
+    torch.manual_seed(3)
+    assert runtime.medium_is_exact() in (True, False) and torch.rand(1) == wanted
