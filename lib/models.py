@@ -407,15 +407,16 @@ class SharedTrunkPolicy(torch.nn.Module):
         return policy, value
 
     def forward(
-        self, batch: TokenBatch, reference: bool = False
+        self, batch: TokenBatch, reference: bool = False, logits: bool = True
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits (tokens, vocabulary) that predict the response, values (tokens,) before each token.
 
-        Tokens are `batch.places`, row by row; `batch.spread` puts them back.  Fills `batch.trunk` where
-        it is empty and takes it from there otherwise.
+        Tokens are `batch.places`, row by row; `batch.spread` puts them back.  Without `logits` what the
+        output layer reads, (tokens, width), takes their place.  Fills `batch.trunk` where it is empty and
+        takes it from there otherwise.
         """
         places, inputs, seen = batch.places, batch.inputs(self.model), []
-        with self._trunk(batch, inputs), _flat_input(self.model, places, seen):
+        with self._trunk(batch, inputs), _flat_input(self.model, places, seen, logits):
             if reference:
                 output = torch.func.functional_call(self.model, self.initial, (), inputs)
             else:
@@ -426,7 +427,8 @@ class SharedTrunkPolicy(torch.nn.Module):
         if self.value_model is not None and not reference:
             states = self.value_model(**batch.inputs(self.value_model)).logits
             hidden = states[:, -places.shape[1] :][places]
-        return output.logits.float(), self.value_head(hidden.float())[:, 0]
+        found = output.logits.float() if logits else seen[0]
+        return found, self.value_head(hidden.float())[:, 0]
 
     def _encoder_trains(self) -> bool:
         return any(p.requires_grad for p in self.model.get_encoder().parameters())
@@ -454,15 +456,16 @@ class SharedTrunkPolicy(torch.nn.Module):
 
 
 @contextlib.contextmanager
-def _flat_input(model: PreTrainedModel, places: torch.Tensor, seen: list):
+def _flat_input(model: PreTrainedModel, places: torch.Tensor, seen: list, logits: bool):
     """Within: the output layer sees the last states at `places` as one matrix, which is kept in `seen`.
 
-    One matrix product instead of a batch of them (1.5 times as fast on a CPU), and none for padding.
+    One matrix product instead of a batch of them (1.5 times as fast on a CPU), and none for padding, nor
+    any without `logits`.
     """
 
     def flatten(_, args):
         seen.append(args[0][:, -places.shape[1] :][places])
-        return (seen[-1],)
+        return (seen[-1] if logits else seen[-1][:0],)
 
     hook = model.get_output_embeddings().register_forward_pre_hook(flatten)
     try:

@@ -28,11 +28,9 @@ from accelerate.utils import gather_object
 from torch.nn.functional import cross_entropy, pad
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lib import generation, losses, models, rewards, runtime
+from lib import generation, losses, models, rewards, runtime, scoring
 
 STAGES = ("sample", "score", "forward", "update")
-# tokens whose probabilities stand in memory without gradients (measured: forward in 0.7 of the time)
-READ_AT_ONCE = 32
 MAY_BE_ZERO = {"top_k", "warmup_steps", "gamma", "lam", "entropy_coef", "kl_coef", "seed"}
 MAY_BE_ZERO |= {"value_pretrain_steps", "stop_entropy"}
 DECODING = ("max_new_tokens", "temperature", "top_k", "top_p")  # passed on to generation.sample
@@ -291,22 +289,31 @@ class PPO:
         self, tokens: models.TokenBatch, reference: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Log-probabilities of the response tokens, values, entropies, (batch, time); used everywhere."""
-        logits, values = self.network(tokens, reference)
         wanted = not reference and (self.config.entropy_coef > 0 or not torch.is_grad_enabled())
-        parts = [(logits, tokens.response_ids[tokens.places])]
-        if not torch.is_grad_enabled() and not runtime.plain_mode():
-            parts = zip(*(x.split(READ_AT_ONCE) for x in parts[0]), strict=True)
-        parts = [self._read(*part, wanted) for part in parts]
-        found = [torch.cat(part) for part in zip(*parts, strict=True)]
-        log_probs, values, *entropy = map(tokens.spread, [found[0], values, *found[1:]])
-        return log_probs, values, entropy[0] if wanted else None
+        chosen, temperature = tokens.response_ids[tokens.places], self.config.temperature
+        if self._reads_states(wanted):
+            states, values = self.network(tokens, reference, False)
+            weight = self.policy.get_output_embeddings().weight
+            found = losses.chosen_log_probs(states, weight, chosen, temperature, wanted)
+        else:
+            logits, values = self.network(tokens, reference)
+            logits = logits / temperature if temperature != 1 else logits
+            log_probs = -cross_entropy(logits, chosen, reduction="none")
+            found = log_probs, losses.entropy(logits) if wanted else None
+        log_probs, entropy = (None if x is None else tokens.spread(x) for x in found)
+        return log_probs, tokens.spread(values), entropy
 
-    def _read(self, logits: torch.Tensor, chosen: torch.Tensor, entropy: bool) -> list:
-        """Log-probabilities of the chosen tokens, and entropies where wanted, (tokens,) each."""
-        if self.config.temperature != 1:
-            logits = logits / self.config.temperature
-        found = [-cross_entropy(logits, chosen, reduction="none")]
-        return [*found, losses.entropy(logits)] if entropy else found
+    def _reads_states(self, entropy: bool) -> bool:
+        """Whether logits are no more than a fixed matrix times what the output layer reads (measured on
+        CPUs only, so elsewhere they are computed)."""
+        head = self.policy.get_output_embeddings()
+        fixed = type(head) is torch.nn.Linear and head.bias is None
+        fixed = fixed and not head.weight.requires_grad and head.weight.dtype == torch.float32
+        fixed = (
+            fixed and not scoring.changes_logits(self.policy) and head.weight.device.type == "cpu"
+        )
+        learns = entropy and torch.is_grad_enabled()
+        return fixed and not learns and not runtime.plain_mode()
 
     def add_advantages(self, rollout: Rollout) -> None:
         """Rewards less the KL penalty, then GAE; statistics are taken over all processes."""

@@ -562,13 +562,17 @@ def token_log_probs(
     return found
 
 
+def changes_logits(model: transformers.PreTrainedModel) -> bool:
+    """Whether this model changes logits after its output layer."""
+    return any(getattr(model.config, name, None) is not None for name in AFTER_OUTPUT_LAYER)
+
+
 def _log_probs(model, prompts, responses) -> Sequence[torch.Tensor]:
     """Per row (response tokens,).  The output layer runs over the response tokens alone, a few at a time,
     unless logits are changed after it (or with LIB_PLAIN=1).
     """
     head = model.get_output_embeddings()
-    changed = any(getattr(model.config, name, None) is not None for name in AFTER_OUTPUT_LAYER)
-    if runtime.plain_mode() or changed or head is None:
+    if runtime.plain_mode() or changes_logits(model) or head is None:
         logits = _forward(model, prompts, responses).logits
         rows = zip(_response_part(model, logits, responses), responses, strict=True)
         return [_chosen_log_probs(row, torch.tensor(ids, device=row.device)) for row, ids in rows]

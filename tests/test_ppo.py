@@ -289,13 +289,16 @@ def test_a_value_sees_the_tokens_before_it_and_no_others(name, separate):
 
 
 @pytest.mark.parametrize("separate", [False, True])
-@pytest.mark.parametrize("train", ["top", "all"])
+@pytest.mark.parametrize("train", ["top", "lora", "all"])
 @pytest.mark.parametrize("name", ["tiny", "tiny-encoder-decoder"])
 def test_padding_is_not_computed_and_changes_nothing(name, train, separate, monkeypatch):
     """Prompts and responses of 1 to 8 tokens: values and gradients of the fast path and the plain one."""
     value_model = models.build_tiny_model(name, words=WORDS, seed=3)[0] if separate else None
-    config = dataclasses.replace(SHORT, train=train, layers=1, forward_rows=3)
+    how = {"layers": 1, "forward_rows": 3, "temperature": 0.8}
+    config = dataclasses.replace(SHORT, train=train, **how)
+    monkeypatch.setattr(losses, "VOCABULARY_AT_ONCE", 4)
     run, _, _ = started(config, name, value_model=value_model)
+    assert run._reads_states(entropy=False) == (train != "all")
     torch.nn.init.normal_(run.shared.value_head[-1].weight)
     prompts = ["a", "a b c d e", "yes", "no yes a", "a b", "b", "c", "a b c"]
     samples = generation.sample(run.policy, run.tokenizer, prompts, seed=0, max_new_tokens=8)
