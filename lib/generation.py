@@ -401,10 +401,19 @@ class _SharedLayer(DynamicLayer):
         rows, heads = keys.shape[0] * lines.n, keys.shape[1]
         self.room = [held.new_empty(rows, heads, more, held.shape[-1]) for held in self.prompts]
 
-    @property
-    def own(self) -> list[torch.Tensor]:
-        """Keys and values of the samples' own tokens, (lines, groups, used, width) each."""
-        return [room[:, :, : self.used] for room in self.room]
+    def scores(self, query: torch.Tensor) -> torch.Tensor:
+        """query k^T over the samples' own tokens, (lines, groups, heads, used).
+
+        A product with all of the room needs no copy of its used part (measured: half the time).
+        """
+        keys = self.room[0]
+        if 3 * self.used < keys.shape[-2]:
+            keys = keys[:, :, : self.used]
+        return (query @ keys.mT)[..., : self.used]
+
+    def read(self, weights: torch.Tensor) -> torch.Tensor:
+        """weights v over the samples' own tokens, (lines, groups, heads, width)."""
+        return weights @ self.room[1][:, :, : self.used]
 
     def update(self, key_states, value_states, *args, **kwargs):
         for room, new in zip(self.room, (key_states, value_states), strict=True):
@@ -427,16 +436,15 @@ def _shared_attention(module, query, key, value, attention_mask, scaling, **_):
     """
     layer, lines = key, key.lines
     prompt_keys, prompt_values = layer.prompts
-    own_keys, own_values = layer.own
     rows, heads, _, width = query.shape
     grouped = query.reshape(rows, prompt_keys.shape[1], -1, width)
     seen = lines.gather(grouped) @ prompt_keys.mT
     seen = seen.float().masked_fill_(lines.padding[:, None, None], float("-inf"))
-    scores = torch.cat([lines.scatter(seen), (grouped @ own_keys.mT).float()], -1)
+    scores = torch.cat([lines.scatter(seen), layer.scores(grouped).float()], -1)
     weights = (scores * scaling).softmax(-1).to(query.dtype)
     longest = prompt_keys.shape[-2]
     out = lines.scatter(lines.gather(weights[..., :longest]) @ prompt_values)
-    out = out + weights[..., longest:] @ own_values
+    out = out + layer.read(weights[..., longest:])
     return out.reshape(rows, 1, heads, -1), None
 
 

@@ -310,13 +310,14 @@ def load(folder: Path | str, kind: type[RewardModel] = RewardModel) -> RewardMod
 
 
 def _batches(rows, budget: int, shared: bool) -> Iterator[list[int]]:
-    """Row numbers in batches of like length; with shared=True rows of one prompt stand together."""
+    """Row numbers in batches of like length; with shared=True rows of one prompt stand together first."""
     lengths = [len(a) + len(b) for a, b in rows]
     if not shared:
         yield from generation.token_batches(lengths, budget)
         return
     batch, width = [], 0
-    for i in sorted(range(len(rows)), key=lambda i: (len(rows[i][0]), rows[i], i)):
+    order = [(len(a), a, len(b), i) for i, (a, b) in enumerate(rows)]
+    for *_, i in sorted(order):
         width = max(width, lengths[i])
         if batch and width * (len(batch) + 1) > budget:
             yield batch
