@@ -77,7 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
         "benchmark (all of them if none is named), `course` for a table of the notebooks' times, "
     )
     bench.add_argument(
-        "names", nargs="*", metavar="NAME", help=text + "`figure` to draw kept results"
+        "names", nargs="*", metavar="NAME", help=text + "`table` or `figure` for the kept results"
     )
     bench.add_argument(
         "--json", metavar="FILE", help="keep the record (a folder: one file for each)"

@@ -697,6 +697,19 @@ def course_table() -> str:
     return "\n".join(lines)
 
 
+def speed_table(records: Sequence[dict]) -> str:
+    """Markdown: ours beside each peer."""
+    lines = ["| benchmark | beside | times as fast [least, most] | peak memory, ours / theirs |"]
+    lines += ["|---|---|---|---|"]
+    for record in records:
+        ours, *peers = summary(record).itertuples()
+        for peer in peers:
+            ratio = f"{peer.ratio:.1f} [{peer.low:.1f}, {peer.high:.1f}]"
+            memory = f"{ours.memory / 1e6:.0f} / {peer.memory / 1e6:.0f} MB"
+            lines.append(f"| `{record['name']}` | {peer.side} | {ratio} | {memory} |")
+    return "\n".join(lines)
+
+
 def figure(records: Sequence[dict]):
     """Ours over each peer, median and range over rounds, of kept records."""
     rows = pd.concat([summary(record) for record in records])
@@ -708,9 +721,10 @@ def figure(records: Sequence[dict]):
 
 
 def kept() -> list[dict]:
-    """The records in `data/results/bench/`, by name."""
+    """The records in `data/results/bench/`, in the order of `BENCHMARKS`."""
     folder = runtime.project_root() / "data" / "results" / "bench"
-    return [json.loads(p.read_text(encoding="utf-8")) for p in sorted(folder.glob("*.json"))]
+    paths = [folder / f"{name}.json" for name in BENCHMARKS]
+    return [json.loads(p.read_text(encoding="utf-8")) for p in paths if p.exists()]
 
 
 def run(
@@ -718,10 +732,11 @@ def run(
 ) -> list[dict]:
     """Measure the benchmarks named (all if none), print each, and keep the records where asked.
 
-    `course` prints `course_table`, `figure` draws the kept results into `plots/`.  Raises ValueError for
-    other names.
+    `course` prints `course_table`, `table` the `speed_table` of the kept results, and `figure` draws them
+    into `plots/`.  Raises ValueError for other names.
     """
     commands = {"course": lambda: print(course_table()), "figure": _draw}
+    commands["table"] = lambda: print(speed_table(kept()))
     if unknown := [name for name in names if name not in {**BENCHMARKS, **commands}]:
         allowed = ", ".join([*BENCHMARKS, *commands])
         raise ValueError(f"unknown benchmark {', '.join(unknown)}; allowed: {allowed}.")

@@ -1,6 +1,7 @@
 """The machinery of `python -m lib bench`, on tiny models; nothing here depends on how fast it is."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,6 +9,8 @@ import torch
 
 from lib import __main__ as command
 from lib import bench, generation, scoring
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +141,12 @@ def test_the_figure_shows_every_peer(records):
     figure = bench.figure([record | {"device": "here"} for record in records.values()])
     labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
     assert len(labels) == sum(len(bench.summary(r)) - 1 for r in records.values())
+
+
+def test_the_readme_shows_the_kept_records():
+    table, readme = bench.speed_table(bench.kept()), (ROOT / "README.md").read_text()
+    assert table.count("\n") > len(bench.BENCHMARKS)
+    assert table in readme, "put what `python -m lib bench table` prints into README.md"
 
 
 @pytest.mark.parametrize("size", ["real ", "", "demo"])
