@@ -311,15 +311,13 @@ def sample_benchmark(size: str) -> Benchmark:
     def peer(at_once: int) -> Work:
         return work(_generated(model, tokenizer, prompts, SAMPLES, at_once, NEW_TOKENS))
 
-    lengthy = sorted((tokenizer(p)["input_ids"] for p in prompts), key=len)[
-        -max(1, len(prompts) // 4) :
-    ]
-    lengthy = [
-        ids[: len(lengthy[0])] for ids in lengthy
-    ]  # of one length: batches are alike in size
+    long = sorted((tokenizer(p)["input_ids"] for p in prompts), key=len)[-(len(prompts) // 4) :]
+    alike = [
+        ids[: len(long[0])] for ids in long
+    ]  # of one length, so that all batches need the same
 
     def grown(n: int) -> Work:  # few tokens, for time
-        more = [*itertools.islice(itertools.cycle(lengthy), n)]
+        more = [*itertools.islice(itertools.cycle(alike), n)]
         found = generation.sample(model, tokenizer, more, n=SAMPLES, max_new_tokens=NEW_TOKENS // 4)
         return Work(len(found))
 

@@ -41,9 +41,8 @@ from transformers.modeling_outputs import BaseModelOutput
 from lib import assets, runtime
 
 PACKED_BYTES = 2**30
-LARGE = (
-    2**17
-)  # values of a matrix (measured: oneDNN is faster from 128 x 512, slower below 64 x 128)
+# values of a matrix (measured: oneDNN is the faster one from 128 x 512, the slower below 64 x 128)
+LARGE = 2**17
 NOTHING_AFTER = {"attr": "none", "scalars": [], "algorithm": ""}  # no activation fused to a product
 TINY_MODELS = ("tiny", "tiny-encoder-decoder")
 TINY_SPECIAL = ["<pad>", "<eos>", "<unk>", "<system>", "<user>", "<assistant>"]

@@ -306,14 +306,13 @@ class PPO:
     def _reads_states(self, entropy: bool) -> bool:
         """Whether logits are no more than a fixed matrix times what the output layer reads (measured on
         CPUs only, so elsewhere they are computed)."""
-        head = self.policy.get_output_embeddings()
-        fixed = type(head) is torch.nn.Linear and head.bias is None
-        fixed = fixed and not head.weight.requires_grad and head.weight.dtype == torch.float32
-        fixed = (
-            fixed and not scoring.changes_logits(self.policy) and head.weight.device.type == "cpu"
-        )
-        learns = entropy and torch.is_grad_enabled()
-        return fixed and not learns and not runtime.plain_mode()
+        head, learns = self.policy.get_output_embeddings(), entropy and torch.is_grad_enabled()
+        plain = learns or runtime.plain_mode() or scoring.changes_logits(self.policy)
+        if plain or type(head) is not torch.nn.Linear or head.bias is not None:
+            return False
+        weight = head.weight
+        fixed = not weight.requires_grad and weight.dtype == torch.float32
+        return fixed and weight.device.type == "cpu"
 
     def add_advantages(self, rollout: Rollout) -> None:
         """Rewards less the KL penalty, then GAE; statistics are taken over all processes."""
