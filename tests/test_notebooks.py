@@ -123,6 +123,14 @@ def test_published_with_outputs_and_figures(path):
         assert len(kept) == shown > 0, kept
 
 
+@each_notebook
+def test_no_section_fell_silent(path):
+    """Every figure that a notebook names stands in plots/, but for those of what the demo does not have."""
+    code = "\n".join(c.source for c in cells(path, "code"))
+    named = {*re.findall(r'save_figure\(\w+, "(\w+)"', code)} - {"10_missing_bounds"}
+    assert named and not [name for name in named if not (ROOT / f"plots/{name}.png").exists()]
+
+
 # --- running -------------------------------------------------------------------------------------
 
 
