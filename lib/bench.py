@@ -312,9 +312,7 @@ def sample_benchmark(size: str) -> Benchmark:
         return work(_generated(model, tokenizer, prompts, SAMPLES, at_once, NEW_TOKENS))
 
     long = sorted((tokenizer(p)["input_ids"] for p in prompts), key=len)[-(len(prompts) // 4) :]
-    alike = [
-        ids[: len(long[0])] for ids in long
-    ]  # of one length, so that all batches need the same
+    alike = [ids[: len(long[0])] for ids in long]  # one length: all batches need the same
 
     def grown(n: int) -> Work:  # few tokens, for time
         more = [*itertools.islice(itertools.cycle(alike), n)]

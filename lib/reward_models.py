@@ -459,11 +459,7 @@ def train(
                 order = rng.permutation(groups)
             chosen = order[step % batches :: batches]
             loss = (batch_loss or _batch_loss)(model, feedback, chosen, encoded, features)
-            if not torch.isfinite(loss):
-                where = f"step {step + 1} of {total}, prompts {chosen.tolist()}"
-                raise FloatingPointError(
-                    f"the loss is {loss.item()} at {where}. Lower learning_rate."
-                )
+            _check_finite(loss, f"step {step + 1} of {total}, prompts {chosen.tolist()}")
             optimiser.zero_grad()
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
@@ -474,6 +470,11 @@ def train(
             bar.update()
     bar.close()
     return pd.DataFrame(history, columns=["step", "epoch", "loss", "learning_rate", "grad_norm"])
+
+
+def _check_finite(loss: torch.Tensor, where: str) -> None:
+    if not torch.isfinite(loss):
+        raise FloatingPointError(f"the loss is {loss.item()} at {where}. Lower learning_rate.")
 
 
 def _batch_loss(model, feedback, groups, encoded, features) -> torch.Tensor:

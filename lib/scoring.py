@@ -550,14 +550,14 @@ def token_log_probs(
             raise ValueError(f"row {i} has an empty prompt; give it a start token at least.")
     bar = runtime.progress(total=len(rows), label="log-probabilities", unit="text")
     lengths = [len(prompt_ids[i]) + len(response_ids[i]) for i in rows]
-    for batch in generation.token_batches(lengths, tokens_per_batch):
-        places = [rows[j] for j in batch]
-        responses = [list(response_ids[i]) for i in places]
-        with models.fast_float32(model):
+    with models.fast_float32(model):
+        for batch in generation.token_batches(lengths, tokens_per_batch):
+            places = [rows[j] for j in batch]
+            responses = [list(response_ids[i]) for i in places]
             rows_found = _log_probs(model, [list(prompt_ids[i]) for i in places], responses)
-        for place, row in zip(places, rows_found, strict=True):
-            found[place] = row.cpu().numpy()
-        bar.update(len(batch))
+            for place, row in zip(places, rows_found, strict=True):
+                found[place] = row.cpu().numpy()
+            bar.update(len(batch))
     bar.close()
     return found
 

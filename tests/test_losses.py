@@ -82,9 +82,7 @@ def test_explained_variance():
 # --- log-probabilities from hidden states --------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "size", [0.1, 1.0, 300.0]
-)  # up to logits of thousands: one word has it all
+@pytest.mark.parametrize("size", [0.1, 1.0, 300.0])  # logits up to thousands: one word has it all
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("block", [1, 4, 7, 100])  # words at once, of 23
 def test_chosen_log_probs_are_those_of_the_logits(block, temperature, size, monkeypatch):

@@ -223,8 +223,21 @@ def test_batching_padding_and_bucketing_do_not_change_scores(monkeypatch):
     np.testing.assert_allclose(scorer.score(texts), alone, atol=1e-5)
 
 
+def test_short_texts_in_bfloat16_score_as_on_the_plain_path(monkeypatch):
+    monkeypatch.setattr(scoring, "FIRST_TOKEN", ())  # classifiers of other kinds
+    model, tokenizer = tiny_classifier()
+    scorer = scoring.ClassifierScorer(model.bfloat16(), tokenizer, name="tiny")
+    scorer.TOKENS_PER_BATCH, scorer.EAGER_TOKENS = {"cpu": 200}, 20
+    texts = random_texts(60, 50)
+    fast = scorer.score(texts)
+    monkeypatch.setenv("LIB_PLAIN", "1")
+    plain = scorer.score(texts)
+    np.testing.assert_allclose(fast, plain, atol=0.04)  # roundings of bfloat16
+    assert np.abs(fast - plain).mean() < 0.01
+
+
 @pytest.mark.parametrize("known", [True, False])
-def test_texts_in_bfloat16_score_as_on_the_plain_path(known, monkeypatch):
+def test_texts_in_bfloat16_are_as_near_to_float32_as_on_the_plain_path(known, monkeypatch):
     if not known:  # a classifier of another kind
         monkeypatch.setattr(scoring, "FIRST_TOKEN", ())
     model, tokenizer = tiny_classifier()
