@@ -41,4 +41,4 @@ lab: setup
 
 clean:
 	rm -rf $(VENV) runs .pytest_cache .ruff_cache .hypothesis *.egg-info
-	@echo "Kept: data/cache (downloaded assets). Remove it by hand to free about 0.8 GB."
+	@echo "Kept: data/cache (downloaded assets). Remove it by hand to free about 0.6 GB."

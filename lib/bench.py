@@ -704,7 +704,7 @@ def course_table() -> str:
 
 def speed_table(records: Sequence[dict]) -> str:
     """Markdown: ours beside each peer."""
-    lines = ["| benchmark | beside | times as fast [least, most] | peak memory, ours / theirs |"]
+    lines = ["| benchmark | beside | times as fast [least, most] | memory added, ours / theirs |"]
     lines += ["|---|---|---|---|"]
     for record in records:
         ours, *peers = summary(record).itertuples()

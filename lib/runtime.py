@@ -359,7 +359,11 @@ class Run:
         return verdict
 
     def closing_table(self) -> pd.DataFrame:
-        """The notebook's last table: claim | paper | here | same direction? | why it differs."""
+        """The notebook's last table: claim | paper | here | same direction? | why it differs.
+
+        From here on pandas shows texts of any length whole: none of a claim may be cut off.
+        """
+        pd.set_option("display.max_colwidth", None)
         rows = [(c.claim, c.paper, c.here, c.verdict, c.why) for c in self.claims]
         return pd.DataFrame(
             rows, columns=["claim", "paper", "here", "same direction?", "why it differs"]

@@ -1,6 +1,7 @@
 """Seeds, records, caches: what every notebook stands on."""
 
 import json
+import re
 import threading
 
 import numpy as np
@@ -173,3 +174,18 @@ def test_free_memory_releases_a_models_weights():
     layer = torch.nn.Linear(10, 10)
     runtime.free_memory(layer)
     assert layer.weight.device.type == "meta"
+
+
+def test_troubleshooting_quotes_what_the_code_says():
+    root = runtime.project_root()
+    sources = [
+        *(root / "lib").glob("*.py"),
+        root / "Makefile",
+        *(root / "notebooks").glob("*.ipynb"),
+    ]
+    code = "\n".join(path.read_text(encoding="utf-8") for path in sources)
+    rows = (root / "TROUBLESHOOTING.md").read_text(encoding="utf-8").splitlines()[4:]
+    seen = [text for row in rows for text in re.findall("`([^`]+)`", row.split("|")[1])]
+    parts = [part.strip(" ,:") for text in seen for part in text.split("...")]
+    assert len(parts) > 15
+    assert not [part for part in parts if part not in code]
