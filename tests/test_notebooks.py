@@ -131,6 +131,35 @@ def test_no_section_fell_silent(path):
     assert named and not [name for name in named if not (ROOT / f"plots/{name}.png").exists()]
 
 
+@each_notebook
+def test_readme_gives_the_published_numbers(path):
+    """Each `value [low, high]` of the notebook's row stands in its outputs, as a share or in per cent."""
+    number = r"[-+]?\d*\.?\d+"
+    line = re.search(rf"^\| \[{path.stem}\].*$", (ROOT / "README.md").read_text(), flags=re.M)[0]
+    shown = re.findall(rf"({number})(?: %| points)? \[({number}), ({number})\]", line)
+    printed = [read_numbers(output, number) for c in cells(path, "code") for output in c.outputs]
+    for triple in shown:
+        found = any(
+            all(map(rounds_to, triple, numbers[i : i + 3]))
+            for numbers in printed
+            for i in range(len(numbers) - 2)
+        )
+        assert found, f"README's {triple} is not in the outputs of {path.name}"
+
+
+def read_numbers(output, number):
+    """All numbers in an output's texts, in order."""
+    data = output.get("data", {})
+    html = re.sub("<[^>]*>", " ", data.get("text/html", ""))
+    text = "\n".join([output.get("text", ""), data.get("text/plain", ""), html])
+    return [float(x) for x in re.findall(number, text)]
+
+
+def rounds_to(shown, value):
+    digits = len(shown.partition(".")[2])
+    return any(abs(value * unit - float(shown)) < 0.5001 * 10**-digits for unit in (1, 100))
+
+
 # --- running -------------------------------------------------------------------------------------
 
 
