@@ -42,17 +42,21 @@ def use_style() -> None:
 def condition_styles(conditions: Iterable[str]) -> dict[str, dict]:
     """Colour, marker and line style of each condition, in order of first appearance.
 
-    Colours follow seaborn's colour-blind palette.  Raises ValueError for more than eight.
+    A categorical column gives each of its categories a style and returns those that occur, in the order
+    of the categories: a condition then looks the same in figures that show others beside it.  Colours
+    follow seaborn's colour-blind palette.  Raises ValueError for more than eight.
     """
-    names = list(dict.fromkeys(conditions))
+    present = list(dict.fromkeys(conditions))
+    names = list(getattr(getattr(conditions, "dtype", None), "categories", present))
     if len(names) > len(MARKERS):
         raise ValueError(
             f"{len(names)} conditions in one figure; at most {len(MARKERS)} can be told apart. "
             "Split the table."
         )
     colours = seaborn.color_palette("colorblind", len(MARKERS))
-    styles = zip(names, colours, MARKERS, LINE_STYLES, strict=False)
-    return {name: dict(color=c, marker=m, linestyle=line) for name, c, m, line in styles}
+    looks = dict(zip(names, zip(colours, MARKERS, LINE_STYLES, strict=False), strict=False))
+    looks = {name: look for name, look in looks.items() if name in present}
+    return {name: dict(color=c, marker=m, linestyle=line) for name, (c, m, line) in looks.items()}
 
 
 def _start(table: pd.DataFrame, needed: str, height: float = 4.0) -> tuple[Figure, Axes]:

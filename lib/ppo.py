@@ -143,9 +143,13 @@ def before_update(
     prompts: Sequence[str],
     config: PPOConfig,
 ) -> dict[str, float]:
-    """Largest |ratio - 1| and |KL| over the tokens of a first rollout: both 0, up to rounding.
+    """What must be 0, up to rounding, before training, over the tokens of a first rollout.
 
-    The rollout is evaluated again in the update's shuffled minibatches, by the forward pass that trains.
+    ratio_error: largest |ratio - 1|, the rollout evaluated again in the update's shuffled minibatches by
+    the forward pass that trains.  kl: largest |log pi - log pi_ref| of that pass.  sampler_error, nats a
+    token: |mean of log p drawn with - log pi|.  Filters (top-k, top-p) raise it; ratio and kl compare
+    training passes with each other and cannot see them.  A mean, because a sampler in bfloat16 is off by
+    up to 0.3 at single tokens, in both directions.
     """
     run = PPO(policy, tokenizer, prompts, lambda samples: [0.0] * len(samples), config)
     samples, error = run.sample(0), 0.0
@@ -155,8 +159,13 @@ def before_update(
             log_probs = run.evaluate(part.tokens)[0]
             ratio = (log_probs - part.log_probs).masked_fill(part.mask == 0, 0).exp()
             error = max(error, (ratio - 1).abs().max().item())
+    mask, drawn = rollout.mask, samples.padded("log_probs")[0].to(rollout.log_probs)
     kl = losses.kl_estimate(rollout.log_probs, rollout.ref_log_probs, "k1")
-    return {"ratio_error": error, "kl": kl.masked_fill(rollout.mask == 0, 0).abs().max().item()}
+    return {
+        "ratio_error": error,
+        "kl": kl.masked_fill(mask == 0, 0).abs().max().item(),
+        "sampler_error": losses.masked_mean(drawn - rollout.log_probs, mask).abs().item(),
+    }
 
 
 @dataclass

@@ -1,7 +1,12 @@
-"""RLOO by `trl.RLOOTrainer`: the sequence-level peer of `ppo`, on the same prompts, rewards and budget.
+"""RLOO by `trl.RLOOTrainer`: the sequence-level peer of `ppo`, on the same prompts, rewards and episodes.
 
 Each sample's baseline is the mean reward of its prompt's other samples (Ahmadian et al. 2024); there
 is no value function, and a response gets one reward.  TRL samples and trains by its own code.
+
+Simplified: what trains is not what `ppo` trains.  TRL's reference is the model without adapters, so
+adapters of a low rank learn here, and a learning rate that suits PPO's whole layers hardly moves them
+(notebook 11 measures the distance from the pretrained model).  Compare the methods only where both
+train adapters, each at a learning rate of its own.
 """
 
 from __future__ import annotations
@@ -33,10 +38,11 @@ def train_rloo(
 ) -> pd.DataFrame:
     """Train LoRA adapters on `policy`'s top layers in place; return the columns of `train_ppo` TRL can fill.
 
-    Adapters whatever `config.train` says, because TRL's reference is the model without them; all
-    layers compute in float32.  Per-token rewards are summed; epochs, minibatches and sampling are the
-    config's; KL is TRL's, a fixed beta.  `trl_settings`: further arguments of `trl.RLOOConfig`.  Raises
-    ValueError for samples_per_prompt < 2 and for encoder-decoder models.
+    Adapters of rank `config.lora_rank` whatever `config.train` says, because TRL's reference is the model
+    without them, at `config.learning_rate`; all layers compute in float32.  Per-token rewards are summed;
+    epochs, minibatches and sampling are the config's; KL is TRL's, a fixed beta.  `trl_settings`: further
+    arguments of `trl.RLOOConfig`.  Raises ValueError for samples_per_prompt < 2 and for encoder-decoder
+    models.
     """
     import datasets
     import trl

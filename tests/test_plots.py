@@ -124,6 +124,18 @@ def test_conditions_differ_without_colour():
         plots.condition_styles("abcdefghi")
 
 
+def test_a_category_keeps_its_style_where_others_are_absent():
+    kind = pd.CategoricalDtype(["PT", "FT", "PPO"])
+    everything = plots.condition_styles(pd.Series(["PT", "FT", "PPO"], dtype=kind))
+    some = plots.condition_styles(pd.Series(["PPO", "FT", "PPO"], dtype=kind))
+    assert list(some) == ["FT", "PPO"]
+    assert all(some[name] == everything[name] for name in some)
+    rows = pd.DataFrame({"group": "g", "condition": ["PPO"], "value": 1.0, "low": 0.0, "high": 2.0})
+    drawn = plots.interval_plot(rows.astype({"condition": kind}), xlabel="x")
+    labels = drawn.axes[0].get_legend_handles_labels()[1]
+    assert labels == ["PPO"]
+
+
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.sampled_from([0.0, 0.2, 0.5, 0.7, 1.0]), min_size=1, max_size=12))
 def test_survival_curve_is_the_share_at_or_above_x(scores):

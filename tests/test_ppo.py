@@ -188,6 +188,15 @@ def test_before_the_first_update_the_ratio_is_1_and_kl_is_0(name, kind, layers):
     config = dataclasses.replace(SHORT, train=kind, layers=layers, temperature=0.7)
     found = ppo.before_update(*toy(name), PROMPTS, config)
     assert found["ratio_error"] < 1e-5 and found["kl"] == 0
+    assert found["sampler_error"] < 1e-4
+
+
+def test_the_check_sees_filters_that_the_ratio_does_not():
+    for filters in ({"top_k": 3}, {"top_p": 0.5}):
+        config = dataclasses.replace(SHORT, **filters)
+        found = ppo.before_update(*toy(), PROMPTS, config)
+        assert found["ratio_error"] < 1e-5 and found["kl"] == 0
+        assert found["sampler_error"] > 0.3  # half of the mass kept: all kept gain ln 2
 
 
 def test_adapters_of_the_check_are_those_that_train():
