@@ -327,7 +327,9 @@ def agreement_by_prompt(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFra
     """
     pairs = [list(zip(*(t[name] for name in RANKING[:-1]), strict=True)) for t in (first, second)]
     if pairs[0] != pairs[1]:
-        raise ValueError("the two tables hold other pairs, or in another order; give the same pairs.")
+        raise ValueError(
+            "the two tables hold other pairs, or in another order; give the same pairs."
+        )
     across = [t["derived"] == t["direct"] for t in (first, second)]
     same = {
         "rating, rating": first["derived"] == second["derived"],

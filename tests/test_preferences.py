@@ -213,7 +213,8 @@ def test_intervals_count_prompts_not_pairs():
     words = pf.preferred_against_other(rows).set_index(["protocol", "measure"])
     words = words.loc[("rankings", "words")]
     assert words["mean"] == pytest.approx((1 + 2 + 2 + 1 + 1 + 1) / 6)
-    assert words[["longer_low", "longer_pct", "longer_high", "longer_n"]].tolist() == [50, 50, 50, 3]
+    longer = words[["longer_pct", "longer_low", "longer_high", "longer_n"]]
+    assert longer.tolist() == [50, 50, 50, 3]
     assert words.pairs == 6
 
 
