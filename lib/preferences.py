@@ -307,12 +307,15 @@ def agreement(rows: pd.DataFrame, seed: int = 0) -> dict[str, Interval]:
 def consistency_by_gap(rows: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     """Consistency for each |difference of the two ratings|, prompts resampled.
 
-    Columns gap, value, low, high, n (prompts), agree and pairs (counts).
+    Columns gap, value, low, high, n (prompts), agree and pairs (counts).  Where all pairs agree or none
+    does, resampling shows no spread; then the bounds are Wilson's for n prompts.
     """
     found = []
     for gap, part in rows.groupby("gap"):
         same = (part["derived"] == part["direct"]).to_numpy()
         interval = metrics.bootstrap(same, clusters=part["prompt"].to_numpy(), seed=seed)
+        if interval.value in (0, 1):
+            interval = metrics.proportion(round(interval.value * interval.n), interval.n)
         found.append({"gap": int(gap), **interval._asdict()})
         found[-1] |= {"agree": int(same.sum()), "pairs": len(same)}
     return pd.DataFrame(found)
