@@ -334,7 +334,8 @@ def calibration_plot(
         rows = table[table["condition"] == condition].sort_values("predicted")
         axes.vlines(rows["predicted"], rows["low"], rows["high"], color=style["color"], lw=1)
         axes.plot(rows["predicted"], rows["value"], **style, label=condition)
-    axes.set(xlabel=xlabel, ylabel="observed share", xlim=(0, 1), ylim=(0, 1), aspect="equal")
+    room = (-0.03, 1.03)  # markers at 0 and 1 are not cut
+    axes.set(xlabel=xlabel, ylabel="observed share", xlim=room, ylim=room, aspect="equal")
     return _finish(figure, title)
 
 

@@ -304,18 +304,50 @@ def agreement(rows: pd.DataFrame, seed: int = 0) -> dict[str, Interval]:
     }
 
 
-def consistency_by_gap(rows: pd.DataFrame) -> pd.DataFrame:
-    """Consistency for each |difference of the two ratings|: gap, value, low, high (Wilson), n."""
-    groups = rows.groupby("gap")
-    found = {g: metrics.proportion(int((r.derived == r.direct).sum()), len(r)) for g, r in groups}
-    return pd.DataFrame([{"gap": int(gap), **i._asdict()} for gap, i in found.items()])
+def consistency_by_gap(rows: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
+    """Consistency for each |difference of the two ratings|, prompts resampled.
+
+    Columns gap, value, low, high, n (prompts), agree and pairs (counts).  Where all pairs agree or none
+    does, resampling shows no spread; then the bounds are Wilson's for n prompts.
+    """
+    found = []
+    for gap, part in rows.groupby("gap"):
+        same = (part["derived"] == part["direct"]).to_numpy()
+        interval = metrics.bootstrap(same, clusters=part["prompt"].to_numpy(), seed=seed)
+        if interval.value in (0, 1):
+            interval = metrics.proportion(round(interval.value * interval.n), interval.n)
+        found.append({"gap": int(gap), **interval._asdict()})
+        found[-1] |= {"agree": int(same.sum()), "pairs": len(same)}
+    return pd.DataFrame(found)
+
+
+def agreement_by_prompt(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:
+    """How often two annotations of the same pairs agree, within and across protocols: one row a prompt.
+
+    `first` and `second` are tables of `pair_verdicts` with the same pairs in the same order.  Columns
+    "rating, rating" (verdicts implied by ratings), "ranking, ranking", "rating, ranking" (within each
+    annotation, the mean of both); index prompt.  Raises ValueError for tables of other pairs.
+    """
+    pairs = [list(zip(*(t[name] for name in RANKING[:-1]), strict=True)) for t in (first, second)]
+    if pairs[0] != pairs[1]:
+        raise ValueError(
+            "the two tables hold other pairs, or in another order; give the same pairs."
+        )
+    across = [t["derived"] == t["direct"] for t in (first, second)]
+    same = {
+        "rating, rating": first["derived"] == second["derived"],
+        "ranking, ranking": first["direct"] == second["direct"],
+        "rating, ranking": (across[0].astype(float) + across[1]) / 2,
+    }
+    return pd.DataFrame(same).astype(float).groupby(first["prompt"]).mean()
 
 
 def preferred_against_other(rows: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     """Length and distinct words of preferred minus unpreferred responses, under either protocol.
 
     One row a protocol and measure (characters, words, distinct words): value (mean difference), low, high,
-    n (prompts), longer_pct (how often the preferred one has more, of the pairs that differ), pairs.
+    n (prompts), mean (of all responses in these pairs), longer_pct, longer_low, longer_high (how often the
+    preferred one has more, of the pairs that differ), pairs and longer_n (their number, and their prompts').
     """
     counts = {
         "characters": len,
@@ -328,11 +360,15 @@ def preferred_against_other(rows: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
         for measure, count in counts.items():
             size1, size2 = (decided[r].map(count).to_numpy() for r in ("response1", "response2"))
             more = np.where(decided[column] == "(a)", size1 - size2, size2 - size1).astype(float)
-            interval = metrics.bootstrap(more, clusters=decided["prompt"].to_numpy(), seed=seed)
-            longer = metrics.proportion(int((more > 0).sum()), int((more != 0).sum()))
+            prompts, differ = decided["prompt"].to_numpy(), more != 0
+            interval = metrics.bootstrap(more, clusters=prompts, seed=seed)
+            longer = metrics.bootstrap(
+                100.0 * (more > 0)[differ], clusters=prompts[differ], seed=seed
+            )
             found.append({"protocol": protocol, "measure": measure, **interval._asdict()})
-            found[-1] |= {"longer_pct": 100 * longer.value, "longer_low": 100 * longer.low}
-            found[-1] |= {"longer_high": 100 * longer.high, "pairs": longer.n}
+            found[-1] |= {"mean": (size1.mean() + size2.mean()) / 2, "pairs": int(differ.sum())}
+            names = ("longer_pct", "longer_low", "longer_high", "longer_n")
+            found[-1] |= zip(names, longer, strict=True)
     return pd.DataFrame(found)
 
 
@@ -418,18 +454,26 @@ def cyclic_triads(rankings: pd.DataFrame) -> tuple[int, int]:
 
 
 def test_retest(table: pd.DataFrame, seed: int = 0) -> dict[str, Interval]:
-    """Agreement of repeated annotations of the same thing: the ceiling for any comparison of protocols.
+    """Agreement of repeated annotations of the same thing, first against second, items resampled.
 
-    First against second annotation.  Ratings: same (share equal), gap (mean |difference|).  Rankings: same.
+    Rankings: same (share of equal verdicts).  Ratings: same (share of equal scores), gap (mean
+    |difference|), verdict (share of the pairs of an item's responses for which the scores of both
+    occasions imply the same verdict, the share to set beside agreement with rankings).
     """
     column = "score" if "score" in table else "verdict"
     texts = [*ITEM, "response"] if column == "score" else RANKING[:-1]
     keys = pd.Series(_keys(table, texts), index=table.index, dtype=object)
-    groups = [g.tolist()[:2] for _, g in table[column].groupby(keys, sort=False) if len(g) > 1]
-    first, second = (np.array([pair[k] for pair in groups]) for k in (0, 1))
-    found = {"same": metrics.proportion(int((first == second).sum()), len(groups))}
+    groups = {k: g.tolist()[:2] for k, g in table[column].groupby(keys, sort=False) if len(g) > 1}
+    items = pd.factorize(pd.Series([key[:2] for key in groups], dtype=object))[0]
+    first, second = (np.array([pair[k] for pair in groups.values()]) for k in (0, 1))
+    found = {"same": metrics.bootstrap(first == second, clusters=items, seed=seed)}
     if column == "score":
-        found["gap"] = metrics.bootstrap(np.abs(first - second) if groups else [], seed=seed)
+        found["gap"] = metrics.bootstrap(np.abs(first - second), clusters=items, seed=seed)
+        rows = [itertools.combinations(np.flatnonzero(items == i), 2) for i in np.unique(items)]
+        left, right = np.array([*itertools.chain(*rows)], dtype=int).reshape(-1, 2).T
+        implied = [np.sign(scores[left] - scores[right]) for scores in (first, second)]
+        same = implied[0] == implied[1]
+        found["verdict"] = metrics.bootstrap(same, clusters=items[left], seed=seed)
     return found
 
 

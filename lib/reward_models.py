@@ -29,7 +29,6 @@ import numpy as np
 import pandas as pd
 import torch
 import transformers
-from scipy import stats
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import SequenceClassifierOutput
 
@@ -543,12 +542,15 @@ def pairwise_accuracy(pairs: pd.DataFrame, seed: int = 0) -> Interval:
 def rank_correlation(
     z: np.ndarray, scores: Sequence[float], prompts: Sequence, seed: int = 0
 ) -> Interval:
-    """Spearman correlation of scores z with ratings, prompts resampled; NaN where a side does not vary."""
+    """Mean over prompts of the Spearman correlation, within the prompt, of scores z with ratings.
 
-    def spearman(a, b):
-        return metrics.correlation(stats.rankdata(a), stats.rankdata(b))
-
-    return metrics.bootstrap((z, scores), spearman, clusters=np.asarray(prompts), seed=seed)
+    Within, because a Bradley-Terry score has no level that prompts share.  Prompts are resampled; those
+    where a side does not vary are left out, and n counts the others.
+    """
+    table = pd.DataFrame({"z": np.asarray(z), "score": np.asarray(scores)})
+    ranks = table.groupby(np.asarray(prompts), sort=False)
+    found = [metrics.correlation(*t.rank().to_numpy().T) for _, t in ranks]
+    return metrics.bootstrap(found, seed=seed)
 
 
 def calibration(pairs: pd.DataFrame, bins: int = 5) -> pd.DataFrame:

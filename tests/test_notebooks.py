@@ -224,6 +224,26 @@ def test_toxicity_meter_reads_rewardlm_tables(tmp_path):
     assert found["measured_tox_RL_m/perspective_gt_0.5_toxic_prompts/count"]["value"] == 1
 
 
+def test_a_judge_without_a_price_is_not_asked(monkeypatch, tmp_path):
+    """MAX_COST is a cap or an error: the section that judges released outputs never buys without one."""
+    from lib import feedback, preferences
+
+    monkeypatch.setenv("FEEDBACK_CACHE", str(tmp_path))
+    path = ROOT / "notebooks/22_reward_models_best_of_n.ipynb"
+    (source,) = [c.source for c in cells(path, "code") if "ChatClient(" in c.source]
+    outputs = {
+        name: [{"dataset": "d", "instruction": "i", "output": name, "generator": name}]
+        for name in ("davinci003", "ratings_alpaca", "rankings_alpaca")
+    }
+    scope = {"outputs": outputs, "feedback": feedback, "preferences": preferences, "pd": pd}
+    scope |= {"JUDGE_MODEL": "m", "BASE_URL": "https://judge.invalid/v1", "display": print}
+    with pytest.raises(ValueError, match="max_cost needs price"):
+        exec(source, scope | {"PRICE": [], "MAX_COST": 5.0})
+    priced = scope | {"PRICE": [1.0, 2.0], "MAX_COST": 5.0}
+    exec(source, priced)
+    assert priced["client"].max_cost == 5.0
+
+
 # --- the set-up cell -----------------------------------------------------------------------------
 
 

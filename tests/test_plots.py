@@ -197,6 +197,7 @@ def test_calibration_sorts_by_prediction_and_draws_the_diagonal():
     lines = {line.get_label(): line for line in axes.lines}
     np.testing.assert_allclose(lines["a"].get_xydata(), [[0.2, 0.3], [0.9, 0.8]])
     np.testing.assert_allclose(lines["calibrated"].get_xydata(), [[0, 0], [1, 1]])
+    assert axes.get_xlim()[0] < 0 and axes.get_ylim()[1] > 1  # markers on the border stay whole
 
 
 def test_k_can_be_drawn_in_powers_of_two():

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lib import metrics
 from lib import preferences as pf
 
 ODD = ["None", "NA", "nan", 'say "hi", twice', "a\r\nb", "a\nb", "😀 é", "", " x ", "(a)"]
@@ -194,7 +195,44 @@ def test_consistency_by_hand():
     assert found["kappa"] == pytest.approx((0.5 - chance) / (1 - chance))
     assert pf.agreement_table(rows).to_numpy().tolist() == [[1, 1, 1], [0, 1, 0], [0, 0, 0]]
     by_gap = pf.consistency_by_gap(rows).set_index("gap")
-    assert by_gap.value.tolist() == [1, 0.5, 0] and by_gap.n.tolist() == [1, 2, 1]
+    assert by_gap.value.tolist() == [1, 0.5, 0] and by_gap.pairs.tolist() == [1, 2, 1]
+
+
+def of_prompts(table, name="input"):
+    """The table once for each of three prompts, whose pairs are therefore not independent."""
+    return pd.concat([table.assign(**{name: f"x{k}"}) for k in range(3)], ignore_index=True)
+
+
+def test_intervals_count_prompts_not_pairs():
+    rated = of_prompts(ratings(("a", 5), ("b bb", 3), ("c", 3)))
+    ranked = of_prompts(rankings(("a", "b bb", "(a)"), ("b bb", "c", "(a)"), ("a", "c", "(b)")))
+    rows = pf.pair_verdicts(rated, ranked)
+    by_gap = pf.consistency_by_gap(rows)
+    assert by_gap.n.tolist() == [3, 3] and by_gap.pairs.tolist() == [3, 6]
+    # all prompts are alike, so drawing them anew changes nothing; none agrees is not certainty
+    assert by_gap.value.tolist() == by_gap.low.tolist() == [0, 0.5]
+    assert by_gap.high[0] == metrics.proportion(0, 3).high > 0.5 == by_gap.high[1]
+    words = pf.preferred_against_other(rows).set_index(["protocol", "measure"])
+    words = words.loc[("rankings", "words")]
+    assert words["mean"] == pytest.approx((1 + 2 + 2 + 1 + 1 + 1) / 6)
+    longer = words[["longer_pct", "longer_low", "longer_high", "longer_n"]]
+    assert longer.tolist() == [50, 50, 50, 3]
+    assert words.pairs == 6
+
+
+def test_agreement_by_prompt_by_hand():
+    rated = of_prompts(ratings(("a", 5), ("b", 3), ("c", 3)))
+    ranked = of_prompts(rankings(("a", "b", "(a)"), ("b", "c", "(a)")))
+    first = pf.pair_verdicts(rated, ranked)
+    rated.loc[rated.input == "x1", "score"] = [3, 3, 3]  # all "equal" now
+    ranked.loc[ranked.input == "x2", "verdict"] = "(b)"
+    second = pf.pair_verdicts(rated, ranked)
+    found = pf.agreement_by_prompt(first, second)
+    assert found["rating, rating"].tolist() == [1, 0.5, 1]
+    assert found["ranking, ranking"].tolist() == [1, 1, 0]
+    assert found["rating, ranking"].tolist() == [0.5, 0.25, 0.25]
+    with pytest.raises(ValueError, match="hold other pairs"):
+        pf.agreement_by_prompt(first, second[::-1])
 
 
 def test_line_ends_do_not_part_a_pair():
@@ -288,8 +326,17 @@ def test_cycles():
 
 def test_test_retest_by_hand():
     found = pf.test_retest(ratings(("a", 5), ("b", 2), ("a", 6), ("c", 4), ("c", 4), ("c", 1)))
-    assert found["same"].value == 0.5 and found["same"].n == 2 and found["gap"].value == 0.5
+    assert found["same"].value == 0.5 and found["same"].n == 1 and found["gap"].value == 0.5
     assert pf.test_retest(rankings(("a", "b", "(a)")))["same"].n == 0
+    assert pf.test_retest(ratings(("a", 5), ("b", 2)))["verdict"].n == 0
+
+
+def test_verdicts_of_two_occasions_agree_where_scores_differ():
+    twice = [("a", 5), ("b", 3), ("c", 3), ("a", 4), ("b", 3), ("c", 2)]
+    found = pf.test_retest(of_prompts(ratings(*twice)))
+    assert found["same"].value == pytest.approx(1 / 3)
+    assert found["verdict"].value == pytest.approx(2 / 3)  # b against c: equal, then decided
+    assert found["verdict"].n == found["same"].n == 3
 
 
 # --- win rates -----------------------------------------------------------------------------------

@@ -342,6 +342,9 @@ def test_pairwise_accuracy_by_hand():
 def test_rank_correlation():
     z = np.array([0.1, 0.2, 5.0, 6.0])
     assert reward_models.rank_correlation(z, [1, 2, 3, 7], [0, 0, 1, 1]).value == pytest.approx(1)
+    # the level of a prompt's scores says nothing: only the order within prompts counts
+    assert reward_models.rank_correlation(z, [6, 7, 1, 2], [0, 0, 1, 1]).value == pytest.approx(1)
+    assert reward_models.rank_correlation(z, [6, 7, 1, 1], [0, 0, 1, 1]).n == 1
     assert np.isnan(reward_models.rank_correlation(z, [4, 4, 4, 4], [0, 0, 1, 1]).value)
 
 
