@@ -372,9 +372,12 @@ def _shared(a: dict, b: dict, unit: str, level: str) -> tuple[int, int]:
 
 
 def agreement(
-    first: Sequence[dict], second: Sequence[dict], *, seed: int = 0, resamples: int = 200
-) -> pd.DataFrame:
+    first: Sequence[dict], second: Sequence[dict], *, clusters: Sequence | None = None,
+    seed: int = 0, resamples: int = 200,
+) -> pd.DataFrame:  # fmt: skip
     """How far two annotators agree on the same records, intervals over records.
+
+    `clusters` (records,) names what is drawn as one where records repeat; n counts clusters then.
 
     Columns unit, level (`LEVELS`), measure, value, low, high, n (records).  F1 of exact spans and of
     characters (micro: 2 x shared / all given); Cohen's kappa of words, of passage sentences named as missing,
@@ -387,7 +390,9 @@ def agreement(
             "at least one. Try to sort both by question, and leave out what only one has annotated."
         )
     rows = []
-    pairs, how = list(zip(first, second, strict=True)), {"seed": seed, "resamples": resamples}
+    pairs = list(zip(first, second, strict=True))
+    clusters = np.arange(len(pairs)) if clusters is None else np.asarray(clusters)
+    how = {"clusters": clusters, "seed": seed, "resamples": resamples}
 
     def f1(shared: np.ndarray, given: np.ndarray) -> float:
         return 2 * shared.sum() / given.sum() if given.sum() else np.nan
@@ -406,16 +411,16 @@ def agreement(
     return pd.DataFrame(rows, columns=names)
 
 
-def _kappa(labels: Sequence[tuple[Sequence, Sequence]], **how) -> metrics.Interval:
-    """Cohen's kappa over all units; NaN where both used one label only."""
+def _kappa(labels: Sequence[tuple[Sequence, Sequence]], clusters, **how) -> metrics.Interval:
+    """Cohen's kappa over all units; NaN where both used one label only.  `clusters` (records,)."""
     joined = [list(itertools.chain.from_iterable(side)) for side in zip(*labels, strict=True)]
     if not joined[0]:
         return metrics.bootstrap([], **how)
     codes = np.unique(np.concatenate(joined), return_inverse=True)[1].reshape(2, -1)
-    records = np.repeat(np.arange(len(labels)), [len(a) for a, _ in labels])
+    clusters = np.repeat(clusters, [len(a) for a, _ in labels])
 
     def kappa(a: np.ndarray, b: np.ndarray) -> float:
         same = len(np.union1d(a, b)) == 1
         return np.nan if same else cohen_kappa_score(a.astype(int), b.astype(int))
 
-    return metrics.bootstrap((codes[0], codes[1]), kappa, clusters=records, **how)
+    return metrics.bootstrap((codes[0], codes[1]), kappa, clusters=clusters, **how)

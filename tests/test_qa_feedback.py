@@ -206,6 +206,19 @@ def test_agreement_of_a_record_with_itself_and_by_hand(record):
     assert value["sentence", "type"] == 1 and value["preference", "type"] == 1
 
 
+def test_agreement_counts_clusters_not_their_copies(record):
+    other = copy.deepcopy(record)
+    del other["feedback"]["errors"][2]
+    how = {"resamples": 40}
+    once = qa.agreement([record, record], [record, other], **how)
+    twice = qa.agreement([record, record] * 9, [record, other] * 9, clusters=[0, 1] * 9, **how)
+    assert (once.n == 2).all() and (twice.n == 2).all()
+    for name in ("value", "low", "high"):
+        np.testing.assert_allclose(once[name], twice[name])
+    loose = qa.agreement([record, record] * 9, [record, other] * 9, **how)
+    assert (loose.n == 18).all() and (loose.high - loose.low)[0] < (twice.high - twice.low)[0]
+
+
 def test_agreement_needs_the_same_records(record):
     other = record | {"prediction 1": "Something else."}
     with pytest.raises(ValueError, match="same order"):
