@@ -186,6 +186,21 @@ def proportion(successes: int, n: int) -> Interval:
     return Interval(successes / n, float(found.low), float(found.high), n)
 
 
+def t_interval(values: Sequence[float]) -> Interval:
+    """Mean of a few independent values (training seeds) with Student's t interval (95 %).
+
+    Fewer than two values give NaN bounds; none gives a NaN value.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    n = len(values)
+    if n < 2:
+        return Interval(float(values.mean()) if n else np.nan, np.nan, np.nan, n)
+    half = stats.t.ppf(0.975, n - 1) * values.std(ddof=1) / np.sqrt(n)
+    return Interval(
+        float(values.mean()), float(values.mean() - half), float(values.mean() + half), n
+    )
+
+
 def paired_difference(
     a: Sequence[float], b: Sequence[float], *, seed: int = 0, resamples: int = RESAMPLES
 ) -> PairedDifference:

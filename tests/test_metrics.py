@@ -124,6 +124,14 @@ def test_proportion_is_wilson():
         metrics.proportion(11, 10)
 
 
+def test_t_interval_covers_the_mean_of_a_few_seeds_as_often_as_it_says():
+    draws = np.random.default_rng(0).normal(1.0, 2.0, (2000, 3))
+    found = [metrics.t_interval(row) for row in draws]
+    assert abs(np.mean([x.low < 1 < x.high for x in found]) - 0.95) < 0.02
+    assert found[0].n == 3 and abs(found[0].value - draws[0].mean()) < 1e-12
+    assert np.isnan(metrics.t_interval([1.0]).low) and np.isnan(metrics.t_interval([]).value)
+
+
 @pytest.mark.parametrize(
     ("low", "high", "better", "verdict"),
     [

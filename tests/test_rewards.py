@@ -88,6 +88,14 @@ def test_drops_are_before_less_after_and_count_their_calls():
     assert found[1].shape == (0,) and drops.calls == 3
 
 
+def test_the_toxicity_of_no_text_moves_the_first_drop_only():
+    text = "You are an idiot. You are kind. Bye."
+    for logit in (False, True):
+        how = (ShareOfRudeWords(), segments.Segmenter("sentence"), logit)
+        low, high = (rewards.ToxicityDrops(*how, start=x)(["p"], [text])[0] for x in (-1.0, 0.5))
+        np.testing.assert_allclose(high - low, [1.5, 0, 0], atol=1e-9)
+
+
 def test_a_prefix_without_a_score_counts_as_the_one_before():
     drops = rewards.ToxicityDrops(Scripted(holes=True), segments.Segmenter("sentence"))
     found = drops(["p"], ["One here. Two there. Three now. Four then. Five so. Six. Seven."])[0]
