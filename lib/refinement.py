@@ -329,6 +329,15 @@ def choose(table: pd.DataFrame, scores: Sequence[float]) -> pd.DataFrame:
     return order.groupby("id", sort=False).head(1).sort_values("_row").drop(columns="_row")
 
 
+def tied(table: pd.DataFrame, scores: Sequence[float]) -> np.ndarray:
+    """Whether an article's highest score belongs to more than one text, (articles,) in order; such a choice
+    is the order of generation, not the score.  Empty refinements do not count.
+    """
+    kept = table.assign(_score=np.asarray(scores, dtype=float))[~table["empty"].to_numpy(bool)]
+    top = kept["_score"] == kept.groupby("id")["_score"].transform("max")
+    return (kept[top].groupby("id", sort=False)["refinement"].nunique() > 1).to_numpy()
+
+
 def longest(table: pd.DataFrame) -> np.ndarray:
     """Chooser: words of the refinement."""
     return table["refinement"].map(lambda text: len(scoring.words(text))).to_numpy(float)
@@ -480,8 +489,9 @@ def answer_log_probs(
     """log p(answer | prompt) of each answer, (prompts, answers), for any split into tokens.
 
     Prompt and answer are encoded together; what all answers of a prompt share is its context, and the
-    rest of each is scored token by token.  Consecutive prompts that begin alike share that beginning's
-    computation.  Raises ValueError where one answer's tokens are the start of another's.
+    rest of each is scored token by token, the first in float32 whatever the model's precision.
+    Consecutive prompts that begin alike share that beginning's computation.  Raises ValueError where one
+    answer's tokens are the start of another's.
     """
     contexts, tails = [], []
     for prompt in prompts:
@@ -553,9 +563,34 @@ def _first_log_probs(model, contexts: list[list[int]], tokens: list[list[int]]) 
         cache = model(input_ids=start, use_cache=True, logits_to_keep=1).past_key_values
         cache.batch_repeat_interleave(len(rows))
         seen = torch.cat([mask.new_ones(len(rows), shared), mask], 1)
-    out = model(input_ids=ids, attention_mask=seen, past_key_values=cache, use_cache=bool(shared))
-    last = out.logits[torch.arange(len(rows)), mask.sum(1) - 1].float().log_softmax(-1)
-    return last.gather(-1, torch.tensor(tokens, device=device)).cpu().numpy().astype(np.float64)
+    inputs = {"input_ids": ids, "attention_mask": seen, "past_key_values": cache}
+    last = torch.arange(len(rows), device=device), mask.sum(1) - 1
+    wanted = torch.tensor(tokens, device=device)
+    return _answers(model, inputs, last, wanted).cpu().numpy().astype(np.float64)
+
+
+def _answers(model, inputs: dict, last: tuple, tokens: torch.Tensor) -> torch.Tensor:
+    """log p of the tokens (rows, answers) at the positions `last`, the answers' logits in float32.
+
+    The output layer of a bfloat16 model rounds a logit to steps of 1/16 to 1/8: answers would tie.  The
+    normaliser, which the answers of a row share, keeps the layer's precision.
+    """
+    inputs = inputs | {"use_cache": inputs["past_key_values"] is not None}
+    head = model.get_output_embeddings()
+    if head is None or scoring.changes_logits(model):
+        return model(**inputs).logits[last].float().log_softmax(-1).gather(-1, tokens)
+    states = []
+    hook = head.register_forward_pre_hook(
+        lambda _, args: states.append(args[0][last]) or (args[0][:, :0],)
+    )
+    try:
+        model(**inputs)
+    finally:
+        hook.remove()
+    state, bias = states[0], getattr(head, "bias", None)
+    logits = (head.weight[tokens].float() * state.float()[:, None]).sum(-1)
+    logits = logits if bias is None else logits + bias[tokens].float()
+    return logits - head(state).float().logsumexp(-1, keepdim=True)
 
 
 # --- what the choosers did -----------------------------------------------------------------------

@@ -229,6 +229,17 @@ def test_ties_go_to_the_first_candidate_and_empty_ones_lose():
         rf.choose(table, [np.nan] + [0] * 8)
 
 
+def test_ties_count_different_texts_only():
+    table = pd.DataFrame(
+        {
+            "id": list("aaabbbcc"), "candidate": [0, 1, 2, 0, 1, 2, 0, 1],
+            "refinement": ["x", "y", "z", "x", "x", "y", "x", ""], "empty": [False] * 7 + [True],
+        }
+    )  # fmt: skip
+    scores = [1.0, 1.0, 0.0, 2.0, 2.0, 1.0, 3.0, 3.0]
+    assert list(rf.tied(table, scores)) == [True, False, False]
+
+
 def test_choosers_share_one_interface():
     table = candidates()
     prompts = []
@@ -336,6 +347,31 @@ def test_answer_probability_for_any_tokenizer(make):
     if make is joining_tokenizer:
         context, rest = rf.split_answers(tokenizer, prompts[0], (" Yes", " No"))
         assert tokenizer.convert_ids_to_tokens([r[0] for r in rest]) == [":ĠY", ":Ġ"]
+
+
+def test_log_odds_of_a_bfloat16_model_are_not_rounded_by_its_output_layer():
+    tokenizer = words_tokenizer()
+    model = small_model(tokenizer).to(torch.bfloat16)
+    yes, no = (tokenizer(word)["input_ids"][0] for word in ("Yes", "No"))
+    rows = model.lm_head.weight.data  # answers whose logits are large and nearly the same
+    rows[yes] *= 4
+    rows[no] = rows[yes] + 0.02 * rows[0]
+    rng, names = np.random.default_rng(0), ["the", "a", "cat", "?", ":", "."]
+    prompts = sorted({" ".join(rng.choice(names, 9)) + " Answer:" for _ in range(120)})
+    seen = []
+    hook = model.lm_head.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    first = rf.answer_log_probs(model, tokenizer, prompts[:1], (" Yes", " No"))[0]
+    hook.remove()
+    state = seen[-1].reshape(-1)  # of the last position
+    exact = (state.float() @ (rows[yes].float() - rows[no].float())).item()
+    assert first[0] - first[1] == pytest.approx(exact, abs=1e-5)
+    found = rf.answer_log_probs(model, tokenizer, prompts, (" Yes", " No"))
+    odds = found[:, 0] - found[:, 1]
+    with torch.no_grad():
+        ids = (tokenizer(p, return_tensors="pt")["input_ids"] for p in prompts)
+        logits = [model(row).logits[0, -1].float() for row in ids]
+    rounded = {(row[yes] - row[no]).item() for row in logits}
+    assert len(set(odds)) > 0.97 * len(prompts) and len(rounded) < 0.3 * len(prompts)
 
 
 def test_instruct_rm_averages_probabilities():
