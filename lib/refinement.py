@@ -344,18 +344,6 @@ def longest(table: pd.DataFrame) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class AtRandom:
-    """Chooser: a number drawn for each refinement, the same whichever others are in the table."""
-
-    seed: int = 0
-
-    def __call__(self, table: pd.DataFrame) -> np.ndarray:
-        keys = zip(table["id"], table["candidate"], strict=True)
-        drawn = [runtime.content_hash("random", self.seed, str(i), int(c))[:12] for i, c in keys]
-        return np.array([int(digits, 16) / 16**12 for digits in drawn])
-
-
-@dataclass(frozen=True)
 class RubricOracle:
     """Chooser: what the rubric itself would take, feedback incorporated first, then its score."""
 
@@ -597,17 +585,27 @@ def _answers(model, inputs: dict, last: tuple, tokens: torch.Tensor) -> torch.Te
 
 
 def chooser_report(
-    table: pd.DataFrame, scores: dict[str, np.ndarray], *, control: str = "random", seed: int = 0
+    table: pd.DataFrame, scores: dict[str, np.ndarray], *, seed: int = 0
 ) -> pd.DataFrame:
-    """What each chooser takes, from a measured table: one row a chooser and measure.
+    """What each chooser takes, against a random choice, from a measured table: a row a chooser and measure.
 
-    Columns chooser, measure (incorporated, score, words), value, low, high, n (articles), and difference,
-    difference_low, difference_high to the `control` chooser, paired by article.
+    Columns chooser, measure, value, low, high, n (articles), and difference, difference_low,
+    difference_high to a random choice, paired by article.  Measures: incorporated, score, words, and
+    points, the choice's score against a random candidate's (1 higher, 0.5 the same, 0 lower).  The random
+    choice is exact, the mean over an article's candidates that are not empty; its rows are "random".
     """
-    chosen = {name: choose(table, found) for name, found in scores.items()}
+    some = _choosable(table)
+    means = some.groupby("id", sort=False)[["incorporated", "score", "words"]].mean()
+    found = {"random": means.assign(points=0.5)}
+    for name, given in scores.items():
+        chosen = choose(table, given).set_index("id")
+        gap = some["id"].map(chosen["score"]) - some["score"]
+        points = ((1 + np.sign(gap.round(9))) / 2).groupby(some["id"]).mean()
+        found[name] = chosen.assign(points=points)
     rows = []
-    for name, measured in itertools.product(chosen, ("incorporated", "score", "words")):
-        here, there = (chosen[c][measured].to_numpy(float) for c in (name, control))
+    for name, measured in itertools.product(found, ("incorporated", "score", "points", "words")):
+        here = found[name][measured].to_numpy(float)
+        there = found["random"].loc[found[name].index, measured].to_numpy(float)
         change = metrics.paired_difference(there, here, seed=seed, resamples=1000)
         rows.append({"chooser": name, "measure": measured})
         rows[-1] |= metrics.bootstrap(here, seed=seed)._asdict()
@@ -616,10 +614,29 @@ def chooser_report(
     return pd.DataFrame(rows)
 
 
+def _choosable(table: pd.DataFrame) -> pd.DataFrame:
+    """The refinements that a chooser may take: those that are not empty, or all of an article."""
+    empty = table["empty"].astype(bool)
+    return table[~empty | empty.groupby(table["id"]).transform("all")]
+
+
 def chooser_agreement(table: pd.DataFrame, scores: dict[str, np.ndarray]) -> pd.DataFrame:
-    """Share of articles for which two choosers take the same text, a square table."""
+    """Share of articles for which two choosers take the same text: category, condition (the two), value,
+    low, high, n.  What two random choices would have is `chance_agreement`.
+    """
     chosen = {name: choose(table, found)["refinement"].to_numpy() for name, found in scores.items()}
-    return pd.DataFrame({a: {b: (chosen[a] == chosen[b]).mean() for b in chosen} for a in chosen})
+    rows = []
+    for a, b in itertools.product(chosen, repeat=2):
+        same = chosen[a] == chosen[b]
+        found = metrics.proportion(int(same.sum()), len(same))
+        rows.append({"category": a, "condition": b} | found._asdict())
+    return pd.DataFrame(rows)
+
+
+def chance_agreement(table: pd.DataFrame) -> float:
+    """How often two random choices take the same text: sum of squared shares of texts, mean over articles."""
+    shares = _choosable(table).groupby("id")["refinement"].value_counts(normalize=True)
+    return float((shares**2).groupby("id").sum().mean())
 
 
 # --- warm-up: examples of following feedback -----------------------------------------------------

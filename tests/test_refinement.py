@@ -244,7 +244,6 @@ def test_choosers_share_one_interface():
     table = candidates()
     prompts = []
     choosers = {
-        "random": rf.AtRandom(3),
         "longest": rf.longest,
         "oracle": rf.RubricOracle(),
         "reward model": rf.Scored(lambda p, r: prompts.extend(p) or [-len(x) for x in r]),
@@ -256,22 +255,30 @@ def test_choosers_share_one_interface():
     )
     assert rf.choose(table, scores["reward model"])["refinement"].tolist() == ["Lake Ormin."] * 3
     assert prompts[0] == rf.summary_prompt("Lake Ormin", POST)
-    some = table[table["id"] == "a1"]
-    assert (rf.AtRandom(3)(some) == scores["random"][3:6]).all()
     report = rf.chooser_report(rf.measure(table, RUBRIC), scores)
     oracle = report.set_index(["chooser", "measure"]).loc[("oracle", "incorporated")]
     assert oracle["value"] == 1 and oracle["n"] == 3
-    own = report.set_index(["chooser", "measure"]).loc[("random", "score")]
-    assert own["difference"] == 0
-    agreement = rf.chooser_agreement(table, scores)
-    assert (np.diag(agreement) == 1).all() and agreement.loc["oracle", "reward model"] == 0
+    assert oracle["difference"] == pytest.approx(1 - 1 / 3)
 
 
-def test_random_choice_is_even():
-    rows = candidates()
-    table = pd.concat([rows.assign(id=rows["id"] + f"-{k}") for k in range(200)])
-    counts = rf.choose(table, rf.AtRandom()(table))["candidate"].value_counts()
-    assert counts.min() > 160 and counts.sum() == 600
+def test_a_random_choice_is_the_mean_of_an_articles_candidates():
+    table = pd.DataFrame(
+        {
+            "id": list("aaabbb"), "candidate": [0, 1, 2] * 2, "refinement": list("xyyxyz"),
+            "empty": [False] * 5 + [True], "incorporated": [1.0, 0, 0, 1, 0, 0],
+            "score": [0.2, 0.5, 0.5, 0.9, 0.1, 0.0], "words": 1.0,
+        }
+    )  # fmt: skip
+    best = rf.chooser_report(table, {"best": table["score"]}).set_index(["chooser", "measure"])
+    assert best.loc[("random", "incorporated"), "value"] == pytest.approx((1 / 3 + 1 / 2) / 2)
+    assert best.loc[("random", "points"), "value"] == 0.5
+    assert best.loc[("best", "points"), "value"] == pytest.approx((2 / 3 + 0.75) / 2)
+    assert best.loc[("best", "score"), "difference"] == pytest.approx((0.1 + 0.4) / 2)
+    assert rf.chance_agreement(table) == pytest.approx(((1 + 4) / 9 + 1 / 2) / 2)
+    first, last = table["candidate"] == 0, table["candidate"] == 1
+    found = rf.chooser_agreement(table, {"first": first, "last": last})
+    found = found.set_index(["category", "condition"])["value"]
+    assert found["first", "first"] == 1 and found["first", "last"] == 0
 
 
 def test_embedding_similarity(tiny):
