@@ -329,21 +329,18 @@ def choose(table: pd.DataFrame, scores: Sequence[float]) -> pd.DataFrame:
     return order.groupby("id", sort=False).head(1).sort_values("_row").drop(columns="_row")
 
 
+def tied(table: pd.DataFrame, scores: Sequence[float]) -> np.ndarray:
+    """Whether an article's highest score belongs to more than one text, (articles,) in order; such a choice
+    is the order of generation, not the score.  Empty refinements do not count.
+    """
+    kept = table.assign(_score=np.asarray(scores, dtype=float))[~table["empty"].to_numpy(bool)]
+    top = kept["_score"] == kept.groupby("id")["_score"].transform("max")
+    return (kept[top].groupby("id", sort=False)["refinement"].nunique() > 1).to_numpy()
+
+
 def longest(table: pd.DataFrame) -> np.ndarray:
     """Chooser: words of the refinement."""
     return table["refinement"].map(lambda text: len(scoring.words(text))).to_numpy(float)
-
-
-@dataclass(frozen=True)
-class AtRandom:
-    """Chooser: a number drawn for each refinement, the same whichever others are in the table."""
-
-    seed: int = 0
-
-    def __call__(self, table: pd.DataFrame) -> np.ndarray:
-        keys = zip(table["id"], table["candidate"], strict=True)
-        drawn = [runtime.content_hash("random", self.seed, str(i), int(c))[:12] for i, c in keys]
-        return np.array([int(digits, 16) / 16**12 for digits in drawn])
 
 
 @dataclass(frozen=True)
@@ -480,8 +477,9 @@ def answer_log_probs(
     """log p(answer | prompt) of each answer, (prompts, answers), for any split into tokens.
 
     Prompt and answer are encoded together; what all answers of a prompt share is its context, and the
-    rest of each is scored token by token.  Consecutive prompts that begin alike share that beginning's
-    computation.  Raises ValueError where one answer's tokens are the start of another's.
+    rest of each is scored token by token, the first in float32 whatever the model's precision.
+    Consecutive prompts that begin alike share that beginning's computation.  Raises ValueError where one
+    answer's tokens are the start of another's.
     """
     contexts, tails = [], []
     for prompt in prompts:
@@ -553,26 +551,61 @@ def _first_log_probs(model, contexts: list[list[int]], tokens: list[list[int]]) 
         cache = model(input_ids=start, use_cache=True, logits_to_keep=1).past_key_values
         cache.batch_repeat_interleave(len(rows))
         seen = torch.cat([mask.new_ones(len(rows), shared), mask], 1)
-    out = model(input_ids=ids, attention_mask=seen, past_key_values=cache, use_cache=bool(shared))
-    last = out.logits[torch.arange(len(rows)), mask.sum(1) - 1].float().log_softmax(-1)
-    return last.gather(-1, torch.tensor(tokens, device=device)).cpu().numpy().astype(np.float64)
+    inputs = {"input_ids": ids, "attention_mask": seen, "past_key_values": cache}
+    last = torch.arange(len(rows), device=device), mask.sum(1) - 1
+    wanted = torch.tensor(tokens, device=device)
+    return _answers(model, inputs, last, wanted).cpu().numpy().astype(np.float64)
+
+
+def _answers(model, inputs: dict, last: tuple, tokens: torch.Tensor) -> torch.Tensor:
+    """log p of the tokens (rows, answers) at the positions `last`, the answers' logits in float32.
+
+    The output layer of a bfloat16 model rounds a logit to steps of 1/16 to 1/8: answers would tie.  The
+    normaliser, which the answers of a row share, keeps the layer's precision.
+    """
+    inputs = inputs | {"use_cache": inputs["past_key_values"] is not None}
+    head = model.get_output_embeddings()
+    if head is None or scoring.changes_logits(model):
+        return model(**inputs).logits[last].float().log_softmax(-1).gather(-1, tokens)
+    states = []
+    hook = head.register_forward_pre_hook(
+        lambda _, args: states.append(args[0][last]) or (args[0][:, :0],)
+    )
+    try:
+        model(**inputs)
+    finally:
+        hook.remove()
+    state, bias = states[0], getattr(head, "bias", None)
+    logits = (head.weight[tokens].float() * state.float()[:, None]).sum(-1)
+    logits = logits if bias is None else logits + bias[tokens].float()
+    return logits - head(state).float().logsumexp(-1, keepdim=True)
 
 
 # --- what the choosers did -----------------------------------------------------------------------
 
 
 def chooser_report(
-    table: pd.DataFrame, scores: dict[str, np.ndarray], *, control: str = "random", seed: int = 0
+    table: pd.DataFrame, scores: dict[str, np.ndarray], *, seed: int = 0
 ) -> pd.DataFrame:
-    """What each chooser takes, from a measured table: one row a chooser and measure.
+    """What each chooser takes, against a random choice, from a measured table: a row a chooser and measure.
 
-    Columns chooser, measure (incorporated, score, words), value, low, high, n (articles), and difference,
-    difference_low, difference_high to the `control` chooser, paired by article.
+    Columns chooser, measure, value, low, high, n (articles), and difference, difference_low,
+    difference_high to a random choice, paired by article.  Measures: incorporated, score, words, and
+    points, the choice's score against a random candidate's (1 higher, 0.5 the same, 0 lower).  The random
+    choice is exact, the mean over an article's candidates that are not empty; its rows are "random".
     """
-    chosen = {name: choose(table, found) for name, found in scores.items()}
+    some = _choosable(table)
+    means = some.groupby("id", sort=False)[["incorporated", "score", "words"]].mean()
+    found = {"random": means.assign(points=0.5)}
+    for name, given in scores.items():
+        chosen = choose(table, given).set_index("id")
+        gap = some["id"].map(chosen["score"]) - some["score"]
+        points = ((1 + np.sign(gap.round(9))) / 2).groupby(some["id"]).mean()
+        found[name] = chosen.assign(points=points)
     rows = []
-    for name, measured in itertools.product(chosen, ("incorporated", "score", "words")):
-        here, there = (chosen[c][measured].to_numpy(float) for c in (name, control))
+    for name, measured in itertools.product(found, ("incorporated", "score", "points", "words")):
+        here = found[name][measured].to_numpy(float)
+        there = found["random"].loc[found[name].index, measured].to_numpy(float)
         change = metrics.paired_difference(there, here, seed=seed, resamples=1000)
         rows.append({"chooser": name, "measure": measured})
         rows[-1] |= metrics.bootstrap(here, seed=seed)._asdict()
@@ -581,10 +614,29 @@ def chooser_report(
     return pd.DataFrame(rows)
 
 
+def _choosable(table: pd.DataFrame) -> pd.DataFrame:
+    """The refinements that a chooser may take: those that are not empty, or all of an article."""
+    empty = table["empty"].astype(bool)
+    return table[~empty | empty.groupby(table["id"]).transform("all")]
+
+
 def chooser_agreement(table: pd.DataFrame, scores: dict[str, np.ndarray]) -> pd.DataFrame:
-    """Share of articles for which two choosers take the same text, a square table."""
+    """Share of articles for which two choosers take the same text: category, condition (the two), value,
+    low, high, n.  What two random choices would have is `chance_agreement`.
+    """
     chosen = {name: choose(table, found)["refinement"].to_numpy() for name, found in scores.items()}
-    return pd.DataFrame({a: {b: (chosen[a] == chosen[b]).mean() for b in chosen} for a in chosen})
+    rows = []
+    for a, b in itertools.product(chosen, repeat=2):
+        same = chosen[a] == chosen[b]
+        found = metrics.proportion(int(same.sum()), len(same))
+        rows.append({"category": a, "condition": b} | found._asdict())
+    return pd.DataFrame(rows)
+
+
+def chance_agreement(table: pd.DataFrame) -> float:
+    """How often two random choices take the same text: sum of squared shares of texts, mean over articles."""
+    shares = _choosable(table).groupby("id")["refinement"].value_counts(normalize=True)
+    return float((shares**2).groupby("id").sum().mean())
 
 
 # --- warm-up: examples of following feedback -----------------------------------------------------

@@ -229,11 +229,21 @@ def test_ties_go_to_the_first_candidate_and_empty_ones_lose():
         rf.choose(table, [np.nan] + [0] * 8)
 
 
+def test_ties_count_different_texts_only():
+    table = pd.DataFrame(
+        {
+            "id": list("aaabbbcc"), "candidate": [0, 1, 2, 0, 1, 2, 0, 1],
+            "refinement": ["x", "y", "z", "x", "x", "y", "x", ""], "empty": [False] * 7 + [True],
+        }
+    )  # fmt: skip
+    scores = [1.0, 1.0, 0.0, 2.0, 2.0, 1.0, 3.0, 3.0]
+    assert list(rf.tied(table, scores)) == [True, False, False]
+
+
 def test_choosers_share_one_interface():
     table = candidates()
     prompts = []
     choosers = {
-        "random": rf.AtRandom(3),
         "longest": rf.longest,
         "oracle": rf.RubricOracle(),
         "reward model": rf.Scored(lambda p, r: prompts.extend(p) or [-len(x) for x in r]),
@@ -245,22 +255,30 @@ def test_choosers_share_one_interface():
     )
     assert rf.choose(table, scores["reward model"])["refinement"].tolist() == ["Lake Ormin."] * 3
     assert prompts[0] == rf.summary_prompt("Lake Ormin", POST)
-    some = table[table["id"] == "a1"]
-    assert (rf.AtRandom(3)(some) == scores["random"][3:6]).all()
     report = rf.chooser_report(rf.measure(table, RUBRIC), scores)
     oracle = report.set_index(["chooser", "measure"]).loc[("oracle", "incorporated")]
     assert oracle["value"] == 1 and oracle["n"] == 3
-    own = report.set_index(["chooser", "measure"]).loc[("random", "score")]
-    assert own["difference"] == 0
-    agreement = rf.chooser_agreement(table, scores)
-    assert (np.diag(agreement) == 1).all() and agreement.loc["oracle", "reward model"] == 0
+    assert oracle["difference"] == pytest.approx(1 - 1 / 3)
 
 
-def test_random_choice_is_even():
-    rows = candidates()
-    table = pd.concat([rows.assign(id=rows["id"] + f"-{k}") for k in range(200)])
-    counts = rf.choose(table, rf.AtRandom()(table))["candidate"].value_counts()
-    assert counts.min() > 160 and counts.sum() == 600
+def test_a_random_choice_is_the_mean_of_an_articles_candidates():
+    table = pd.DataFrame(
+        {
+            "id": list("aaabbb"), "candidate": [0, 1, 2] * 2, "refinement": list("xyyxyz"),
+            "empty": [False] * 5 + [True], "incorporated": [1.0, 0, 0, 1, 0, 0],
+            "score": [0.2, 0.5, 0.5, 0.9, 0.1, 0.0], "words": 1.0,
+        }
+    )  # fmt: skip
+    best = rf.chooser_report(table, {"best": table["score"]}).set_index(["chooser", "measure"])
+    assert best.loc[("random", "incorporated"), "value"] == pytest.approx((1 / 3 + 1 / 2) / 2)
+    assert best.loc[("random", "points"), "value"] == 0.5
+    assert best.loc[("best", "points"), "value"] == pytest.approx((2 / 3 + 0.75) / 2)
+    assert best.loc[("best", "score"), "difference"] == pytest.approx((0.1 + 0.4) / 2)
+    assert rf.chance_agreement(table) == pytest.approx(((1 + 4) / 9 + 1 / 2) / 2)
+    first, last = table["candidate"] == 0, table["candidate"] == 1
+    found = rf.chooser_agreement(table, {"first": first, "last": last})
+    found = found.set_index(["category", "condition"])["value"]
+    assert found["first", "first"] == 1 and found["first", "last"] == 0
 
 
 def test_embedding_similarity(tiny):
@@ -336,6 +354,31 @@ def test_answer_probability_for_any_tokenizer(make):
     if make is joining_tokenizer:
         context, rest = rf.split_answers(tokenizer, prompts[0], (" Yes", " No"))
         assert tokenizer.convert_ids_to_tokens([r[0] for r in rest]) == [":ĠY", ":Ġ"]
+
+
+def test_log_odds_of_a_bfloat16_model_are_not_rounded_by_its_output_layer():
+    tokenizer = words_tokenizer()
+    model = small_model(tokenizer).to(torch.bfloat16)
+    yes, no = (tokenizer(word)["input_ids"][0] for word in ("Yes", "No"))
+    rows = model.lm_head.weight.data  # answers whose logits are large and nearly the same
+    rows[yes] *= 4
+    rows[no] = rows[yes] + 0.02 * rows[0]
+    rng, names = np.random.default_rng(0), ["the", "a", "cat", "?", ":", "."]
+    prompts = sorted({" ".join(rng.choice(names, 9)) + " Answer:" for _ in range(120)})
+    seen = []
+    hook = model.lm_head.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    first = rf.answer_log_probs(model, tokenizer, prompts[:1], (" Yes", " No"))[0]
+    hook.remove()
+    state = seen[-1].reshape(-1)  # of the last position
+    exact = (state.float() @ (rows[yes].float() - rows[no].float())).item()
+    assert first[0] - first[1] == pytest.approx(exact, abs=1e-5)
+    found = rf.answer_log_probs(model, tokenizer, prompts, (" Yes", " No"))
+    odds = found[:, 0] - found[:, 1]
+    with torch.no_grad():
+        ids = (tokenizer(p, return_tensors="pt")["input_ids"] for p in prompts)
+        logits = [model(row).logits[0, -1].float() for row in ids]
+    rounded = {(row[yes] - row[no]).item() for row in logits}
+    assert len(set(odds)) > 0.97 * len(prompts) and len(rounded) < 0.3 * len(prompts)
 
 
 def test_instruct_rm_averages_probabilities():
