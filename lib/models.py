@@ -16,7 +16,7 @@ import inspect
 import json
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -471,6 +471,19 @@ def _flat_input(model: PreTrainedModel, places: torch.Tensor, seen: list, logits
         yield
     finally:
         hook.remove()
+
+
+def output_layer_input(model: PreTrainedModel, forward: Callable[[], object]) -> torch.Tensor:
+    """What the model's output layer reads in `forward()`, (rows, time, width); no logits are computed."""
+    seen = []
+    hook = model.get_output_embeddings().register_forward_pre_hook(
+        lambda _, args: seen.append(args[0]) or (args[0][:, :0],)
+    )
+    try:
+        forward()
+    finally:
+        hook.remove()
+    return seen[0]
 
 
 def _value_head(width: int) -> torch.nn.Module:

@@ -23,7 +23,7 @@ import pandas as pd
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lib import data, generation, metrics, runtime, scoring
+from lib import data, generation, metrics, models, runtime, scoring
 from lib.feedback import ChatClient, chat
 from lib.rubric import CATEGORIES, Critique, Rubric, SimulatedAnnotator, stems
 from lib.segments import Segmenter
@@ -567,15 +567,8 @@ def _answers(model, inputs: dict, last: tuple, tokens: torch.Tensor) -> torch.Te
     head = model.get_output_embeddings()
     if head is None or scoring.changes_logits(model):
         return model(**inputs).logits[last].float().log_softmax(-1).gather(-1, tokens)
-    states = []
-    hook = head.register_forward_pre_hook(
-        lambda _, args: states.append(args[0][last]) or (args[0][:, :0],)
-    )
-    try:
-        model(**inputs)
-    finally:
-        hook.remove()
-    state, bias = states[0], getattr(head, "bias", None)
+    state = models.output_layer_input(model, lambda: model(**inputs))[last]
+    bias = getattr(head, "bias", None)
     logits = (head.weight[tokens].float() * state.float()[:, None]).sum(-1)
     logits = logits if bias is None else logits + bias[tokens].float()
     return logits - head(state).float().logsumexp(-1, keepdim=True)

@@ -38,11 +38,10 @@ def train_rloo(
 ) -> pd.DataFrame:
     """Train LoRA adapters on `policy`'s top layers in place; return the columns of `train_ppo` TRL can fill.
 
-    Adapters of rank `config.lora_rank` whatever `config.train` says, because TRL's reference is the model
-    without them, at `config.learning_rate`; all layers compute in float32.  Per-token rewards are summed;
-    epochs, minibatches and sampling are the config's; KL is TRL's, a fixed beta.  `trl_settings`: further
-    arguments of `trl.RLOOConfig`.  Raises ValueError for samples_per_prompt < 2 and for encoder-decoder
-    models.
+    Adapters of rank `config.lora_rank` whatever `config.train` says; all layers compute in float32.
+    Per-token rewards are summed; learning rate, epochs, minibatches and sampling are the config's; KL is
+    TRL's, a fixed beta.  `trl_settings`: further arguments of `trl.RLOOConfig`.  Raises ValueError for
+    samples_per_prompt < 2 and for encoder-decoder models.
     """
     import datasets
     import trl

@@ -576,14 +576,9 @@ def _log_probs(model, prompts, responses) -> Sequence[torch.Tensor]:
         logits = _forward(model, prompts, responses).logits
         rows = zip(_response_part(model, logits, responses), responses, strict=True)
         return [_chosen_log_probs(row, torch.tensor(ids, device=row.device)) for row, ids in rows]
-    seen = []
-    hook = head.register_forward_pre_hook(lambda _, args: seen.append(args[0]) or (args[0][:, :0],))
-    try:
-        _forward(model, prompts, responses)
-    finally:
-        hook.remove()
-    states = torch.cat(_response_part(model, seen[0], responses)).split(LOGITS_AT_ONCE)
-    tokens = torch.tensor([t for row in responses for t in row], device=seen[0].device)
+    read = models.output_layer_input(model, lambda: _forward(model, prompts, responses))
+    states = torch.cat(_response_part(model, read, responses)).split(LOGITS_AT_ONCE)
+    tokens = torch.tensor([t for row in responses for t in row], device=read.device)
     parts = zip(states, tokens.split(LOGITS_AT_ONCE), strict=True)
     found = torch.cat([_chosen_log_probs(head(part), ids) for part, ids in parts])
     return found.split([len(row) for row in responses])
