@@ -1,4 +1,4 @@
-"""The command line: `python -m lib run | list | publish | report | annotate | bench` (try `--help`)."""
+"""The command line: `python -m lib run | list | publish | report | address | lab | annotate | bench` (try `--help`)."""
 
 from __future__ import annotations
 
@@ -30,6 +30,31 @@ def _publish(options: argparse.Namespace) -> int:
 
 def _report(options: argparse.Namespace) -> int:
     print(f"Report: {runner.write_report(options.scale)}")
+    return 0
+
+
+def _address(options: argparse.Namespace) -> int:
+    from lib.course import address
+
+    root = runtime.project_root()
+    if options.url is None:
+        print(
+            address.read(root)
+            or "No address is set. Try: python -m lib address https://github.com/YOU/FORK"
+        )
+        return 0
+    try:
+        written = address.write_everywhere(root, "" if options.url == "none" else options.url)
+    except ValueError as error:
+        raise runner.RequestError(str(error)) from None
+    print(f"Address {address.read(root) or 'removed'}: {len(written)} files written.")
+    return 0
+
+
+def _lab(options: argparse.Namespace) -> int:
+    from lib.course import lab
+
+    lab.start(runtime.project_root(), options.rest)
     return 0
 
 
@@ -68,6 +93,12 @@ def build_parser() -> argparse.ArgumentParser:
     listing = add("list", _list, "the notebooks, their questions, and what has run")
     publishing = add("publish", _publish, "write the committed notebooks and plots/ (demo scale)")
     report = add("report", _report, "write the page of results, runs/<scale>/index.html")
+    where = add("address", _address, "show or set the address that badges and set-up cells lead to")
+    where.add_argument(
+        "url", nargs="?", metavar="URL", help="https address of a git repository, or none"
+    )
+    lab = add("lab", _lab, "open the course in JupyterLab")
+    lab.add_argument("rest", nargs=argparse.REMAINDER, help="options of JupyterLab")
     page = add("annotate", _annotate, "write an annotation page that works offline in a browser")
     page.add_argument("items", metavar="ITEMS.json", help="qa-feedback records, or course items")
     page.add_argument("--out", default="annotate.html", metavar="PAGE.html")

@@ -46,6 +46,7 @@ from papermill.exceptions import PapermillExecutionError
 from papermill.log import logger as papermill_log
 
 from lib import runtime
+from lib.course import address
 
 LIB = Path(__file__).parent
 MAX_DATA_FILE = 5_000_000  # bytes; larger files do not count into a fingerprint
@@ -758,7 +759,9 @@ def publish(names: list[str]) -> int:
         path, folder = find_notebooks()[name], run_folder(name, "demo")
         try:
             executed = read_notebook(folder / "executed.ipynb")
-            text = _publishable_text(clean_notebook(read_notebook(path), executed))
+            clean = clean_notebook(read_notebook(path), executed)
+            address.write_into_notebook(clean, name, address.read(runtime.project_root()))
+            text = _publishable_text(clean)
         except RequestError as error:
             print(f"{name} is not published: {error}")
             code = code or 1

@@ -5,7 +5,6 @@ import os
 import re
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
 import nbformat
@@ -14,7 +13,6 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-REPOSITORY = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
 PRIVATE = re.compile(r"/(?:root|tmp|home|work)/[\w.]+|sk-[A-Za-z0-9]{16,}|hf_[A-Za-z0-9]{16,}")
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 
@@ -34,9 +32,6 @@ def test_there_are_notebooks():
 def test_opening(path):
     first, second = nbformat.read(path, as_version=4).cells[:2]
     assert first.source.startswith("# ") and "?" in first.source.splitlines()[0]
-    user, repository = REPOSITORY.split("/")[-2:]
-    badge = f"colab.research.google.com/github/{user}/{repository}/blob/main/notebooks/{path.name}"
-    assert badge in first.source
     assert all(scale in first.source for scale in ("`smoke`", "`demo`", "`full`"))
     assert second.source.startswith("## What you will see")
 
@@ -50,11 +45,6 @@ def test_headings(path):
     ]
     assert headings.count(1) == 1
     assert all(later - earlier <= 1 for earlier, later in zip(headings, headings[1:], strict=False))
-
-
-@each_notebook
-def test_first_code_cell_is_the_common_setup(path):
-    assert cells(path, "code")[0].source == cells(NOTEBOOKS[0], "code")[0].source
 
 
 @each_notebook
@@ -242,54 +232,3 @@ def test_a_judge_without_a_price_is_not_asked(monkeypatch, tmp_path):
     priced = scope | {"PRICE": [1.0, 2.0], "MAX_COST": 5.0}
     exec(source, priced)
     assert priced["client"].max_cost == 5.0
-
-
-# --- the set-up cell -----------------------------------------------------------------------------
-
-
-def test_setup_cell_in_colab(tmp_path):
-    """In Colab it clones, installs with Colab's own torch, numpy and pandas pinned, and imports lib."""
-    source = cells(NOTEBOOKS[0], "code")[0].source
-    source = source.replace("/content/learning-from-feedback", str(tmp_path / "course"))
-    log = tmp_path / "calls.jsonl"
-    driver = f"""
-import importlib.util, json, subprocess, sys, types
-sys.modules["google.colab"] = types.ModuleType("google.colab")
-sys.path[:] = [p for p in sys.path if p not in ("", {str(ROOT)!r})]
-sys.meta_path[:] = [f for f in sys.meta_path if "editable" not in repr(f).lower()]
-assert importlib.util.find_spec("lib") is None
-real = subprocess.run
-def run(command, **options):
-    open({str(log)!r}, "a").write(json.dumps(command) + "\\n")
-    checked = ["--dry-run", "--no-deps", "--no-build-isolation"] if command[0] != "git" else []
-    return real(command + checked, **options)
-subprocess.run = run
-exec({source!r})
-import lib.runtime
-assert lib.runtime.__file__.startswith({str(tmp_path)!r})
-"""
-    environment = os.environ | {"FEEDBACK_REPO": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-c", driver],
-        env=environment,
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    clone, install = [json.loads(line) for line in log.read_text().splitlines()]
-    assert clone[:2] == ["git", "clone"]
-    import torch
-
-    assert f"torch=={torch.__version__}" in install
-    assert "-U" not in install and "--upgrade" not in install
-
-
-def test_setup_cell_elsewhere_does_nothing_or_says_what_to_do(tmp_path):
-    source = cells(NOTEBOOKS[0], "code")[0].source
-    here = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, cwd=ROOT)
-    assert here.returncode == 0 and here.stdout + here.stderr == ""
-    bare = subprocess.run(
-        [sys.executable, "-S", "-c", source], capture_output=True, text=True, cwd=tmp_path
-    )
-    assert "make setup" in bare.stderr
