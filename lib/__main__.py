@@ -1,4 +1,4 @@
-"""The command line: `python -m lib run | list | publish | report | address | lab | annotate | bench` (try `--help`)."""
+"""The command line of the course: run, list, publish, report, lab, annotate, bench (try `--help`)."""
 
 from __future__ import annotations
 

@@ -31,7 +31,9 @@ except ImportError:
     address = os.environ.get("COURSE_REPO") or REPOSITORY
     home = os.environ.get("COURSE_HOME", "learning-from-feedback")
     places = [home, ".", "..", "/kaggle/input/*", "/content/drive/MyDrive/*"]
-    installers = [p for place in places for p in glob.glob(f"{{place}}/lib/course/install.py")]
+    installers = [
+        p for place in places for p in glob.glob(f"{{place}}/lib/course/install.py")
+    ]
     if not installers and not address:
         raise ModuleNotFoundError(
             "The course is not installed here, and this notebook knows no address of it. "
@@ -41,7 +43,9 @@ except ImportError:
         ) from None
     if not installers:
         print(f"Fetching the course from {{address}} ...")
-        subprocess.run(["git", "clone", "-q", "--depth", "1", address, home], check=True)
+        subprocess.run(
+            ["git", "clone", "-q", "--depth", "1", address, home], check=True
+        )
         installers = [f"{{home}}/lib/course/install.py"]
     runpy.run_path(installers[0], run_name="__main__")"""
 
