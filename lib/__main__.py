@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from lib import runtime
+from lib.course import record
 
 try:
     from lib import runner
@@ -90,7 +90,7 @@ def build_parser() -> argparse.ArgumentParser:
         text = "name, file or number, such as 10_toxicity_meter or 10"
         sub.add_argument("notebooks", nargs="*", metavar="NOTEBOOK", help=text)
     for sub in (run, report):
-        sub.add_argument("--scale", choices=runtime.SCALES, default="demo")
+        sub.add_argument("--scale", choices=record.SCALES, default="demo")
     run.add_argument("--force", action="store_true", help="repeat finished notebooks from scratch")
     run.add_argument(
         "-p", dest="parameters", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),

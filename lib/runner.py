@@ -1,7 +1,7 @@
 """Runs the notebooks, remembers what has run, publishes them, and writes the page of results.
 
 One kernel per notebook, through papermill, into `runs/<scale>/<notebook>/`: `executed.ipynb`,
-`run.json` (this module), `results.json`, tables and figures (`runtime.Run`, inside the notebook).
+`run.json` (this module), `results.json`, tables and figures (`course.record.Run`, inside the notebook).
 A finished notebook is repeated only when its source, parameters, small data files, or a `lib` module
 it imports (directly or through others) has changed.
 
@@ -46,6 +46,7 @@ from papermill.exceptions import PapermillExecutionError
 from papermill.log import logger as papermill_log
 
 from lib import runtime
+from lib.course.record import SCALES, SHOWN_PACKAGES, VERDICTS
 
 LIB = Path(__file__).parent
 MAX_DATA_FILE = 5_000_000  # bytes; larger files do not count into a fingerprint
@@ -92,7 +93,7 @@ def read_notebook(path: Path) -> NotebookNode:
         raise RequestError(f"{path} cannot be read as a notebook: {error}") from None
 
 
-def _tagged(cell: NotebookNode, *tags: str) -> bool:
+def has_tag(cell: NotebookNode, *tags: str) -> bool:
     return not set(tags).isdisjoint(cell.metadata.get("tags", []))
 
 
@@ -130,7 +131,7 @@ def read_parameters(path: Path) -> dict[str, object]:
 
     Read from the syntax tree: papermill's `inspect_notebook` loses defaults that contain `=` or `#`.
     """
-    cells = [c for c in read_notebook(path).cells if _tagged(c, "parameters")]
+    cells = [c for c in read_notebook(path).cells if has_tag(c, "parameters")]
     found = {}
     try:
         body = ast.parse(cells[0].source).body if cells else []
@@ -233,7 +234,7 @@ def _small_data() -> list[list[str]]:
 def fingerprint(path: Path, scale: str, parameters: dict) -> str:
     """Hash of everything a notebook's result depends on: its cells, not its outputs, ids or metadata."""
     notebook = read_notebook(path)
-    cells = [[cell.cell_type, cell.source, _tagged(cell, "parameters")] for cell in notebook.cells]
+    cells = [[cell.cell_type, cell.source, has_tag(cell, "parameters")] for cell in notebook.cells]
     return runtime.content_hash(cells, scale, parameters, code_hash(path), _small_data())
 
 
@@ -310,12 +311,12 @@ class Watch(threading.Thread):
     def attach(self, client: PapermillNotebookClient) -> None:
         """Begin to watch the kernel of a client that has just started it."""
         self.kernel = psutil.Process(client.km.provisioner.pid)
-        self.cells = sum(not _tagged(cell, "injected-parameters") for cell in client.nb.cells)
+        self.cells = sum(not has_tag(cell, "injected-parameters") for cell in client.nb.cells)
         self.start()
 
     def cell_started(self, cell: NotebookNode, cell_index: int) -> None:
         """Called by nbclient before each cell; the injected parameters are no cell of the source."""
-        self.index += not _tagged(cell, "injected-parameters")
+        self.index += not has_tag(cell, "injected-parameters")
         line = next(iter(cell.source.strip().splitlines()), "")
         self.started.append({"index": self.index, "line": line[:100]})
         if cell.cell_type == "markdown":
@@ -379,7 +380,7 @@ def _new_record(name: str, scale: str, given: dict, source_hash: str) -> dict:
     defaults = read_parameters(find_notebooks()[name])
     used = {k: v for k, v in defaults.items() if v is not NOT_LITERAL} | given
     used |= {"SCALE": scale} if "SCALE" in defaults else {}
-    packages = (*runtime.SHOWN_PACKAGES, "papermill")
+    packages = (*SHOWN_PACKAGES, "papermill")
     return {
         "notebook": name, "scale": scale, "status": "running", "given": given, "parameters": used,
         "seed": used.get("SEED"), "fingerprint": source_hash, "code": code_hash(find_notebooks()[name]),
@@ -492,7 +493,7 @@ def run_notebooks(
             label = f"[{i}/{len(names)}] {name}"
             record = run_notebook(name, scale, chosen[name], force=force, label=label)
             records.append(record)
-            print(f"{label}  {_describe(record)}", flush=True)
+            print(f"{label}  {describe(record)}", flush=True)
             with contextlib.suppress(RequestError):  # another notebook is just being saved
                 report = write_report(scale)
             if record["status"] == "interrupted":
@@ -507,7 +508,7 @@ def run_notebooks(
     return (0 if states <= {"finished", "skipped"} else 1), records
 
 
-def _describe(record: dict) -> str:
+def describe(record: dict) -> str:
     """One line about a run: status, time, and the failing cell where there is one."""
     status = {"skipped": "unchanged, not repeated"}.get(record["status"], record["status"])
     line = f"{status}  {duration(record.get('wall_seconds'))}".rstrip()
@@ -522,7 +523,7 @@ def _describe(record: dict) -> str:
 def _count_verdicts(results: dict) -> str:
     verdicts = [claim["verdict"] for claim in results.get("claims", [])]
     short = {"same direction": "same"}
-    counts = [(verdicts.count(v), short.get(v, v)) for v in runtime.VERDICTS]
+    counts = [(verdicts.count(v), short.get(v, v)) for v in VERDICTS]
     return ", ".join(f"{count} {verdict}" for count, verdict in counts if count)
 
 
@@ -557,7 +558,7 @@ def list_notebooks() -> str:
     lines = []
     for name in resolve_notebooks([]):
         lines.append(f"{name}\n    {question(read_notebook(find_notebooks()[name]))}")
-        states = {scale: run_state(name, scale) for scale in runtime.SCALES}
+        states = {scale: run_state(name, scale) for scale in SCALES}
         parts = [
             f"{scale}: {state} {duration(record.get('wall_seconds'))}".rstrip()
             for scale, (state, record) in states.items()
@@ -698,7 +699,7 @@ def clean_notebook(source: NotebookNode, executed: NotebookNode) -> NotebookNode
 
     Raises RequestError where the two do not have the same cells.
     """
-    ran = [cell for cell in executed.cells if not _tagged(cell, "injected-parameters")]
+    ran = [cell for cell in executed.cells if not has_tag(cell, "injected-parameters")]
     if [cell.source for cell in ran] != [cell.source for cell in source.cells]:
         raise RequestError("it was changed while it ran; publish it again")
     clean = copy.deepcopy(source)
