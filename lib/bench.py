@@ -43,7 +43,6 @@ from transformers import (
 )
 
 from lib import (
-    assets,
     data,
     feedback,
     generation,
@@ -57,6 +56,7 @@ from lib import (
     scoring,
     sft,
 )
+from lib.course import assets
 from lib.course.record import SHOWN_PACKAGES
 
 SIZES = ("real", "tiny")  # "tiny": random models and few rows, to test the machinery

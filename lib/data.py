@@ -24,7 +24,8 @@ import numpy as np
 import pandas as pd
 from transformers import PreTrainedTokenizerBase
 
-from lib import assets, runtime
+from lib import runtime
+from lib.course import assets
 
 UNCATEGORISED = "uncategorised"
 TEMPLATE_STYLES = ("raw", "chat", "chat+system", "tagged", "tagged+system")

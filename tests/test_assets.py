@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lib import assets
+from lib.course import assets
 
 ROOT = Path(assets.__file__).resolve().parents[1]
 MEMBER = "tiny_asset/data/words.txt"
