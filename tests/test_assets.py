@@ -22,7 +22,7 @@ import pytest
 
 from lib.course import assets
 
-ROOT = Path(assets.__file__).resolve().parents[1]
+ROOT = Path(assets.__file__).resolve().parents[2]
 MEMBER = "tiny_asset/data/words.txt"
 CONTENT = np.random.default_rng(0).bytes(3_000_000)  # does not compress
 
@@ -262,7 +262,7 @@ def test_failing_conversion_leaves_nothing(index, tmp_path, monkeypatch):
 
 CHILD = """
 import sys
-from lib import assets
+from lib.course import assets
 asset = assets.Asset("tiny", "tiny-asset", "1.0", sys.argv[1], 3.0, {sys.argv[2]: "words.txt"}, "", "", "")
 assets.ASSETS["tiny"] = asset
 print(assets.fetch("tiny"))
