@@ -33,7 +33,8 @@ from torch.nn.functional import cross_entropy, embedding
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lib import feedback as llm
-from lib import generation, losses, models, rubric, runtime, scoring
+from lib import generation, losses, models, rubric, runtime, scorers
+from lib.policy import SharedTrunkPolicy, TokenBatch
 
 STYLES = ("none", "text", "separator", "token")
 STAGES = ("sample", "feedback", "pool", "train", "evaluate")
@@ -502,7 +503,7 @@ def _number(value) -> float | None:
     return float(value) if _known(value) else None
 
 
-def from_scorer(scorer: scoring.Scorer, sign: float = 1.0) -> Judge:
+def from_scorer(scorer: scorers.Scorer, sign: float = 1.0) -> Judge:
     """A text scorer as a judge of the response alone: sign x clipped logit; -1 where high is bad."""
     return lambda prompts, responses: sign * scorer.logit(list(responses))
 
@@ -737,17 +738,17 @@ class ConditioningConfig:
 class _Rows:
     """Training sequences as one `TokenBatch`; the frozen trunk's states are kept when first computed."""
 
-    def __init__(self, tokens: models.TokenBatch):
+    def __init__(self, tokens: TokenBatch):
         self.tokens = tokens
         self.known = torch.zeros(len(tokens.response_ids), dtype=torch.bool)
 
-    def take(self, index: torch.Tensor) -> models.TokenBatch:
+    def take(self, index: torch.Tensor) -> TokenBatch:
         part = self.tokens.rows(index)
         if not self.known[index].all():
             part.trunk = None
         return part
 
-    def keep(self, index: torch.Tensor, part: models.TokenBatch) -> None:
+    def keep(self, index: torch.Tensor, part: TokenBatch) -> None:
         if part.trunk is None or self.known[index].all():
             return
         self.tokens.keep_trunk(index, part)
@@ -783,7 +784,7 @@ class ConditionalTraining:
         self.new_rows = [embed.extra] if isinstance(embed, ExtendedEmbedding) else []
         for rows in self.new_rows:
             rows.requires_grad_(True)
-        self.network = models.SharedTrunkPolicy(policy, frozen)
+        self.network = SharedTrunkPolicy(policy, frozen)
         self.trunk = self.network.trunk_layers
         self.weights = {n: p for n, p in policy.named_parameters() if p.requires_grad}
         self.pool = DataPool(labeller, self.config.replay)
@@ -1028,13 +1029,13 @@ class ConditionalTraining:
         raw, _ = self._tokens([self.conditioner.raw_ids(b) for b in built], responses)
         return _Rows(conditioned), _Rows(raw), mask
 
-    def _tokens(self, prompts, responses) -> tuple[models.TokenBatch, torch.Tensor]:
+    def _tokens(self, prompts, responses) -> tuple[TokenBatch, torch.Tensor]:
         side = "right" if self.policy.config.is_encoder_decoder else "left"
         pad, device = self.tokenizer.pad_token_id, self.policy.device
         padded = generation.pad_rows(prompts, pad, side)
         padded += generation.pad_rows(responses, pad, "right")
         ids, seen, response, mask = (x.to(device) for x in padded)
-        return models.TokenBatch(ids, seen, response, mask), mask.float()
+        return TokenBatch(ids, seen, response, mask), mask.float()
 
     @torch.no_grad()
     def _reference_nll(self, prompts, responses) -> list[float]:

@@ -18,7 +18,7 @@ import pandas as pd
 from scipy import special
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lib import generation, refinement, scoring, sft
+from lib import logprobs, refinement, sft
 from lib.refinement import Question
 from lib.rubric import SimulatedAnnotator
 
@@ -160,8 +160,8 @@ def _swapped(pair: dict) -> dict:
 
 
 def _answer_row(tokenizer, question: Question, asked: str, yes: float) -> dict:
-    """Context without loss, the answer's tokens with; split as `refinement.answer_log_probs` scores them."""
-    context, tails = refinement.split_answers(tokenizer, asked, (question.yes, question.no))
+    """Context without loss, the answer's tokens with; split as `logprobs.answer_log_probs` scores them."""
+    context, tails = logprobs.split_answers(tokenizer, asked, (question.yes, question.no))
     answer = tails[0 if yes else 1]
     return {"input_ids": context + answer, "labels": [sft.NO_LOSS] * len(context) + answer}
 
@@ -196,7 +196,7 @@ def comparison_scores(
 
 def _log_odds(model, tokenizer, asked: list[str], question: Question) -> np.ndarray:
     answers = (question.yes, question.no)
-    found = refinement.answer_log_probs(model, tokenizer, asked, answers)
+    found = logprobs.answer_log_probs(model, tokenizer, asked, answers)
     return found[:, 0] - found[:, 1]
 
 
@@ -230,48 +230,6 @@ def target_weights(
 def effective_number(weights: np.ndarray) -> np.ndarray:
     """How many refinements carry an article's weight: 1 / sum of squares, from 1 to n, (articles,)."""
     return 1 / (np.asarray(weights) ** 2).sum(-1)
-
-
-def text_log_probs(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str],
-    texts: Sequence[str],
-) -> np.ndarray:  # fmt: skip
-    """log p(" " + text | prompt), summed over tokens, (rows,)."""
-    pairs = [
-        scoring.encode_pair(tokenizer, p, f" {t}") for p, t in zip(prompts, texts, strict=True)
-    ]
-    found = scoring.token_log_probs(model, [a for a, _ in pairs], [b for _, b in pairs])
-    return np.array([row.sum(dtype=np.float64) for row in found])
-
-
-# --- distance from the base model ----------------------------------------------------------------
-
-
-def sequence_kl(
-    model: PreTrainedModel, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *,
-    n: int, max_new_tokens: int = 64, seed: int = 0,
-) -> pd.DataFrame:  # fmt: skip
-    """Per sampled text the log-ratio whose mean is KL(base || model) or KL(model || base), in nats.
-
-    Texts are sampled without a prompt (the start token alone), at T = 1 and unfiltered; both models score
-    the same tokens.  Columns direction ("forward": texts of the base; "reverse": of the model), value,
-    tokens.  Empty texts are left out, as in the paper.
-    """
-    start = tokenizer.bos_token_id
-    start = tokenizer.eos_token_id if start is None else start
-    rows = []
-    for direction, own, other in (("forward", base, model), ("reverse", model, base)):
-        drawn = generation.sample(
-            own, tokenizer, [[start]], n=n, seed=seed, max_new_tokens=max_new_tokens, label="KL"
-        )
-        kept = [i for i, text in enumerate(drawn.texts) if not scoring.is_empty(text)]
-        texts = [drawn.prompt_ids[i] for i in kept], [drawn.response_ids[i] for i in kept]
-        for mine, its in zip(
-            *(scoring.token_log_probs(m, *texts) for m in (own, other)), strict=True
-        ):
-            value = mine.sum(dtype=np.float64) - its.sum(dtype=np.float64)
-            rows.append({"direction": direction, "value": value, "tokens": len(mine)})
-    return pd.DataFrame(rows, columns=["direction", "value", "tokens"])
 
 
 # --- win rates -----------------------------------------------------------------------------------

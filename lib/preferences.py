@@ -25,8 +25,9 @@ import pandas as pd
 from scipy import optimize, stats
 from sklearn.metrics import cohen_kappa_score
 
-from lib import data, metrics, runtime, scoring
+from lib import data, metrics, runtime
 from lib.metrics import Interval
+from lib.text import words
 
 VERDICTS = ("(a)", "equal", "(b)")  # the order of rows and columns in tables
 SCALE = (1, 7)
@@ -351,8 +352,8 @@ def preferred_against_other(rows: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     """
     counts = {
         "characters": len,
-        "words": lambda text: len(scoring.words(text)),
-        "distinct words": lambda text: len(set(scoring.words(text))),
+        "words": lambda text: len(words(text)),
+        "distinct words": lambda text: len(set(words(text))),
     }
     found = []
     for protocol, column in (("rankings", "direct"), ("ratings", "derived")):
@@ -554,9 +555,7 @@ def length_controlled(rows: pd.DataFrame, seed: int = 0, resamples: int = 200) -
     P(policy wins) = sigmoid(a + b x), x = difference in words over its standard deviation; a tie counts as
     half a win and half a loss; a small ridge on b (0.01) keeps separable data finite.  Value: sigmoid(a).
     """
-    sizes = [
-        rows[name].map(lambda text: len(scoring.words(text))) for name in ("response1", "response2")
-    ]
+    sizes = [rows[name].map(lambda text: len(words(text))) for name in ("response1", "response2")]
     x, y = (sizes[1] - sizes[0]).to_numpy(float), rows["points"].to_numpy(float)
     x = x / (x.std() or 1.0)
 

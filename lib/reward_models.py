@@ -32,9 +32,10 @@ import transformers
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from lib import generation, losses, metrics, models, preferences, runtime, scoring, sft
+from lib import generation, losses, metrics, models, preferences, runtime, sft
 from lib.course import assets
 from lib.metrics import Interval
+from lib.text import check_texts
 
 POOLINGS = ("mean", "last")
 MAX_LENGTH = 512  # tokens, as in the reference
@@ -121,7 +122,7 @@ class RewardModel(torch.nn.Module):
         Encoders: [CLS] prompt [SEP] | response [SEP].  Decoders: prompt | response and end token.
         """
         tokenizer, known = self.tokenizer, {}
-        scoring.check_texts(prompts), scoring.check_texts(responses)
+        check_texts(prompts), check_texts(responses)
         pair = self._pair
         start = [tokenizer.cls_token_id if pair else tokenizer.bos_token_id]
         start, end = [t for t in start if t is not None], tokenizer.eos_token_id

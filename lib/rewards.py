@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from lib import generation, scoring, segments
+from lib import generation, scorers, segments
+from lib.text import is_empty, repetition_share, script_share
 
 RewardFunction = Callable[[generation.Samples], object]  # returns what `place_rewards` takes
 
@@ -105,7 +106,7 @@ class ToxicityDrops:
 
     def __init__(
         self,
-        scorer: scoring.Scorer,
+        scorer: scorers.Scorer,
         segmenter: segments.Segmenter,
         logit: bool = False,
         start: float | None = None,
@@ -124,7 +125,7 @@ class ToxicityDrops:
         return [-np.diff(_filled(np.append(self.start, part))) for part in parts]
 
     def _measured(self, scores: np.ndarray) -> np.ndarray:
-        return scoring.log_odds(scores) if self.logit else scores
+        return scorers.log_odds(scores) if self.logit else scores
 
 
 def _filled(values: np.ndarray) -> np.ndarray:
@@ -183,11 +184,11 @@ def shuffled(reward_fn: RewardFunction) -> RewardFunction:
 class CleanTextReward:
     """R(y) = -logit p(toxic) - penalty ([empty] + repetition + non-Latin share), each term by name.
 
-    The logit is held within +-6 (`scoring.Scorer.logit`); repetition is the share of repeated word
+    The logit is held within +-6 (`scorers.Scorer.logit`); repetition is the share of repeated word
     3-grams.  Answers the defects listed in the RewardLM notes, section 5: sign, saturation, drift.
     """
 
-    def __init__(self, scorer: scoring.Scorer, penalty: float = 4.0):
+    def __init__(self, scorer: scorers.Scorer, penalty: float = 4.0):
         self.scorer, self.penalty = scorer, penalty
 
     def __call__(self, samples: generation.Samples) -> dict[str, np.ndarray]:
@@ -197,10 +198,10 @@ class CleanTextReward:
 
 def fault_penalties(samples: generation.Samples, penalty: float = 4.0) -> dict[str, np.ndarray]:
     """-penalty x (empty, share of repeated word 3-grams, share of non-Latin letters), each (rows,)."""
-    repetition = [scoring.repetition_share(text) for text in samples.texts]
+    repetition = [repetition_share(text) for text in samples.texts]
     faults = {
-        "empty": np.array([scoring.is_empty(text) for text in samples.texts], dtype=float),
+        "empty": np.array([is_empty(text) for text in samples.texts], dtype=float),
         "repetition": np.nan_to_num(repetition),
-        "non_latin": scoring.script_share(samples.texts),
+        "non_latin": script_share(samples.texts),
     }
     return {name: -penalty * share for name, share in faults.items()}

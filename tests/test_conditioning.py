@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lib import conditioning, feedback, models, rubric
+from lib import conditioning, feedback, models, policy, rubric
 from lib.conditioning import Conditioner, DataPool, FreeText, Item, Product, Quantiles
 from tests.conftest import WORDS
 
@@ -528,7 +528,7 @@ def test_the_reference_stays_while_the_policy_and_the_new_rows_learn():
 def test_frozen_layers_stay_and_their_states_are_computed_once(monkeypatch, style):
     """Cached states change nothing, also where new rows train below the frozen layer."""
     # padding left out beside other rows rounds differently, which Adam amplifies (tested with PPO)
-    monkeypatch.setattr(models.TokenBatch, "_padding", lambda *_: (0, 0))
+    monkeypatch.setattr(policy.TokenBatch, "_padding", lambda *_: (0, 0))
     found = []
     for cached in (True, False):
         loop = training(style=style, config={"train": "top", "layers": 1, "steps": 12})

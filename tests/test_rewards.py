@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lib import generation, rewards, scoring, segments
+from lib import generation, rewards, scorers, segments
 
 
 def samples(*texts):
@@ -17,7 +17,7 @@ def samples(*texts):
 
 
 def total(*texts):
-    reward = rewards.CleanTextReward(scoring.load_scorer("lexicon-insults", role="reward"))
+    reward = rewards.CleanTextReward(scorers.load_scorer("lexicon-insults", role="reward"))
     return sum(reward(samples(*texts)).values())
 
 
@@ -37,7 +37,7 @@ def test_empty_repeated_and_foreign_texts_earn_less():
 
 
 def test_terms_are_named_and_per_row():
-    reward = rewards.CleanTextReward(scoring.load_scorer("lexicon-insults"))
+    reward = rewards.CleanTextReward(scorers.load_scorer("lexicon-insults"))
     parts = reward(samples("a b c", ""))
     assert list(parts) == ["clean", "empty", "repetition", "non_latin"]
     assert parts["empty"].tolist() == [0, -4]
@@ -49,7 +49,7 @@ def test_terms_are_named_and_per_row():
 PARTS = ["You are kind.", "You stupid idiot!", "Well,", "e.g. this", "\n", "Ünï", "?!", " "]
 
 
-class Scripted(scoring.Scorer):
+class Scripted(scorers.Scorer):
     """A score for every text, from its characters; some have none (NaN)."""
 
     def __init__(self, holes=False):
@@ -68,8 +68,8 @@ def test_drops_telescope_to_the_whole_responses_toxicity(texts):
             drops = rewards.ToxicityDrops(Scripted(), segments.Segmenter(unit), logit)
             found = drops(["p"] * len(texts), texts)
             whole = Scripted().score(texts)
-            end = -scoring.log_odds(whole) if logit else -whole
-            start = scoring.log_odds(np.zeros(1))[0] if logit else 0.0
+            end = -scorers.log_odds(whole) if logit else -whole
+            start = scorers.log_odds(np.zeros(1))[0] if logit else 0.0
             for row, total, text in zip(found, end, texts, strict=True):
                 assert len(row) == len(segments.Segmenter(unit).spans(text))
                 if text.strip():
