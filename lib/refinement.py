@@ -23,8 +23,9 @@ import pandas as pd
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lib import data, generation, logprobs, metrics, runtime
+from lib import data, generation, logprobs, runtime, stats
 from lib.feedback import ChatClient, chat
+from lib.papers.ilf.data import load_slf5k, wikipedia_as_slf5k
 from lib.rubric import CATEGORIES, Critique, Rubric, SimulatedAnnotator, stems
 from lib.segments import Segmenter
 from lib.text import is_empty, words
@@ -52,7 +53,7 @@ def load_articles(
     if source == "wikipedia":
         judge = rubric or Rubric()
         fit = lambda text: len(judge.facts(text)) >= min_facts  # noqa: E731
-        return pd.DataFrame(data.wikipedia_as_slf5k(split, n, keep=fit).to_list())
+        return pd.DataFrame(wikipedia_as_slf5k(split, n, keep=fit).to_list())
     if source == "samples":
         if split not in SAMPLE_SPLITS:
             raise ValueError(f"split is {split!r}; allowed: {', '.join(SAMPLE_SPLITS)}.")
@@ -61,7 +62,7 @@ def load_articles(
         table = table[slice(*SAMPLE_SPLITS[split])].reset_index(drop=True)
         table.insert(0, "id", [f"own_{runtime.content_hash(t)[:12]}" for t in table["title"]])
     else:
-        table = data.load_slf5k(source, split).to_pandas()
+        table = load_slf5k(source, split).to_pandas()
         summary = table["generated_summary_for_feedback"]
         table = table.assign(summary=summary, feedback_target="")
     if n is not None and not 0 < n <= len(table):
@@ -496,9 +497,9 @@ def chooser_report(
     for name, measured in itertools.product(found, ("incorporated", "score", "points", "words")):
         here = found[name][measured].to_numpy(float)
         there = found["random"].loc[found[name].index, measured].to_numpy(float)
-        change = metrics.paired_difference(there, here, seed=seed, resamples=1000)
+        change = stats.paired_difference(there, here, seed=seed, resamples=1000)
         rows.append({"chooser": name, "measure": measured})
-        rows[-1] |= metrics.bootstrap(here, seed=seed)._asdict()
+        rows[-1] |= stats.bootstrap(here, seed=seed)._asdict()
         rows[-1] |= {"difference": change.value, "difference_low": change.low}
         rows[-1] |= {"difference_high": change.high}
     return pd.DataFrame(rows)
@@ -518,7 +519,7 @@ def chooser_agreement(table: pd.DataFrame, scores: dict[str, np.ndarray]) -> pd.
     rows = []
     for a, b in itertools.product(chosen, repeat=2):
         same = chosen[a] == chosen[b]
-        found = metrics.proportion(int(same.sum()), len(same))
+        found = stats.proportion(int(same.sum()), len(same))
         rows.append({"category": a, "condition": b} | found._asdict())
     return pd.DataFrame(rows)
 
