@@ -33,7 +33,8 @@ from torch.nn.functional import cross_entropy, embedding
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lib import feedback as llm
-from lib import generation, losses, models, rubric, runtime, scorers
+from lib import generation, losses, models, runtime, scorers
+from lib.annotator import SimulatedAnnotator
 from lib.policy import SharedTrunkPolicy, TokenBatch
 
 STYLES = ("none", "text", "separator", "token")
@@ -530,7 +531,7 @@ def shuffled(feedback: Feedback, seed: int = 0) -> Feedback:
 
 
 def rubric_critic(
-    annotator: rubric.SimulatedAnnotator, source_of: Callable[[str], str] = str, point: float = 0.5
+    annotator: SimulatedAnnotator, source_of: Callable[[str], str] = str, point: float = 0.5
 ) -> Feedback:
     """The rubric's critique, and a point each for form, accuracy and coverage: words without a network.
 

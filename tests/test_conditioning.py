@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lib import conditioning, feedback, models, policy, rubric
+from lib import annotator, conditioning, feedback, models, policy
 from lib.conditioning import Conditioner, DataPool, FreeText, Item, Product, Quantiles
 from tests.conftest import WORDS
 
@@ -327,7 +327,7 @@ def test_critics_speak_in_at_most_ten_words_and_agree_with_their_score():
     source = (
         "Ada Lovelace was an English mathematician who wrote for the Analytical Engine in 1843."
     )
-    critic = conditioning.rubric_critic(rubric.SimulatedAnnotator())
+    critic = conditioning.rubric_critic(annotator.SimulatedAnnotator())
     good, bad = critic([source] * 2, [source, "no no no no no no no no no no"])
     assert good["score"] == 3.0 and bad["score"] < good["score"] and bad["feedback"]
 

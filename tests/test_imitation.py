@@ -5,10 +5,10 @@ import pandas as pd
 import pytest
 import torch
 
-from lib import imitation as im
 from lib import logprobs, models, reward_models, sft
-from lib import refinement as rf
-from lib.rubric import SimulatedAnnotator
+from lib.annotator import SimulatedAnnotator
+from lib.papers.ilf import learn as im
+from lib.papers.ilf import refine as rf
 
 POST = "Lake Ormin is a shallow lake in Halland. It was formed when the Torvald Glacier melted."
 

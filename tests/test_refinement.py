@@ -15,8 +15,8 @@ from tokenizers import models as token_models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lib import feedback, logprobs, models
-from lib import refinement as rf
-from lib.rubric import Critique, Rubric, SimulatedAnnotator
+from lib.annotator import Critique, Rubric, SimulatedAnnotator
+from lib.papers.ilf import refine as rf
 
 POST = (
     "Lake Ormin is a shallow lake in Halland. It was formed when the Torvald Glacier melted. "

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 from conftest import asset
 
-from lib import rubric
+from lib import annotator
 from lib.course import assets
 from lib.papers.ilf import data as ilf_data
 from lib.papers.ilf.data import (
@@ -141,7 +141,7 @@ def test_tldr_comparisons(tmp_path, monkeypatch):
 
 def test_wikipedia_splits_are_disjoint_and_nested():
     asset("wikipedia")
-    judge = rubric.Rubric()
+    judge = annotator.Rubric()
 
     def fit(text):
         return len(judge.facts(text)) >= 4

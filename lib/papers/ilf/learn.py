@@ -18,9 +18,10 @@ import pandas as pd
 from scipy import special
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lib import logprobs, refinement, sft
-from lib.refinement import Question
-from lib.rubric import SimulatedAnnotator
+from lib import logprobs, sft
+from lib.annotator import SimulatedAnnotator
+from lib.papers.ilf import refine
+from lib.papers.ilf.refine import Question
 
 CUE = "Improved TL;DR:"
 KINDS = {  # what a policy imitates -> the column of articles that holds it
@@ -47,7 +48,7 @@ def targets(articles: pd.DataFrame, kind: str) -> pd.DataFrame:
     column = "chosen" if kind == both else KINDS[kind]
     rows = []
     for a in articles[articles[column].fillna("") != ""].to_dict("records"):
-        prompt, completion = refinement.summary_prompt(a["title"], a["post"]), f" {a[column]}"
+        prompt, completion = refine.summary_prompt(a["title"], a["post"]), f" {a[column]}"
         if kind == both:
             prompt = critique_prompt(a["title"], a["post"], a["summary"])
             completion = f" {a['feedback']}\n\n{CUE}{completion}"
@@ -73,9 +74,9 @@ def written_refinement(
     Without the cue the whole text counts as the refinement, as in the paper.
     """
     _, cue, after = text.partition(CUE)
-    ids = tokenizer(refinement.tidy(after if cue else text), add_special_tokens=False)["input_ids"]
+    ids = tokenizer(refine.tidy(after if cue else text), add_special_tokens=False)["input_ids"]
     kept = tokenizer.decode(ids[:max_tokens], skip_special_tokens=True)
-    return refinement.tidy(kept), bool(cue)
+    return refine.tidy(kept), bool(cue)
 
 
 def shorten(text: str, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> str:

@@ -24,9 +24,9 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lib import data, generation, logprobs, runtime, stats
+from lib.annotator import CATEGORIES, Critique, Rubric, SimulatedAnnotator, stems
 from lib.feedback import ChatClient, chat
 from lib.papers.ilf.data import load_slf5k, wikipedia_as_slf5k
-from lib.rubric import CATEGORIES, Critique, Rubric, SimulatedAnnotator, stems
 from lib.segments import Segmenter
 from lib.text import is_empty, words
 

@@ -7,7 +7,7 @@ Here one class is all four.  A segment's features are its tokens' mean state on 
 encoders that stay frozen, how far its tokens are found in question, passages and earlier answer.
 
 Simplified: the reference reads a segment at a separator put before it and trains a 149M Longformer; its three
-output labels (one dead) are two here, explicit.  Prompts are those of RL, always `qa_feedback.prompt`.
+output labels (one dead) are two here, explicit.  Prompts are those of RL, always `schema.prompt`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, normalize
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from lib import generation, models, reward_models, runtime
-from lib import qa_feedback as qa
+from lib.papers.fine_grained import schema as qa
 from lib.reward_models import Feedback, TrainConfig
 from lib.segments import SHORTEST, Segmenter
 from lib.text import check_texts
