@@ -20,7 +20,9 @@ from lib import runtime
 for _ in runtime.progress(range(3), label="counting"):
     pass
 import time
-time.sleep(WAIT)
+from pathlib import Path
+while UNTIL and not Path(UNTIL).exists():
+    time.sleep(0.2)
 run.metric("seed", SEED, n=1)
 run.finish()
 """
@@ -28,8 +30,8 @@ run.finish()
 
 @pytest.fixture
 def notebook(tmp_path):
-    """A notebook of two cells with the parameters SEED and WAIT."""
-    cells = [nbformat.v4.new_code_cell("SEED = 0\nWAIT = 0"), nbformat.v4.new_code_cell(SOURCE)]
+    """A notebook of two cells with the parameters SEED and UNTIL (a file to wait for)."""
+    cells = [nbformat.v4.new_code_cell('SEED = 0\nUNTIL = ""'), nbformat.v4.new_code_cell(SOURCE)]
     cells[0].metadata["tags"] = ["parameters"]
     kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
     path = tmp_path / "in put" / "tiny.ipynb"
@@ -44,7 +46,12 @@ def papermill(*words, cwd):
     environment = {k: v for k, v in environment.items() if k not in ("FEEDBACK_HEADLESS", "CI")}
     command = [sys.executable, "-m", "papermill", *map(str, words)]
     return subprocess.Popen(
-        command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command,
+        cwd=cwd,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
 
 
@@ -64,12 +71,16 @@ def test_plain_papermill_writes_beside_its_output(notebook, tmp_path):
 
 
 def test_two_runs_at_once_never_share_a_folder(notebook, tmp_path):
-    first = papermill(notebook, tmp_path / "out.ipynb", "-p", "SEED", 1, "-p", "WAIT", 25, cwd=tmp_path)
+    signal = tmp_path / "the second is done"
+    first = papermill(
+        notebook, tmp_path / "out.ipynb", "-p", "SEED", 1, "-p", "UNTIL", signal, cwd=tmp_path
+    )
     while not (tmp_path / "out" / ".lock").exists():
         time.sleep(0.2)
         assert first.poll() is None
     second = papermill(notebook, tmp_path / "out.ipynb", "-p", "SEED", 2, cwd=tmp_path)
     assert second.wait() == 0
+    signal.touch()
     assert first.wait() == 0
     assert seed_in(tmp_path / "out") == 1 and seed_in(tmp_path / "out-2") == 2
 
@@ -79,7 +90,10 @@ def test_two_runs_at_once_never_share_a_folder(notebook, tmp_path):
     [
         (["/x/bin/papermill", "a.ipynb", "b/c.ipynb", "-p", "SEED", "3"], "b/c.ipynb"),
         (["python", "-m", "papermill", "-k", "python3", "a.ipynb", "c.ipynb"], "c.ipynb"),
-        (["python", "/x/papermill", "--cwd", "/tmp", "a.ipynb", "c.ipynb", "-y", "a: 1"], "c.ipynb"),
+        (
+            ["python", "/x/papermill", "--cwd", "/tmp", "a.ipynb", "c.ipynb", "-y", "a: 1"],
+            "c.ipynb",
+        ),
         (["python", "/x/papermill", "a.ipynb", "s3://bucket/c.ipynb"], None),
         (["python", "/x/papermill", "a.ipynb", "-"], None),
         (["python", "-m", "jupyterlab"], None),

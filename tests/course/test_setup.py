@@ -12,7 +12,7 @@ import nbformat
 import papermill
 import pytest
 
-from lib.course import address, install, lab
+from lib.course import address, install, lab, notebooks
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -218,10 +218,8 @@ def test_where_the_course_is_installed_the_cell_does_nothing():
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_papermill_itself_reads_every_parameter(path):
     """`papermill --help-notebook` lists them all, with the help of their comments."""
-    from lib import runner
-
     listed = papermill.inspect_notebook(str(path))
-    assert set(listed) == set(runner.read_parameters(path))
+    assert set(listed) == set(notebooks.read_parameters(path))
     assert all(parameter["help"] for name, parameter in listed.items() if name != "SYSTEM_PROMPT")
 
 
