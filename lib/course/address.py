@@ -52,7 +52,10 @@ except ImportError:
 
 def read(root: Path) -> str:
     """The address in the project's metadata; empty where none is set."""
-    project = tomllib.loads((root / "pyproject.toml").read_text("utf-8"))["project"]
+    metadata = root / "pyproject.toml"
+    if not metadata.exists():  # lib installed without its checkout
+        return ""
+    project = tomllib.loads(metadata.read_text("utf-8"))["project"]
     return project.get("urls", {}).get("Repository", "")
 
 
@@ -87,8 +90,9 @@ def write_into_notebook(notebook: NotebookNode, name: str, address: str) -> None
     heading, _, rest = BADGE.sub("", title.source).partition("\n")
     parts = [heading, badge(address, name), rest.strip("\n")]
     title.source = "\n\n".join(part for part in parts if part)
-    first_code = next(cell for cell in notebook.cells if cell.cell_type == "code")
-    first_code.source = setup_cell(address)
+    for cell in notebook.cells:
+        if cell.cell_type == "code" and cell.source.startswith("# Set-up"):
+            cell.source = setup_cell(address)
 
 
 def write_into_readme(text: str, address: str) -> str:
