@@ -1,6 +1,7 @@
 """Fixtures shared by the tests: tiny models (no download) and the real policy where it can be had."""
 
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -67,3 +68,12 @@ def real_data():
     if not folder or not Path(folder).is_dir():
         pytest.skip("FEEDBACK_DATA names no folder with the papers' own files")
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def chromium_program():
+    """Path of the system's Chromium; the test is skipped where there is none."""
+    for name in ("chromium", "chromium-browser", "chrome"):
+        if shutil.which(name):
+            return shutil.which(name)
+    pytest.skip("chromium is not installed (apt install chromium)")

@@ -6,11 +6,13 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import nbformat
 import papermill
 import pytest
+from playwright.sync_api import sync_playwright
 
 from lib.course import address, install, lab, notebooks
 
@@ -230,3 +232,45 @@ def test_kernel_metadata_is_completed_on_reading_and_tidied_on_saving():
     assert lab.as_committed(opened) == committed
     julia = {"kernelspec": {"name": "julia", "display_name": "Julia"}}
     assert lab.as_opened(julia) == julia and lab.as_committed(julia) == julia
+
+
+def test_a_notebook_opened_in_jupyterlab_is_not_unsaved_and_the_root_is_the_course(
+    chromium_program, tmp_path
+):
+    """In a real browser: no mark of a change on the tab, and saving changes no byte."""
+    (tmp_path / "notebooks").mkdir()
+    book = ROOT / "notebooks" / "00_start_here.ipynb"
+    copy = tmp_path / "notebooks" / book.name
+    copy.write_bytes(book.read_bytes())
+    (tmp_path / "README.md").write_text("# The course")
+    quiet = ["--allow-root", "--no-browser", "--port", "0", "--IdentityProvider.token="]
+    environment = os.environ | {"HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    server = subprocess.Popen(
+        lab.command(tmp_path, quiet),
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        lines = iter(server.stdout.readline, "")
+        urls = (re.search(r"http://(?:localhost|127\.0\.0\.1):\d+", line) for line in lines)
+        url = next(match[0] for match in urls if match)
+        threading.Thread(target=server.stdout.read, daemon=True).start()
+        with sync_playwright() as play:
+            page = play.chromium.launch(
+                executable_path=chromium_program, args=["--no-sandbox"]
+            ).new_page()
+            page.goto(f"{url}/lab/tree/notebooks/{book.name}", timeout=120_000)
+            page.wait_for_selector(".jp-Notebook", timeout=120_000)
+            page.wait_for_selector("[data-status=idle]", timeout=120_000)  # the kernel has answered
+            page.wait_for_timeout(5000)
+            tab = page.locator(".lm-DockPanel-tabBar .lm-mod-current").first
+            assert "jp-mod-dirty" not in tab.get_attribute("class")
+            page.keyboard.press("Control+s")
+            page.goto(f"{url}/lab/tree/README.md", timeout=120_000)
+            page.wait_for_selector(".jp-FileEditor, .jp-MarkdownViewer", timeout=120_000)
+        assert copy.read_bytes() == book.read_bytes()
+    finally:
+        server.terminate()
+        server.wait()
