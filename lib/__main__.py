@@ -1,4 +1,4 @@
-"""The command line: `python -m lib run | list | publish | report | annotate | bench` (try `--help`)."""
+"""The command line: `python -m lib run | list | publish | report | fetch | annotate | bench`."""
 
 from __future__ import annotations
 
@@ -30,6 +30,19 @@ def _publish(options: argparse.Namespace) -> int:
 
 def _report(options: argparse.Namespace) -> int:
     print(f"Report: {runner.write_report(options.scale)}")
+    return 0
+
+
+def _fetch(options: argparse.Namespace) -> int:
+    from lib.course import fetch
+
+    if not options.sets:
+        print(fetch.describe_sets())
+        return 0
+    try:
+        fetch.fetch(*options.sets)
+    except (ValueError, fetch.AssetError) as error:
+        raise runner.RequestError(str(error)) from None
     return 0
 
 
@@ -68,6 +81,12 @@ def build_parser() -> argparse.ArgumentParser:
     listing = add("list", _list, "the notebooks, their questions, and what has run")
     publishing = add("publish", _publish, "write the committed notebooks and plots/ (demo scale)")
     report = add("report", _report, "write the page of results, runs/<scale>/index.html")
+    fetching = add(
+        "fetch", _fetch, "get the papers' own released files (without a name: list them)"
+    )
+    fetching.add_argument(
+        "sets", nargs="*", metavar="NAME", help="such as qa_feedback; several too"
+    )
     page = add("annotate", _annotate, "write an annotation page that works offline in a browser")
     page.add_argument("items", metavar="ITEMS.json", help="qa-feedback records, or course items")
     page.add_argument("--out", default="annotate.html", metavar="PAGE.html")
