@@ -43,7 +43,6 @@ from transformers import (
 )
 
 from lib import (
-    assets,
     data,
     feedback,
     generation,
@@ -57,6 +56,8 @@ from lib import (
     scoring,
     sft,
 )
+from lib.course import assets
+from lib.course.record import SHOWN_PACKAGES
 
 SIZES = ("real", "tiny")  # "tiny": random models and few rows, to test the machinery
 SAMPLES, NEW_TOKENS = 8, 48
@@ -175,7 +176,7 @@ def measure(name: str, benchmark: Benchmark, rounds: int = ROUNDS) -> dict:
     growth = [{"size": size, **_run(thunk)} for size, thunk in benchmark.growth.items()]
     record = {"name": name, "unit": benchmark.unit, "goal": benchmark.goal, "what": benchmark.what}
     record |= {"limit": benchmark.limit, "dtype": str(benchmark.dtype).removeprefix("torch.")}
-    packages = {p: metadata.version(p) for p in runtime.SHOWN_PACKAGES}
+    packages = {p: metadata.version(p) for p in SHOWN_PACKAGES}
     record |= {"device": runtime.describe_device(), "versions": packages, "ceilings": top}
     record |= {"commit": runtime.git_commit(), "plain": runtime.plain_mode(), "growth": growth}
     record |= {"grows": benchmark.grows}

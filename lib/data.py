@@ -24,7 +24,8 @@ import numpy as np
 import pandas as pd
 from transformers import PreTrainedTokenizerBase
 
-from lib import assets, runtime
+from lib import runtime
+from lib.course import assets
 
 UNCATEGORISED = "uncategorised"
 TEMPLATE_STYLES = ("raw", "chat", "chat+system", "tagged", "tagged+system")
@@ -114,7 +115,7 @@ def csv_records(path: Path) -> Iterator[tuple[int, list[str]]]:
         yield line, fields
 
 
-def _header(path: Path, records: Iterator, needed: Sequence[str]) -> list[str]:
+def csv_header(path: Path, records: Iterator, needed: Sequence[str]) -> list[str]:
     """Column names of a CSV; missing and repeated ones are refused."""
     line, header = next(records)
     missing = [name for name in needed if name not in header]
@@ -130,12 +131,12 @@ def _header(path: Path, records: Iterator, needed: Sequence[str]) -> list[str]:
 
 def _csv_dicts(path: Path) -> Iterator[tuple[int, dict]]:
     records = csv_records(path)
-    header = _header(path, records, ["prompt"])
+    header = csv_header(path, records, ["prompt"])
     for line, fields in records:
         yield line, dict(zip(header, fields, strict=True))
 
 
-def _score(value: object, where: str) -> tuple[float, str]:
+def unit_score(value: object, where: str) -> tuple[float, str]:
     """(score in [0, 1] or NaN, why it is missing: "", "not scored" for -1, "unsupported" for none)."""
     if value is None or str(value).strip().lower() in ("", "nan"):
         return math.nan, "unsupported"
@@ -261,7 +262,7 @@ def _check_prompt(record: object, where: str) -> tuple[str, list[str], float | N
     given = [given] if isinstance(given, str) else given
     if not isinstance(given, list) or not all(isinstance(c, str) and c for c in given):
         raise ValueError(f"{where}: category {given!r}; allowed: a name or a list of names.")
-    return text, given, _score(fields[name], where)[0] if name in fields else None
+    return text, given, unit_score(fields[name], where)[0] if name in fields else None
 
 
 def _draw(categories: Sequence[str], n: int, seed: int, stratify: bool) -> list[int]:
@@ -412,7 +413,7 @@ def read_rewardlm_csv(path: str | Path) -> pd.DataFrame:
     """
     path = Path(path).expanduser()
     records = csv_records(path)
-    header = _header(path, records, REWARDLM_COLUMNS)
+    header = csv_header(path, records, REWARDLM_COLUMNS)
     lines, rows = [], []
     for line, fields in records:
         lines.append(line)
@@ -424,7 +425,7 @@ def read_rewardlm_csv(path: str | Path) -> pd.DataFrame:
         table = table.set_index(table.pop("").astype(int).rename(None))
     for column in filter(header.__contains__, REWARDLM_SCORES):
         read = [
-            _score(value, f"{path.name}, line {line}, {column}")
+            unit_score(value, f"{path.name}, line {line}, {column}")
             for line, value in zip(lines, table[column], strict=True)
         ]
         table[column] = [score for score, _ in read]
@@ -441,7 +442,7 @@ def load_dialoconan(path: str | Path) -> list[list[dict[str, str]]]:
     """
     path = Path(path).expanduser()
     records = csv_records(path)
-    header = _header(path, records, ("text", "dialogue_id", "turn_id", "type"))
+    header = csv_header(path, records, ("text", "dialogue_id", "turn_id", "type"))
     dialogues: dict[str, list[tuple[int, str, str]]] = {}
     for line, fields in records:
         row = dict(zip(header, fields, strict=True))

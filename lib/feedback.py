@@ -41,7 +41,8 @@ import numpy as np
 import openai
 import pandas as pd
 
-from lib import assets, data, preferences, runtime, scoring
+from lib import data, preferences, runtime, scoring
+from lib.course import assets
 
 try:
     import fcntl

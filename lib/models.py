@@ -38,7 +38,8 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutput
 
-from lib import assets, runtime
+from lib import runtime
+from lib.course import assets
 
 PACKED_BYTES = 2**30
 # values of a matrix (measured: oneDNN is the faster one from 128 x 512, the slower below 64 x 128)

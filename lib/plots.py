@@ -1,7 +1,7 @@
 """Every figure as a function of a tidy table: one style, readable in grey, nothing shown or saved here.
 
 Conditions differ in colour, marker and line style; intervals are bars or bands; n stands in the title
-or the labels.  `runtime.Run.save_figure` writes a figure and shows it with its alt text.
+or the labels.  `course.record.Run.save_figure` writes a figure and shows it with its alt text.
 
 Simplified: figures use matplotlib directly and keep no state; change one through `figure.axes`.
 """

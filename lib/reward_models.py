@@ -32,7 +32,8 @@ import transformers
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from lib import assets, generation, losses, metrics, models, preferences, runtime, scoring, sft
+from lib import generation, losses, metrics, models, preferences, runtime, scoring, sft
+from lib.course import assets
 from lib.metrics import Interval
 
 POOLINGS = ("mean", "last")

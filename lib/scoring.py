@@ -32,7 +32,8 @@ from scipy.special import expit
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from lib import assets, generation, models, runtime
+from lib import generation, models, runtime
+from lib.course import assets
 
 CHUNK = 2048  # texts in work at a time: peak memory does not depend on their number
 LOGIT_CLIP = 6.0  # log-odds beyond +-6 (p < 0.0025 or > 0.9975) are held there

@@ -20,9 +20,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lib import assets
+from lib.course import assets
 
-ROOT = Path(assets.__file__).resolve().parents[1]
+ROOT = Path(assets.__file__).resolve().parents[2]
 MEMBER = "tiny_asset/data/words.txt"
 CONTENT = np.random.default_rng(0).bytes(3_000_000)  # does not compress
 
@@ -215,8 +215,8 @@ def test_disk_full_while_extracting(index, tmp_path, monkeypatch):
 
 def test_disk_full_and_permission_as_pip_says_it():
     full = "Traceback\n  File x\nOSError: [Errno 28] No space left on device: '/x/y.whl'"
-    assert "disk is full" in assets._advice(full)
-    assert "no permission" in assets._advice("ERROR: [Errno 13] Permission denied: '/x'")
+    assert "disk is full" in assets.advice(full)
+    assert "no permission" in assets.advice("ERROR: [Errno 13] Permission denied: '/x'")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
@@ -262,7 +262,7 @@ def test_failing_conversion_leaves_nothing(index, tmp_path, monkeypatch):
 
 CHILD = """
 import sys
-from lib import assets
+from lib.course import assets
 asset = assets.Asset("tiny", "tiny-asset", "1.0", sys.argv[1], 3.0, {sys.argv[2]: "words.txt"}, "", "", "")
 assets.ASSETS["tiny"] = asset
 print(assets.fetch("tiny"))

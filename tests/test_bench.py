@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from lib import __main__ as command
 from lib import bench, generation, scoring
+from lib.course import cli as command
 
 ROOT = Path(__file__).parents[1]
 

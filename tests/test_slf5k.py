@@ -6,7 +6,8 @@ import pandas as pd
 import pytest
 from conftest import asset
 
-from lib import assets, data, rubric
+from lib import data, rubric
+from lib.course import assets
 
 WHOLE = {
     "id": "t3_abc1",

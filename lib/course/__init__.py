@@ -1,1 +1,1 @@
-"""What makes a notebook run and what it reads: nothing here is about learning from feedback itself."""
+"""What makes a notebook run: assets, the record of a run, the runner, publishing, the page of results."""

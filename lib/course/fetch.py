@@ -30,7 +30,7 @@ import filelock
 import requests
 
 from lib import runtime
-from lib.assets import AssetError, _advice
+from lib.course.assets import AssetError, advice
 
 CARD = "card.json"
 ATTEMPTS = 4  # that bring no byte, before a download is given up
@@ -245,7 +245,7 @@ def _fetch_source(item: Released, source: Source) -> list[str]:
             if isinstance(error, _Unreachable):  # another repository may be in reach
                 break
         except OSError as error:
-            why = _advice(f"{type(error).__name__}: {error}", error.errno)
+            why = advice(f"{type(error).__name__}: {error}", error.errno)
             raise AssetError(f"{item.name}: {why} What is whole is kept.") from None
     return failures
 
