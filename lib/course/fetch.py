@@ -36,7 +36,7 @@ CARD = "card.json"
 ATTEMPTS = 4  # that bring no byte, before a download is given up
 PAUSE = 1.0  # seconds before the second attempt; it doubles
 TIMEOUT = (15, 60)  # seconds to connect, and between two pieces
-BLOCK = 1 << 18  # bytes
+BLOCK = 1 << 16  # bytes; what a killed process loses at most
 
 
 class _Unreachable(AssetError):
@@ -167,7 +167,7 @@ def describe_sets() -> str:
         lines = [
             f"{item.name}: {_state(item)}",
             item.what,
-            f"files: {', '.join(item.files)}; about {item.megabytes} MB, from {sources}",
+            f"{_files(len(item.files))}, about {item.megabytes} MB, from {sources}",
             f"licence: {item.licence}",
         ]
         parts.append("\n    ".join(lines))
@@ -184,8 +184,12 @@ def _state(item: Released) -> str:
     if count == len(item.files):
         places.append(f"fetched ({item.folder})")
     elif count or list(item.folder.glob("*.part")):
-        places.append(f"begun ({count} of {len(item.files)} files are whole)")
+        places.append(f"begun ({count} of {_files(len(item.files))} whole)")
     return ", ".join(places) or "not here"
+
+
+def _files(count: int) -> str:
+    return "1 file" if count == 1 else f"{count} files"
 
 
 # --- fetching ------------------------------------------------------------------------------------
@@ -216,7 +220,7 @@ def _fetch_set(item: Released) -> None:
     if failures:
         lines = [f"{item.name} is not complete; what is whole is kept.", *failures]
         raise AssetError("\n".join(lines))
-    print(f"{item.name}: {len(item.files)} files in {item.folder}")
+    print(f"{item.name}: {_files(len(item.files))} in {item.folder}")
 
 
 @contextlib.contextmanager
