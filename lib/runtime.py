@@ -6,6 +6,7 @@ Simplified: equal digits are promised only for the same machine, versions and th
 from __future__ import annotations
 
 import contextlib
+import email.utils
 import gc
 import hashlib
 import json
@@ -305,3 +306,12 @@ def git_commit() -> str:
     except (OSError, subprocess.TimeoutExpired):
         return "unknown"
     return found.stdout.strip() or "unknown"
+
+
+def retry_after(value: str | None) -> float | None:
+    """Seconds that a Retry-After header asks for (a number or a date); None where it says neither."""
+    try:
+        return max(0.0, float(value or ""))
+    except ValueError:
+        date = email.utils.parsedate_tz(value)
+        return max(0.0, email.utils.mktime_tz(date) - time.time()) if date else None
