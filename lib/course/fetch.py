@@ -113,14 +113,10 @@ def released(name: str, *files: str, needed: bool = True) -> Path | None:
     Where they are nowhere, FileNotFoundError names the command that gets them; `needed=False` prints that
     instead and returns None.  Raises ValueError for an unknown name.
     """
+    folder = find(name, *files)
+    if folder is not None:
+        return folder
     item = _known(name)
-    own = os.environ.get("FEEDBACK_DATA")
-    if own:
-        folder = Path(own).expanduser() / name
-        if folder.is_dir() and all((folder / file).is_file() for file in files):
-            return folder
-    if _has(item, files or item.files):
-        return item.folder
     message = (
         f"the released files {name!r}{' (' + ', '.join(files) + ')' if files else ''} are not here. "
         f"Try: python -m lib fetch {name} ({item.licence}; about {item.megabytes} MB), or set "
@@ -130,6 +126,17 @@ def released(name: str, *files: str, needed: bool = True) -> Path | None:
         raise FileNotFoundError(message)
     print(message)
     return None
+
+
+def find(name: str, *files: str) -> Path | None:
+    """As `released`, in silence: the folder, or None where the files are nowhere."""
+    item = _known(name)
+    own = os.environ.get("FEEDBACK_DATA")
+    if own:
+        folder = Path(own).expanduser() / name
+        if folder.is_dir() and all((folder / file).is_file() for file in files):
+            return folder
+    return item.folder if _has(item, files or item.files) else None
 
 
 def _known(name: str) -> Released:

@@ -14,9 +14,13 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
+from lib import data
 from lib.course import cli, fetch
+from lib.papers import rewardlm
+from lib.papers.ilf import data as ilf
 
 ROOT = Path(fetch.__file__).resolve().parents[2]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -48,6 +52,8 @@ class Server:
         self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
         threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
         self.url = f"http://127.0.0.1:{self.server.server_port}"
+
+        self.server.handle_error = lambda *_: None  # a client that was killed
 
     def close(self):
         self.server.shutdown()
@@ -334,6 +340,46 @@ def test_a_full_disk_is_said(server, monkeypatch):
     monkeypatch.setattr(fetch, "open", opener, raising=False)
     with pytest.raises(fetch.AssetError, match="disk is full.*FEEDBACK_CACHE"):
         fetch.fetch("tiny")
+
+
+# --- who reads them ------------------------------------------------------------------------------
+
+
+def test_loaders_find_what_was_fetched(tmp_path, monkeypatch):
+    """By the names that the notebooks use at full scale, and without a network."""
+    monkeypatch.setenv("FEEDBACK_DATA", str(tmp_path))
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    post = {"id": "t3_a", "subreddit": "r", "title": "t", "post": "p"}
+    files = {
+        "slf5k/train.jsonl": json.dumps(post | {"feedback": "f"}),
+        "real_toxicity_prompts/prompts.jsonl": json.dumps(
+            {"prompt": {"text": "So I", "toxicity": 0.25}, "challenging": False}
+        ),
+        "dialoconan/DIALOCONAN.csv": (
+            "text,dialogue_id,turn_id,type\nhate,0,0,HS\ncounter,0,1,CN\n"
+        ),
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text(text)
+    summaries = [{"text": "one"}, {"text": "two"}]
+    comparison = {"info": post, "summaries": summaries, "choice": 1, "worker": "w", "batch": "b"}
+    (tmp_path / "tldr_comparisons").mkdir()
+    pd.DataFrame([comparison]).to_parquet(
+        tmp_path / "tldr_comparisons" / "summarize_from_feedback_comparisons-train.parquet"
+    )
+    assert ilf.load_slf5k()["feedback"] == ["f"]
+    assert ilf.load_tldr_comparisons()["comparison_preference"] == ["Summary B"]
+    assert data.load_prompts(data.RTP)["prompt_score"] == [0.25]
+    ((user, assistant),) = rewardlm.load_dialoconan("dialoconan")
+    assert (user["content"], assistant["content"]) == ("hate", "counter")
+
+
+def test_a_loader_says_how_to_get_what_is_not_here(tmp_path, monkeypatch):
+    monkeypatch.delenv("FEEDBACK_DATA", raising=False)
+    monkeypatch.setenv("FEEDBACK_CACHE", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="python -m lib fetch dialoconan.*redistribution"):
+        rewardlm.load_dialoconan("dialoconan")
 
 
 # --- what is registered --------------------------------------------------------------------------
