@@ -122,6 +122,9 @@ def released(name: str, *files: str, needed: bool = True) -> Path | None:
         f"Try: python -m lib fetch {name} ({item.licence}; about {item.megabytes} MB), or set "
         f"FEEDBACK_DATA to a folder of yours that has them in {name}/."
     )
+    own = os.environ.get("FEEDBACK_DATA")
+    if own and not Path(own).expanduser().is_dir():
+        message += f" (FEEDBACK_DATA is {own!r} now, which is no folder.)"
     if needed:
         raise FileNotFoundError(message)
     print(message)
@@ -161,7 +164,7 @@ def _has(item: Released, files) -> bool:
         path = item.folder / file
         if file not in recorded or not path.is_file():
             return False
-        if path.stat().st_size != recorded[file]["bytes"]:
+        if path.stat().st_size != recorded[file].get("bytes"):
             return False
     return True
 
@@ -206,16 +209,24 @@ def fetch(*names: str) -> None:
     """Download what is missing or damaged of these sets, check it, and write their cards.
 
     Files that are whole are not asked for again.  Raises ValueError for an unknown name, before anything
-    is downloaded, and AssetError where a file cannot be had or is not the expected one; what was whole by
-    then is kept and usable.
+    is downloaded, and, after all was tried, AssetError where a file cannot be had or is not the expected
+    one; what was whole by then is kept and usable.
     """
+    failures = []
     for item in [_known(name) for name in names]:
-        _fetch_set(item)
+        try:
+            failures += _fetch_set(item)
+        except OSError as error:  # the disk, not the network
+            failures.append(advice(f"{type(error).__name__}: {error}", error.errno))
+    if failures:
+        raise AssetError(
+            "\n".join(["not everything was fetched; what is whole is kept.", *failures])
+        )
     print("Notebooks that ran before: run them again with --force to see these files.")
 
 
-def _fetch_set(item: Released) -> None:
-    """One set: terms first, then its files, one repository after the other."""
+def _fetch_set(item: Released) -> list[str]:
+    """One set: terms first, then its files, one repository after the other.  Returns what went wrong."""
     print(f"{item.name}: {item.what}. Licence: {item.licence}.")
     if item.notice:
         print(f"Before you use it: {item.notice}")
@@ -224,10 +235,9 @@ def _fetch_set(item: Released) -> None:
     with _alone(item):
         for source in item.sources:
             failures += _fetch_source(item, source)
-    if failures:
-        lines = [f"{item.name} is not complete; what is whole is kept.", *failures]
-        raise AssetError("\n".join(lines))
-    print(f"{item.name}: {_files(len(item.files))} in {item.folder}")
+    if not failures:
+        print(f"{item.name}: {_files(len(item.files))} in {item.folder}")
+    return failures
 
 
 @contextlib.contextmanager
@@ -246,7 +256,7 @@ def _alone(item: Released) -> Iterator[None]:
 
 
 def _fetch_source(item: Released, source: Source) -> list[str]:
-    """Fetch a repository's files; returns what went wrong.  A disk that is full or closed ends it all."""
+    """Fetch a repository's files; returns what went wrong."""
     failures = []
     for path, expected in source.files.items():
         try:
@@ -255,9 +265,6 @@ def _fetch_source(item: Released, source: Source) -> list[str]:
             failures.append(str(error))
             if isinstance(error, _Unreachable):  # another repository may be in reach
                 break
-        except OSError as error:
-            why = advice(f"{type(error).__name__}: {error}", error.errno)
-            raise AssetError(f"{item.name}: {why} What is whole is kept.") from None
     return failures
 
 
@@ -273,13 +280,19 @@ def _fetch_file(item: Released, source: Source, path: str, expected: str) -> Non
     if not expected:  # what an older part holds cannot be checked at the end
         part.unlink(missing_ok=True)
     resumed = part.exists()
-    facts = _receive_checked(source.url(path), part, expected)
-    if facts is None and resumed:  # the older part may have been the fault
-        facts = _receive_checked(source.url(path), part, expected)
-    if facts is None:
+    facts = _receive(source.url(path), part)
+    if (
+        expected and resumed and not _fits(facts, expected)
+    ):  # the older part may have been the fault
+        part.unlink()
+        facts = _receive(source.url(path), part)
+    if expected and not _fits(facts, expected):
+        part.unlink()
+        kind = expected.partition(":")[0]
         raise AssetError(
-            f"{file.name} from {source.url(path)} is not the expected file ({expected}); it was removed. "
-            "Try again; if it stays so, it was altered on its way or at its source."
+            f"{file.name} from {source.url(path)} is not the expected file: it has {kind}:{facts[kind]}, not "
+            f"{expected}; it was removed. Try again; if it stays so, it was altered on its way or at its "
+            "source."
         )
     os.replace(part, file)
     _record(item, source, path, expected, facts)
@@ -325,24 +338,14 @@ def _record(item: Released, source: Source, path: str, expected: str, facts: dic
     runtime.write_atomic(item.folder / CARD, runtime.to_json(card))
 
 
-def _receive_checked(url: str, part: Path, expected: str) -> dict | None:
-    """Facts of the whole file in `part`, or None (and no part) where it is not the expected one."""
-    _receive(url, part)
-    facts = _facts(part)
-    if expected and not _fits(facts, expected):
-        part.unlink()
-        return None
-    return facts
-
-
-def _receive(url: str, part: Path) -> None:
-    """Fill `part` to the file's end; a connection that breaks is taken up where it broke."""
+def _receive(url: str, part: Path) -> dict:
+    """Fill `part` to the file's end, a connection that breaks taken up where it broke; return its facts."""
     failed = 0
     while True:
         before = part.stat().st_size if part.exists() else 0
         try:
             _receive_once(url, part, before)
-            return
+            return _facts(part)
         except requests.RequestException as error:
             grown = part.exists() and part.stat().st_size > before
             failed = 1 if grown else failed + 1
@@ -365,6 +368,11 @@ def _receive_once(url: str, part: Path, start: int) -> None:
             part.unlink()
             return _receive_once(url, part, 0)
         response.raise_for_status()
+        if response.headers.get("Content-Type", "").startswith("text/html"):
+            host = urlsplit(url).netloc
+            raise AssetError(
+                f"{host} sent a web page in the place of {url}: a log-in of your network?"
+            )
         if response.status_code != 206:  # the server sends all of it again
             start = 0
         length = int(response.headers.get("Content-Length") or 0)

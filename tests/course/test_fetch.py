@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +48,7 @@ class Server:
         self.requests, self.ranges = [], []
         self.cut = {}  # address -> how many more answers break off half-way
         self.status = {}  # address -> refuse with this status
-        self.pause, self.ranged = 0.0, True
+        self.pause, self.ranged, self.kind = 0.0, True, "text/plain"
         handler = functools.partial(_Handler, self)
         self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
         threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
@@ -84,6 +85,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.end_headers()
             return
         self.send_response(206 if start else 200)
+        self.send_header("Content-Type", served.kind)
         self.send_header("Content-Length", str(len(body) - start))
         self.end_headers()
         middle = (start + len(body)) // 2
@@ -203,13 +205,32 @@ def test_a_part_that_is_whole_or_too_long(server, folder, length):
 
 def test_another_file_is_refused_with_both_hashes_and_the_rest_is_kept(server, folder, monkeypatch):
     register(monkeypatch, train="git:" + "0" * 40)
-    with pytest.raises(fetch.AssetError, match="train.json.*not the expected file.*git:0000"):
+    with pytest.raises(
+        fetch.AssetError, match=f"train.json.*it has git:{blob_id(TRAIN)}, not git:0000"
+    ):
         fetch.fetch("tiny")
     assert not (folder / "train.json").exists() and not list(folder.glob("*.part"))
     assert (folder / "extra.csv").read_bytes() == EXTRA
     assert fetch.released("tiny", "extra.csv") == folder
     with pytest.raises(FileNotFoundError):
         fetch.released("tiny")
+
+
+def test_a_web_page_is_no_data(server, folder):
+    """A network that wants a log-in answers everything with its page, and status 200."""
+    server.kind = "text/html; charset=utf-8"
+    with pytest.raises(fetch.AssetError, match="sent a web page"):
+        fetch.fetch("tiny")
+    assert not (folder / "LICENSE").exists()  # whose hash would not tell
+
+
+def test_one_set_fails_and_the_next_is_fetched(server, folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(fetch.SETS, "gone", replace(fetch.SETS["tiny"], name="gone"))
+    (tmp_path / "cache" / "released").mkdir(parents=True)
+    (tmp_path / "cache" / "released" / "gone").write_text("a file in the folder's place")
+    with pytest.raises(fetch.AssetError, match="not everything was fetched.*\n.*gone"):
+        fetch.fetch("gone", "tiny")
+    assert fetch.released("tiny") == folder
 
 
 def test_a_damaged_file_is_fetched_again(server, folder):
@@ -259,6 +280,9 @@ def test_your_own_folder_comes_first(server, folder, tmp_path, monkeypatch, caps
     (own / "tiny" / "train.json").write_text("[]")
     assert fetch.released("tiny", needed=False) is None
     assert "python -m lib fetch tiny" in capsys.readouterr().out
+    monkeypatch.setenv("FEEDBACK_DATA", str(tmp_path / "typo"))
+    with pytest.raises(FileNotFoundError, match="typo' now, which is no folder"):
+        fetch.released("tiny")
     monkeypatch.setenv("FEEDBACK_DATA", str(own))
     assert fetch.released("tiny") == own / "tiny"
     fetch.fetch("tiny")
