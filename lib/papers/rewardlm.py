@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from lib import data, generation, rewards, scorers
+from lib.course import fetch
 from lib.stats import Interval, bootstrap, exceedance, paired_difference, proportion
 
 REWARDLM_COLUMNS = ("prompts", "responses", "prompt_score", "response_score")
@@ -47,12 +48,15 @@ def read_rewardlm_csv(path: str | Path) -> pd.DataFrame:
 
 
 def load_dialoconan(path: str | Path) -> list[list[dict[str, str]]]:
-    """Dialogues of the reader's own DIALOCONAN.csv as conversations: hate turns "user", counter "assistant".
+    """Dialogues of DIALOCONAN.csv as conversations: hate turns "user", counter "assistant".
 
-    Columns text, dialogue_id, turn_id, type (HS or CN).  Turns are put in order; an unanswered last turn
-    and empty turns' pairs are left out.  The data may not be redistributed: nothing of it is stored here.
-    Raises ValueError with file and line, FileNotFoundError.
+    `path`: a file of yours, or "dialoconan" for what `python -m lib fetch dialoconan` got.  Columns text,
+    dialogue_id, turn_id, type (HS or CN).  Turns are put in order; an unanswered last turn and empty
+    turns' pairs are left out.  The data may not be redistributed: nothing of it is stored here.  Raises
+    ValueError with file and line, FileNotFoundError.
     """
+    if str(path) == "dialoconan":
+        path = fetch.released("dialoconan", "DIALOCONAN.csv") / "DIALOCONAN.csv"
     path = Path(path).expanduser()
     records = data.csv_records(path)
     header = data.csv_header(path, records, ("text", "dialogue_id", "turn_id", "type"))

@@ -215,8 +215,8 @@ def test_disk_full_while_extracting(index, tmp_path, monkeypatch):
 
 def test_disk_full_and_permission_as_pip_says_it():
     full = "Traceback\n  File x\nOSError: [Errno 28] No space left on device: '/x/y.whl'"
-    assert "disk is full" in assets._advice(full)
-    assert "no permission" in assets._advice("ERROR: [Errno 13] Permission denied: '/x'")
+    assert "disk is full" in assets.advice(full)
+    assert "no permission" in assets.advice("ERROR: [Errno 13] Permission denied: '/x'")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
