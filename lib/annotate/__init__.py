@@ -25,7 +25,7 @@ from markupsafe import Markup
 from lib import data, qa_feedback, runtime
 from lib.qa_feedback import CATEGORIES, PREDICTIONS
 
-LIB = Path(__file__).parent
+HERE = Path(__file__).parent
 KINDS = {"spans": "feedback", "compare": "preference"}  # page -> the field it fills
 TITLES = {"spans": "Mark what is wrong in an answer", "compare": "Compare four answers"}
 # name -> (short tag, title, explanation), in the order of priority of the paper's guidelines
@@ -108,7 +108,7 @@ def build(items: Sequence[dict], kind: str = "spans", title: str | None = None) 
     if kind not in KINDS:
         raise ValueError(f"kind is {kind!r}; allowed: {', '.join(KINDS)}.")
     entries = _page_items(items, kind)
-    sources = [LIB / name for name in ("annotate.js.j2", f"annotate_{kind}.js.j2")]
+    sources = [HERE / name for name in ("page.js", f"{kind}.js")]
     script = "\n".join(path.read_text(encoding="utf-8") for path in sources)
     types = [
         dict(zip(("name", "short", "title", "text"), (k, *v), strict=True))
@@ -118,8 +118,8 @@ def build(items: Sequence[dict], kind: str = "spans", title: str | None = None) 
         dict(zip(("name", "title", "text"), (k, *v), strict=True)) for k, v in MISSING_TEXTS.items()
     ]
     key = runtime.content_hash(kind, [entry["record"] for entry in entries])[:16]
-    templates = jinja2.Environment(loader=jinja2.FileSystemLoader(LIB), autoescape=True)
-    return templates.get_template("annotate.html.j2").render(
+    templates = jinja2.Environment(loader=jinja2.FileSystemLoader(HERE), autoescape=True)
+    return templates.get_template("page.html.j2").render(
         title=title or TITLES[kind], help=HELP[kind], script=Markup(script),
         digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         data={
