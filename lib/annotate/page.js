@@ -1,8 +1,16 @@
 "use strict";
-// Shared by both pages: state, autosave, navigation, export, import. Texts of the data become text nodes only.
-const DATA = JSON.parse(document.getElementById("data").textContent);
-const ITEMS = DATA.items, KEY = "annotate:" + DATA.key, $ = (id) => document.getElementById(id);
-let state = {}, at = 0, storage = null, before = null;
+// Shared by both pages: marks, storage, undo, time, people, navigation, files. Texts of the data become text nodes only.
+//
+// The work on a record is a table of marks, {key: {t, v}}: v is a value (null: taken back), t the time in ms when it
+// was set. Two versions of a table merge mark by mark, the later one stands. So two tabs, or two machines that
+// exchange files, end with the same table in whatever order they meet, and no page overwrites another as a whole.
+const $ = (id) => document.getElementById(id);
+const DATA = JSON.parse($("data").textContent), ITEMS = DATA.items;
+const PREFIX = "annotation:" + DATA.key + ":";
+const TAB = "seconds:" + Math.random().toString(36).slice(2, 10); // each tab counts its own time; a record's is the sum
+const STATES = { new: "○ new", begun: "… begun", done: "✓ finished" };
+let who = "", at = 0, storage = null, marks = {}, states = {}, past = [], future = [], lastTyped = 0;
+const current = () => ITEMS[at];
 
 function el(tag, options, ...children) {
   const node = document.createElement(tag);
@@ -16,98 +24,206 @@ function el(tag, options, ...children) {
 }
 const choice = (type, name, value, checked, text, onchange) =>
   el("label", { class: "choice" }, el("input", { type, name, value: String(value), checked, onchange }), el("span", {}, text));
+const button = (text, onclick, options) => el("button", { type: "button", onclick, ...options }, text);
 const list = (names) => names.length < 2 ? names.join("") : names.slice(0, -1).join(", ") + " and " + names.at(-1);
+const count = (n, noun) => n + " " + noun + (n === 1 ? "" : "s");
 const lines = (text) => text.replace(/\r\n?/g, "\n");
 const plain = (text) => text.split(/\s+/).filter(Boolean).join(" ");
+const said = (id) => el("p", { id, class: "said", role: "status" });
+function say(text, kind = "error", where = "message") { // in one place at a time, beside what it is about
+  for (const node of document.querySelectorAll(".said")) if (node.id !== where) node.textContent = "";
+  $(where).className = "said " + kind;
+  $(where).textContent = text;
+  if (text && kind !== "soft") $(where).scrollIntoView({ block: "nearest" });
+}
 
-// --- state and autosave ---
+// --- marks ---
 
-function load() {
-  state = Object.fromEntries(ITEMS.map((item) => [item.id, fromRecord(item, item.record)]));
+const wins = (a, b) => !b || a.t > b.t || (a.t === b.t && JSON.stringify(a.v) > JSON.stringify(b.v));
+function merge(into, from) { // whether `into` has changed
+  const news = Object.entries(from).filter(([key, mark]) => wins(mark, into[key]));
+  for (const [key, mark] of news) into[key] = mark;
+  return news.length > 0;
+}
+const value = (table, key) => table[key] ? table[key].v : null;
+function set(item, values) { // their former values
+  const table = marks[item.id], former = {};
+  for (const [key, v] of Object.entries(values)) {
+    former[key] = value(table, key);
+    table[key] = { t: Math.max(Date.now(), table[key] ? table[key].t + 1 : 0), v };
+  }
+  save(item);
+  return former;
+}
+function change(what, changes) { // one step for Undo; changes: [[item, values], ...]
+  past.push({ what, former: changes.map(([item, values]) => [item, set(item, values)]) });
+  future = [];
+  lastTyped = 0;
+  refresh();
+}
+const mark = (what, values) => change(what, [[current(), { status: "begun", ...values }]]);
+function typed(what, values) { // keystrokes less than a second apart are one step
+  const now = Date.now();
+  if (now - lastTyped < 1000) {
+    set(current(), values);
+    refresh();
+  } else mark(what, values);
+  lastTyped = now;
+}
+function step(from, to, verb) {
+  if (busy()) return;
+  const last = from.pop();
+  if (!last) return say("There is nothing to " + verb + ".");
+  to.push({ what: last.what, former: last.former.map(([item, values]) => [item, set(item, values)]) });
+  lastTyped = 0;
+  if (last.former.some(([item]) => item === current())) refresh();
+  else go(ITEMS.indexOf(last.former[0][0])); // show where it happened
+  say((verb === "undo" ? "Undone: " : "Done again: ") + last.what + ".", "good");
+}
+const undo = () => step(past, future, "undo"), redo = () => step(future, past, "redo");
+function startOver(items) {
+  const fresh = (item) => {
+    const first = toMarks(item, item.record);
+    return Object.fromEntries(Object.keys(marks[item.id]).map((key) => [key, value(first, key)]));
+  };
+  change("starting over", items.map((item) => [item, fresh(item)]));
+  draw();
+  say((items.length > 1 ? "All records start" : "This record starts") + " over. Undo brings everything back.", "good");
+}
+
+// --- storage: one entry for each record and annotator ---
+
+const slot = (item, name = who) => PREFIX + encodeURIComponent(name) + ":" + item.id;
+function openStorage() {
+  const memory = new Map(); // where the browser keeps nothing: until the page is closed
   try {
     storage = window.localStorage;
-    const kept = JSON.parse(storage.getItem(KEY) || "null");
-    if (kept) {
-      for (const item of ITEMS) if (kept.state[item.id]) state[item.id] = kept.state[item.id];
-      at = Math.min(kept.at || 0, ITEMS.length - 1);
-      $("saved").textContent = "Continued from what this browser had saved.";
-    }
+    storage.getItem(PREFIX);
   } catch (error) {
-    storage = null;
+    storage = { getItem: (key) => memory.get(key), setItem: (key, text) => memory.set(key, text), removeItem: (key) => memory.delete(key) };
     $("saved").textContent = "This browser does not save here: export before you leave.";
+    window.addEventListener("beforeunload", (event) => { if (past.length) event.preventDefault(); });
   }
 }
-function save() {
-  if (!storage) return;
+function load() { // the work of `who`; false if there is none
+  [past, future] = [[], []];
+  return ITEMS.filter((item) => {
+    marks[item.id] = toMarks(item, item.record);
+    const known = merge(marks[item.id], JSON.parse(storage.getItem(slot(item)) || "{}"));
+    assess(item);
+    return known;
+  }).length > 0;
+}
+function save(item) {
+  merge(marks[item.id], JSON.parse(storage.getItem(slot(item)) || "{}")); // another tab may have written
+  assess(item);
   try {
-    storage.setItem(KEY, JSON.stringify({ state, at }));
-    $("saved").textContent = "Saved in this browser.";
+    storage.setItem(slot(item), JSON.stringify(marks[item.id]));
+    if (storage.length !== undefined) $("saved").textContent = "Saved in this browser.";
   } catch (error) {
     $("saved").textContent = "Saving failed (" + error.name + "): export now.";
   }
 }
-window.addEventListener("storage", (event) => {
-  if (event.key === KEY) say("This page was changed in another tab. Reload before you go on here.");
+window.addEventListener("storage", ({ key, newValue }) => {
+  if (!newValue) return; // an entry removed takes nothing from what is here
+  if (key === PREFIX + "who" && !who) return rename(newValue); // a nameless tab follows the one that got a name
+  const item = ITEMS.find((known) => slot(known) === key);
+  if (!item) return;
+  const theirs = JSON.parse(newValue), news = merge(marks[item.id], theirs);
+  if (merge(theirs, marks[item.id])) save(item); // both wrote at once: what they lack goes back to them
+  assess(item);
+  if (news) refresh();
 });
-function changed() {
-  const mine = current();
-  mine.status = "begun";
-  save();
-  progress();
+function rename(name) { // to that annotator's own labels
+  if (busy()) return ($("who").value = who);
+  const [old, before] = [who, marks];
+  const moves = !old && ITEMS.some((item) => states[item.id] !== "new"); // work done before a name was given is the name's
+  who = name;
+  marks = {};
+  const known = load();
+  if (moves) for (const item of ITEMS) {
+    merge(marks[item.id], before[item.id]);
+    save(item);
+    storage.removeItem(slot(item, ""));
+  }
+  storage.setItem(PREFIX + "who", name);
+  $("who").value = name;
+  draw();
+  const now = moves ? "; the labels made so far are yours." : known ? "; your labels are back." : ", from the start.";
+  const then = old ? " The labels of " + old + " stay in this browser under that name." : "";
+  say("You annotate as " + (name || "nobody") + now + then, "good");
 }
-const current = () => state[ITEMS[at].id];
-function say(text, good = false) {
-  $("message").className = good ? "good" : "error";
-  $("message").textContent = text;
+
+// --- time: while the page is looked at and something moves ---
+
+let moved = Date.now(), ticked = Date.now();
+for (const name of ["pointermove", "pointerdown", "keydown", "wheel", "touchmove"])
+  document.addEventListener(name, () => { moved = Date.now(); }, { capture: true, passive: true });
+function clock() {
+  const now = Date.now(), passed = Math.min(now - ticked, 5000) / 1000;
+  ticked = now;
+  if (document.hidden || !document.hasFocus() || now - moved > 120000) return;
+  set(current(), { [TAB]: (value(marks[current().id], TAB) || 0) + passed });
 }
+setInterval(clock, 5000);
+const seconds = (table) => Object.keys(table).filter((key) => key.startsWith("seconds:")).reduce((sum, key) => sum + (table[key].v || 0), 0);
 
 // --- progress and navigation ---
 
-const MARKS = { new: "○ new", begun: "… begun", done: "✓ finished" };
+function assess(item) {
+  const table = marks[item.id], state = value(table, "status") || "new";
+  states[item.id] = state === "done" && problems(item, table).length ? "begun" : state; // merged tables may disagree
+  const i = ITEMS.indexOf(item), text = (i + 1) + " of " + ITEMS.length + ": " + STATES[states[item.id]];
+  if ($("chooser").options[i].text !== text) $("chooser").options[i].text = text;
+}
 function progress() {
-  const done = ITEMS.filter((item) => state[item.id].status === "done").length;
+  const done = ITEMS.filter((item) => states[item.id] === "done").length;
   $("counted").textContent = done + " of " + ITEMS.length + " finished";
   $("progress").max = ITEMS.length;
   $("progress").value = done;
-  $("chooser").replaceChildren(...ITEMS.map((item, i) => el("option", { value: String(i), selected: i === at },
-    (i + 1) + " of " + ITEMS.length + ": " + MARKS[state[item.id].status])));
+  $("chooser").selectedIndex = at;
   $("previous").disabled = at === 0;
   $("next").disabled = at === ITEMS.length - 1;
+  $("undo").disabled = !past.length;
+  $("redo").disabled = !future.length;
 }
 function go(to) {
+  clock();
+  if (busy()) return progress();
   at = Math.max(0, Math.min(ITEMS.length - 1, to));
-  say("");
-  save();
+  storage.setItem(PREFIX + "at", String(at));
   draw();
-  $("main").focus();
-  window.scrollTo(0, 0);
+  say("");
+  $("main").focus({ preventScroll: true });
+  if ($("main").getBoundingClientRect().top < 0) $("main").scrollIntoView();
 }
 function submit() {
-  const left = problems(ITEMS[at], current());
-  if (left.length) {
-    say("Not finished yet. " + left.join(" "));
-    return;
-  }
-  current().status = "done";
-  const open = ITEMS.findIndex((item, i) => i > at && state[item.id].status !== "done");
-  const first = ITEMS.findIndex((item) => state[item.id].status !== "done");
+  clock();
+  if (busy()) return;
+  const left = problems(current(), marks[current().id]);
+  if (left.length) return say("Not finished yet. " + left.join(" "), "error", "finish-said");
+  mark("finishing a record", { status: "done" });
+  const open = ITEMS.findIndex((item, i) => i > at && states[item.id] !== "done");
+  const first = ITEMS.findIndex((item) => states[item.id] !== "done");
   go(open >= 0 ? open : first >= 0 ? first : at);
-  say(first < 0 ? "All records are finished. Export them now." : "Finished. This is the next open record.", true);
+  say(first < 0 ? "All records are finished. Export them now." : "Finished. This is the next open record.", "good");
 }
-function submitBar() {
-  const box = el("div", { class: "note" }), button = el("button", { type: "button", id: "submit", class: "main", onclick: submit }, "Finish this record");
-  const refresh = () => {
-    const left = problems(ITEMS[at], current());
-    const told = left.length ? left : [current().status === "done" ? "Finished. A change opens this record again." : "Consistent: this record can be finished."];
-    button.setAttribute("aria-disabled", String(left.length > 0));
-    if (box.textContent !== told.join("")) box.replaceChildren(...told.map((text) => el("p", {}, text))); // read aloud once
-  };
-  refresh();
-  return { refresh, node: el("section", { "aria-label": "Finish" }, el("h2", {}, "Finish"), el("div", { id: "left", role: "status" }, box), el("p", {}, button)) };
+function finishBar() {
+  return el("section", { "aria-label": "Finish" }, el("h2", {}, "Finish"), el("div", { id: "left", class: "note", role: "status" }),
+    el("div", { class: "bar" }, button("Finish this record", submit, { id: "submit", class: "main" }),
+      button("Start this record over", () => startOver([current()]), { id: "over" })), said("finish-said"));
+}
+function refreshFinish() {
+  const item = current(), left = problems(item, marks[item.id]);
+  const good = states[item.id] === "done" ? "Finished. A change opens this record again." : "Consistent: this record can be finished.";
+  const told = left.length ? left : [good, ...advice(item, marks[item.id])];
+  $("submit").setAttribute("aria-disabled", String(left.length > 0));
+  if ($("left").textContent !== told.join("")) $("left").replaceChildren(...told.map((text) => el("p", {}, text))); // read aloud once
+  progress();
 }
 function sources(item) {
-  const record = item.record;
-  const passages = record.passages.map(([title, ...sentences], i) => el("details", { open: record.passages.length < 3 },
+  const record = item.record, wide = window.matchMedia("(min-width: 62rem)").matches; // on a phone the answer comes first
+  const passages = record.passages.map(([title, ...sentences], i) => el("details", { open: wide && record.passages.length < 3 },
     el("summary", {}, el("strong", {}, "Passage " + (i + 1) + ": " + title)),
     el("ol", {}, sentences.map((text) => el("li", {}, text)))));
   return el("section", { class: "sources", "aria-label": "Question and sources", tabindex: "0" },
@@ -116,61 +232,95 @@ function sources(item) {
     record.gold ? el("details", {}, el("summary", {}, "Reference answer"), el("p", {}, record.gold)) : null);
 }
 
-// --- export and import ---
+// --- files ---
 
+function toRecord(item) { // an unfinished record goes without the field that would be trained on
+  const table = marks[item.id], done = states[item.id] === "done", { [DATA.field]: dropped, ...rest } = item.record;
+  const about = { annotator: who, seconds: Math.round(seconds(table)), finished: done, marks: table };
+  return { ...rest, ...(done ? { [DATA.field]: toField(item, table) } : {}), annotation: { ...rest.annotation, [DATA.field]: about } };
+}
 function exportAll() {
-  const done = ITEMS.filter((item) => state[item.id].status === "done");
-  if (!done.length) return say("No record is finished yet, so there is nothing to export.");
-  const text = JSON.stringify(done.map((item) => toRecord(item, state[item.id])), null, 1) + "\n";
+  clock();
+  const begun = ITEMS.filter((item) => states[item.id] !== "new"), done = begun.filter((item) => states[item.id] === "done").length;
+  if (!begun.length) return say("No record is begun yet, so there is nothing to export.");
+  const text = JSON.stringify(begun.map(toRecord), null, 1) + "\n", name = who.replace(/[^\p{L}\p{N}]+/gu, "-") || "nobody";
+  const link = el("a", { href: URL.createObjectURL(new Blob([text], { type: "application/json" })), download: "feedback_" + DATA.kind + "_" + name + "_" + DATA.key.slice(0, 8) + ".json" });
   $("raw").hidden = false;
   $("rawtext").value = text;
-  const link = el("a", { href: URL.createObjectURL(new Blob([text], { type: "application/json" })), download: "feedback_" + DATA.kind + "_" + DATA.key.slice(0, 8) + ".json" });
   link.click();
   setTimeout(() => URL.revokeObjectURL(link.href), 10000);
-  const open = ITEMS.length - done.length;
-  say(done.length + " finished records exported" + (open ? "; " + open + " are not finished and stay here." : "."), true);
+  say(count(done, "finished record") + " exported." + (begun.length > done ? " " + count(begun.length - done, "begun record") +
+    " came along, to be opened and finished in this page elsewhere." : "") + (who ? "" : " The file names no annotator: type a name above to change that."), "good");
 }
 const sameItem = (item, record) => record && record.question === item.record.question &&
   item.texts.every((name) => record[name] === item.record[name]) && JSON.stringify(record.passages) === JSON.stringify(item.record.passages);
-async function importAll(event) {
-  const file = event.target.files[0];
-  if (!file) return;
-  try {
-    const records = JSON.parse(await file.text()), found = {};
-    if (!Array.isArray(records)) throw new Error("the file must hold a list of records");
-    let strange = 0;
-    records.forEach((record, i) => {
-      const item = ITEMS.find((known) => sameItem(known, record));
-      if (!item) { strange += 1; return; }
-      let read = null, wrong = [];
-      try {
-        read = fromRecord(item, record);
-        wrong = read.status === "new" ? ["it holds no " + DATA.field + "."] : problems(item, read);
-      } catch (error) {
-        wrong = [error.message];
-      }
-      if (wrong.length) throw new Error("record " + (i + 1) + ": " + wrong.join(" "));
-      found[item.id] = read;
-    });
-    if (!Object.keys(found).length) throw new Error("none of its records belongs to this page");
-    before = JSON.stringify(state);
-    Object.assign(state, found);
-    $("undo").hidden = false;
-    save();
-    draw();
-    say(Object.keys(found).length + " records imported" + (strange ? ", " + strange + " of other items left out." : "."), true);
-  } catch (error) {
-    say("Nothing was imported: " + error.message);
+function readRecord(item, record) { // a record of a file as marks
+  const field = record[DATA.field], about = (record.annotation || {})[DATA.field], kept = about && about.marks, table = {};
+  if (!field && !kept) throw new Error("it holds no " + DATA.field + ".");
+  const read = field ? toMarks(item, record) : {}, wrong = field ? problems(item, read) : [];
+  if (wrong.length) throw new Error(wrong.join(" "));
+  if (!kept) return read; // made elsewhere: older than any work here
+  for (const [key, mark] of Object.entries(kept)) {
+    const known = key === "status" ? mark.v in STATES : key.startsWith("seconds:") ? mark.v >= 0 : fitsMark(item, key, mark.v);
+    if (!(mark.t > 0) || !(mark.v === null || known)) throw new Error("annotation." + DATA.field + ".marks, " + key + " does not fit the record.");
+    table[key] = { t: Math.min(mark.t, Date.now()), v: mark.v }; // a clock that is ahead must not win for ever
   }
-  event.target.value = "";
+  // If the field was edited by hand after the export, the field counts.
+  return !field || JSON.stringify(toField(item, table)) === JSON.stringify(field) ? table : read;
+}
+async function openFile(event) {
+  const [file] = event.target.files;
+  if (!file || busy()) return;
+  try {
+    const records = JSON.parse(await file.text()), names = new Set(), found = [];
+    if (!Array.isArray(records)) throw new Error("the file must hold a list of records");
+    records.forEach((record, i) => {
+      const item = ITEMS.find((known) => sameItem(known, record)), about = item && (record.annotation || {})[DATA.field];
+      if (about && about.annotator) names.add(String(about.annotator));
+      try {
+        if (item) found.push([item, readRecord(item, record)]);
+      } catch (error) {
+        throw new Error("record " + (i + 1) + ": " + error.message);
+      }
+    });
+    if (!found.length) throw new Error("none of its records belongs to this page");
+    if (names.size > 1) throw new Error("it holds the work of " + list([...names]) + "; open one annotator's file at a time");
+    addMarks(found, [...names][0] || who, records.length - found.length);
+  } catch (error) {
+    say("Nothing was imported from " + file.name + ": " + error.message);
+  }
+  event.target.value = ""; // the same file may be opened again
+}
+function addMarks(found, name, strange) { // to the annotator's own table, so that two people's labels never mix
+  const other = name !== who;
+  if (other) rename(name);
+  const former = found.map(([item, table]) => [item, Object.fromEntries(Object.keys(table).map((key) => [key, value(marks[item.id], key)]))]);
+  for (const [item, table] of found) {
+    merge(marks[item.id], table);
+    save(item);
+  }
+  past.push({ what: "opening the file", former });
+  future = [];
+  draw();
+  say(count(found.length, "record") + " imported" + (strange ? ", " + strange + " of other items left out" : "") + (other ? ". You annotate as " + name + " now." : "."), "good");
 }
 function start() {
-  load();
-  $("previous").onclick = () => go(at - 1);
-  $("next").onclick = () => go(at + 1);
-  $("chooser").onchange = (event) => go(Number(event.target.value));
-  $("export").onclick = exportAll;
-  $("import").onchange = importAll;
-  $("undo").onclick = () => { state = JSON.parse(before); $("undo").hidden = true; save(); draw(); say("The import is undone.", true); };
+  $("chooser").append(...ITEMS.map(() => el("option")));
+  openStorage();
+  who = storage.getItem(PREFIX + "who") || "";
+  $("who").value = who;
+  if (load()) $("saved").textContent = "Continued from what this browser had saved.";
+  at = Math.min(Number(storage.getItem(PREFIX + "at")) || 0, ITEMS.length - 1);
+  for (const [id, act] of [["previous", () => go(at - 1)], ["next", () => go(at + 1)], ["undo", undo], ["redo", redo], ["export", exportAll], ["restart", () => startOver(ITEMS)]])
+    $(id).addEventListener("click", act);
+  $("chooser").onchange = (event) => go(event.target.selectedIndex);
+  $("import").onchange = openFile;
+  $("who").onchange = (event) => { if (event.target.value.trim() !== who) rename(event.target.value.trim()); };
+  document.addEventListener("keydown", (event) => {
+    const key = event.key.toLowerCase(), writing = event.target.matches("textarea, input:not([type=radio]):not([type=checkbox])");
+    if (!(event.ctrlKey || event.metaKey) || writing || !"zy".includes(key)) return; // a text field undoes its own typing
+    event.preventDefault();
+    if (key === "y" || event.shiftKey) redo(); else undo();
+  });
   draw();
 }
