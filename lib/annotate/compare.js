@@ -60,7 +60,8 @@ function drawPair(item, [a, b], i) {
 }
 function draw() {
   const item = current();
-  const answers = [...PLACES].map((place, i) => el("div", {}, el("strong", {}, "Answer " + place), el("div", { class: "answer" }, item.record["prediction " + (item.order[i] + 1)])));
+  const answers = [...PLACES].map((place, i) => el("div", {}, el("strong", {}, "Answer " + place),
+    el("div", { class: "answer" }, item.record["prediction " + (item.order[i] + 1)])));
   $("main").replaceChildren(el("div", { class: "columns" }, sources(item), el("div", {}, el("h2", {}, "Which answer is better?"),
     el("div", { class: "answers" }, answers), el("div", { class: "pairs" }, PAIRS.map((pair, i) => drawPair(item, pair, i))), finishBar())));
   refresh();

@@ -244,13 +244,13 @@ function exportAll() {
   const begun = ITEMS.filter((item) => states[item.id] !== "new"), done = begun.filter((item) => states[item.id] === "done").length;
   if (!begun.length) return say("No record is begun yet, so there is nothing to export.");
   const text = JSON.stringify(begun.map(toRecord), null, 1) + "\n", name = who.replace(/[^\p{L}\p{N}]+/gu, "-") || "nobody";
-  const link = el("a", { href: URL.createObjectURL(new Blob([text], { type: "application/json" })), download: "feedback_" + DATA.kind + "_" + name + "_" + DATA.key.slice(0, 8) + ".json" });
+  const href = URL.createObjectURL(new Blob([text], { type: "application/json" }));
   $("raw").hidden = false;
   $("rawtext").value = text;
-  link.click();
-  setTimeout(() => URL.revokeObjectURL(link.href), 10000);
-  say(count(done, "finished record") + " exported." + (begun.length > done ? " " + count(begun.length - done, "begun record") +
-    " came along, to be opened and finished in this page elsewhere." : "") + (who ? "" : " The file names no annotator: type a name above to change that."), "good");
+  el("a", { href, download: ["feedback", DATA.kind, name, DATA.key.slice(0, 8)].join("_") + ".json" }).click();
+  setTimeout(() => URL.revokeObjectURL(href), 10000);
+  const open = begun.length - done, rest = open ? " " + count(open, "begun record") + " came along, to be finished in this page elsewhere." : "";
+  say(count(done, "finished record") + " exported." + rest + (who ? "" : " The file names nobody: type your name above."), "good");
 }
 const sameItem = (item, record) => record && record.question === item.record.question &&
   item.texts.every((name) => record[name] === item.record[name]) && JSON.stringify(record.passages) === JSON.stringify(item.record.passages);
@@ -260,12 +260,12 @@ function readRecord(item, record) { // a record of a file as marks
   const read = field ? toMarks(item, record) : {}, wrong = field ? problems(item, read) : [];
   if (wrong.length) throw new Error(wrong.join(" "));
   if (!kept) return read; // made elsewhere: older than any work here
-  for (const [key, mark] of Object.entries(kept)) {
-    const known = key === "status" ? mark.v in STATES : key.startsWith("seconds:") ? mark.v >= 0 : fitsMark(item, key, mark.v);
-    if (!(mark.t > 0) || !(mark.v === null || known)) throw new Error("annotation." + DATA.field + ".marks, " + key + " does not fit the record.");
-    table[key] = { t: Math.min(mark.t, Date.now()), v: mark.v }; // a clock that is ahead must not win for ever
+  for (const [key, { t = 0, v = null }] of Object.entries(kept)) {
+    const known = key === "status" ? Object.keys(STATES).includes(v) : key.startsWith("seconds:") ? Number.isFinite(v) : v !== null && fitsMark(item, key, v);
+    if (!(t > 0) || !(v === null || known)) throw new Error("annotation." + DATA.field + ".marks, " + key + " does not fit the record.");
+    table[key] = { t: Math.min(t, Date.now()), v }; // a clock that is ahead must not win for ever
   }
-  // If the field was edited by hand after the export, the field counts.
+  // A field edited by hand after the export says something else than its marks: then it is as one made elsewhere.
   return !field || JSON.stringify(toField(item, table)) === JSON.stringify(field) ? table : read;
 }
 async function openFile(event) {
@@ -302,7 +302,8 @@ function addMarks(found, name, strange) { // to the annotator's own table, so th
   past.push({ what: "opening the file", former });
   future = [];
   draw();
-  say(count(found.length, "record") + " imported" + (strange ? ", " + strange + " of other items left out" : "") + (other ? ". You annotate as " + name + " now." : "."), "good");
+  const rest = (strange ? ", " + strange + " of other items left out." : ".") + (other ? " You annotate as " + name + " now." : "");
+  say(count(found.length, "record") + " imported" + rest, "good");
 }
 function start() {
   $("chooser").append(...ITEMS.map(() => el("option")));
@@ -311,8 +312,8 @@ function start() {
   $("who").value = who;
   if (load()) $("saved").textContent = "Continued from what this browser had saved.";
   at = Math.min(Number(storage.getItem(PREFIX + "at")) || 0, ITEMS.length - 1);
-  for (const [id, act] of [["previous", () => go(at - 1)], ["next", () => go(at + 1)], ["undo", undo], ["redo", redo], ["export", exportAll], ["restart", () => startOver(ITEMS)]])
-    $(id).addEventListener("click", act);
+  const acts = { previous: () => go(at - 1), next: () => go(at + 1), undo, redo, export: exportAll, restart: () => startOver(ITEMS) };
+  for (const [id, act] of Object.entries(acts)) $(id).addEventListener("click", act);
   $("chooser").onchange = (event) => go(event.target.selectedIndex);
   $("import").onchange = openFile;
   $("who").onchange = (event) => { if (event.target.value.trim() !== who) rename(event.target.value.trim()); };
