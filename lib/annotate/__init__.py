@@ -2,7 +2,7 @@
 
 `spans`: error spans, missing information and a corrected answer (feedback of the qa-feedback schema).
 `compare`: six preferences between four answers.  A page saves in the browser as one works.  Its export holds
-records of exactly the schema that `qa_feedback.load_feedback` reads, and beside it, under `annotation`, the
+records of exactly the schema that `schema.load_feedback` reads, and beside it, under `annotation`, the
 annotator's name, the seconds spent, and the marks from which any copy of the page can go on.  Texts are
 shown as text: they travel as JSON, are never parsed as markup, and the page's policy forbids every script
 but its own.
@@ -26,8 +26,9 @@ import numpy as np
 from IPython.display import HTML
 from markupsafe import Markup
 
-from lib import data, qa_feedback, runtime
-from lib.qa_feedback import CATEGORIES, PREDICTIONS, record_id
+from lib import data, runtime
+from lib.papers.fine_grained import schema
+from lib.papers.fine_grained.schema import CATEGORIES, PREDICTIONS, record_id
 from lib.segments import Segmenter
 
 HERE = Path(__file__).parent
@@ -56,8 +57,8 @@ def read_items(path: str | Path) -> list[dict]:
     path = Path(path).expanduser()
     items = []
     for line, item in data.json_records(path):
-        record = qa_feedback.to_record(item)
-        items.append(qa_feedback.check_record(record, f"{path.name}, line {line}"))
+        record = schema.to_record(item)
+        items.append(schema.check_record(record, f"{path.name}, line {line}"))
     return items
 
 
@@ -79,10 +80,10 @@ def _sentences(text: str, words: Sequence[tuple[int, int]]) -> list[tuple[int, i
 def _page_items(items: Sequence[dict], kind: str) -> list[dict]:
     entries = []
     for number, item in enumerate(items, 1):
-        record = qa_feedback.check_record(qa_feedback.to_record(item), f"item {number}")
+        record = schema.check_record(schema.to_record(item), f"item {number}")
         entry = {"id": record_id(record), "record": record, "texts": ["prediction 1"]}
         if kind == "spans":
-            entry["words"] = qa_feedback.word_spans(record["prediction 1"])
+            entry["words"] = schema.word_spans(record["prediction 1"])
             entry["sentences"] = _sentences(record["prediction 1"], entry["words"])
         elif all(isinstance(record.get(name), str) for name in PREDICTIONS):
             entry |= {"texts": PREDICTIONS, "order": display_order(record)}
@@ -235,8 +236,8 @@ def import_annotations(path: str | Path, items: Sequence[dict], kind: str = "spa
     And consistent: corrected where something is labelled and only there; no conflicting triple.  Records
     begun and not finished are left out with a warning.  Raises ValueError naming file, record and field.
     """
-    known = {record_id(qa_feedback.to_record(item)) for item in items}
-    records = qa_feedback.load_feedback(path, needed=[KINDS[kind]])
+    known = {record_id(schema.to_record(item)) for item in items}
+    records = schema.load_feedback(path, needed=[KINDS[kind]])
     seen = set()
     for number, record in enumerate(records, 1):
         where, key = f"{Path(path).name}, record {number}", record_id(record)
@@ -263,7 +264,7 @@ def inconsistencies(record: dict) -> list[str]:
         if labelled == (before == after):
             what = "labels but no correction" if labelled else "a correction but no labels"
             found.append(f"feedback: {what}")
-    for triple in qa_feedback.conflicts(record.get("preference") or [None] * 6):
+    for triple in schema.conflicts(record.get("preference") or [None] * 6):
         names = ", ".join(str(i + 1) for i in triple)
         found.append(f"preference: answers {names} contradict each other")
     return found

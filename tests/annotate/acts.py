@@ -1,7 +1,7 @@
 """What an annotator does to a page, for the tests."""
 
-from lib import qa_feedback as qa
 from lib import runtime
+from lib.papers.fine_grained import schema as qa
 
 SAMPLE = runtime.project_root() / "data" / "samples" / "qa_feedback.json"
 EVIL = '<script>window.hacked=1</script><img src=x onerror="window.hacked=2">'

@@ -6,7 +6,7 @@ import pytest
 from acts import SAMPLE
 
 from lib import annotate
-from lib import qa_feedback as qa
+from lib.papers.fine_grained import schema as qa
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
 FLAGS = [

@@ -20,7 +20,7 @@ from acts import (
 )
 
 from lib import annotate, sft
-from lib import qa_feedback as qa
+from lib.papers.fine_grained import schema as qa
 
 
 def label_everything(page):

@@ -8,9 +8,9 @@ import re
 import pytest
 from acts import EVIL, SAMPLE, item
 
-from lib import __main__ as command_line
 from lib import annotate
-from lib import qa_feedback as qa
+from lib.course import cli as command_line
+from lib.papers.fine_grained import schema as qa
 
 
 def test_the_page_is_one_offline_file_that_never_parses_data_as_markup(records):
