@@ -27,6 +27,7 @@ from IPython.display import HTML
 from markupsafe import Markup
 
 from lib import data, runtime
+from lib.course.show import HtmlWithText
 from lib.papers.fine_grained import schema
 from lib.papers.fine_grained.schema import CATEGORIES, PREDICTIONS, record_id
 from lib.segments import Segmenter
@@ -164,18 +165,7 @@ def write(
 # --- a page in a notebook ------------------------------------------------------------------------
 
 
-class PageOutput(HTML):
-    """A page in a cell's output; its plain-text form says where the file is."""
-
-    def __init__(self, markup: str, plain: str):
-        super().__init__(markup)
-        self.plain = plain
-
-    def __repr__(self) -> str:
-        return self.plain
-
-
-def show(path: str | Path, height: int = 640) -> PageOutput:
+def show(path: str | Path, height: int = 640) -> HtmlWithText:
     """A page that `write` has written, inside a Jupyter or Colab output, `height` pixels high.
 
     GitHub and notebooks that are not trusted take frames out.  So the frame lies on top of a still excerpt of
@@ -187,13 +177,16 @@ def show(path: str | Path, height: int = 640) -> PageOutput:
     page = path.read_text(encoding="utf-8")
     root = runtime.project_root()
     place = path.relative_to(root) if path.is_relative_to(root) else path
-    link = os.path.relpath(path)  # a notebook's links start at its folder, where its kernel runs
+    near = path.absolute().drive == Path.cwd().drive  # Windows has no relative way to another drive
+    link = (
+        os.path.relpath(path) if near else str(path)
+    )  # from the notebook's folder, where its kernel runs
     plain = f"Annotation page: {place} (open it in a browser)"
     frame = (
         f'<iframe title="Annotation page" srcdoc="{html.escape(page)}" style="grid-area: 1 / 1; width: 100%; '
         f'height: {int(height)}px; border: 1px solid #8c959f; background: Canvas"></iframe>'
     )
-    return PageOutput(
+    return HtmlWithText(
         f'<p>Annotation page: <a href="{html.escape(link)}">{html.escape(str(place))}</a> '
         f"(open it in a browser; it needs no network)</p>"
         '<div style="display: grid"><div style="grid-area: 1 / 1; padding: 1em">'
@@ -209,16 +202,16 @@ def _excerpt(page: str) -> str:
     record = first["record"]
     rows = [("Question", record["question"])]
     rows += [(f"Passage {i}", passage[0]) for i, passage in enumerate(record["passages"], 1)]
-    order = first.get("order", [0])
-    rows += [("Answer", record[PREDICTIONS[i]]) for i in order]
-    asked = "Mark: " + ", ".join(row["title"].lower() for row in page_data["types"])
+    shown = zip("ABCD", first.get("order", [0]), strict=False)
+    rows += [(f"Answer {place}", record[PREDICTIONS[i]]) for place, i in shown]
+    task = "Mark: " + ", ".join(row["title"].lower() for row in page_data["types"])
     if page_data["kind"] == "compare":
-        asked = (
-            "Decide six pairs of answers: the first is better, the second is better, equally good"
+        task = (
+            "Decide six pairs: the first is better, the second is better, or they are equally good"
         )
     body = "".join(f"<tr><th>{name}</th><td>{_text(text)}</td></tr>" for name, text in rows)
     return (
-        f"<p><b>Still excerpt: record 1 of {len(page_data['items'])}.</b> {asked}.</p>"
+        f"<p><b>Still excerpt: record 1 of {len(page_data['items'])}.</b> {task}.</p>"
         f'<table class="tex2jax_ignore mathjax_ignore">{body}</table>'
     )
 
