@@ -63,19 +63,20 @@ def load_feedback(
     has exported unfinished is left out with a warning.  Raises ValueError that names file, line, record and
     field, FileNotFoundError.
     """
-    if isinstance(path, str | Path):
-        return _load_file(Path(path).expanduser(), needed)
+    paths = [Path(p).expanduser() for p in ([path] if isinstance(path, str | Path) else path)]
+    if len(paths) == 1:
+        return _load_file(paths[0], needed)
     joined: dict[str, dict] = {}
-    for name in path:
-        for number, record in enumerate(_load_file(Path(name).expanduser(), ()), 1):
+    for file in paths:
+        for number, record in enumerate(_load_file(file, ()), 1):
             known = joined.setdefault(record_id(record), {})
             for field in known.keys() & record.keys() & set(FIELDS):
-                where = f"{Path(name).name}, record {number}, {field}"
+                where = f"{file.name}, record {number}, {field}"
                 _need(False, where, "in one of the files only", record["question"])
             notes = known.get("annotation", {}) | record.get("annotation", {})
             known |= record | ({"annotation": notes} if notes else {})
     for record in joined.values():
-        where = f"{' and '.join(map(str, path))}, {record['question'][:60]!r}"
+        where = f"{' and '.join(file.name for file in paths)}, {record['question'][:60]!r}"
         check_record(record, where, needed=needed)
     return list(joined.values())
 
