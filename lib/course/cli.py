@@ -79,8 +79,10 @@ def _annotate(options: argparse.Namespace) -> int:
 
     try:
         items = annotate.read_items(options.items)
-        print(f"Page: {annotate.write(items, options.out, options.kind)} ({len(items)} records)")
-    except (ValueError, FileNotFoundError) as error:
+        own = options.guidelines and Path(options.guidelines).read_text(encoding="utf-8")
+        page = annotate.write(items, options.out, options.kind, guidelines=own)
+        print(f"Page: {page} ({len(items)} records)")
+    except (ValueError, OSError) as error:
         raise notebooks.RequestError(str(error)) from None
     return 0
 
@@ -132,6 +134,8 @@ def build_parser() -> argparse.ArgumentParser:
     page.add_argument("items", metavar="ITEMS.json", help="qa-feedback records, or course items")
     page.add_argument("--out", default="annotate.html", metavar="PAGE.html")
     page.add_argument("--kind", choices=("spans", "compare"), default="spans")
+    text = "your own text in place of the page's guidelines ('# ' heading, '- ' list)"
+    page.add_argument("--guidelines", metavar="FILE", help=text)
     bench = add("bench", _bench, "measure speed beside what a reader would use instead")
     text = (
         "benchmark (all of them if none is named), `course` for a table of the notebooks' times, "

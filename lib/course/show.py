@@ -19,8 +19,8 @@ _CSS = """<style>
 _WARNING = "Content warning: click a blurred text, or press Enter on it, to read it."
 
 
-class ExampleTable(HTML):
-    """A table of texts as HTML; its plain-text form gives the same rows, with hidden texts left out."""
+class HtmlWithText(HTML):
+    """HTML for a cell's output with a plain-text form of its own, which terminals and text exports show."""
 
     def __init__(self, markup: str, plain: str):
         super().__init__(markup)
@@ -33,7 +33,7 @@ class ExampleTable(HTML):
 def blurred_examples(
     rows: pd.DataFrame | Sequence[dict], *, text_columns: Sequence[str] | None = None,
     reveal: bool = False,
-) -> ExampleTable:  # fmt: skip
+) -> HtmlWithText:  # fmt: skip
     """Rows as a table whose texts stay hidden until clicked (or reached by Tab and opened with Enter).
 
     What is blurred is a stand-in of the same shape, and the text sits in a closed <details>: pages that
@@ -53,7 +53,7 @@ def blurred_examples(
     markup = f'{_CSS}<div class="veiled"><table>{note}<thead><tr>{head}</tr></thead>'
     lengths = {c: [f"[{len(str(v))} characters, hidden]" for v in table[c]] for c in hidden}
     plain = table.assign(**lengths).to_string(index=False)
-    return ExampleTable(f"{markup}<tbody>{body}</tbody></table></div>", plain)
+    return HtmlWithText(f"{markup}<tbody>{body}</tbody></table></div>", plain)
 
 
 def _cell(value: object, hidden: bool) -> str:
