@@ -22,7 +22,7 @@ import numpy as np
 from IPython.display import HTML
 from markupsafe import Markup
 
-from lib import data, runtime
+from lib import runtime, tables
 from lib.papers.fine_grained import schema
 from lib.papers.fine_grained.schema import CATEGORIES, PREDICTIONS
 
@@ -61,7 +61,7 @@ HELP = {
 def read_items(path: str | Path) -> list[dict]:
     """Items of a JSON file: qa-feedback records or {instruction, input, responses}; ValueError by line."""
     path, items = Path(path).expanduser(), []
-    for line, item in data.json_records(path):
+    for line, item in tables.json_records(path):
         items.append(schema.check_record(schema.to_record(item), f"{path.name}, line {line}"))
     return items
 

@@ -11,9 +11,8 @@ import json
 import re
 from dataclasses import dataclass
 
-from lib.replies import retry_after
+from lib.replies import LONGEST_WAIT, retry_after
 
-LONGEST_WAIT = 900.0  # seconds; a server that asks for more is not waited for
 ADVICE = {  # what every other request would meet too
     401: "check the key",
     402: "the account has no credit left",

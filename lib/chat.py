@@ -30,14 +30,13 @@ import openai
 from lib import runtime
 from lib.answers import (
     CUT_OFF,
-    LONGEST_WAIT,
     Outcome,
     count_tokens,
     read_answer,
     read_response,
     without_reasoning,
 )
-from lib.replies import ReplyStore
+from lib.replies import LONGEST_WAIT, ReplyStore
 
 OPENAI_URL = "https://api.openai.com/v1"
 LONGEST_PAUSE = 30.0  # seconds between two tries where the server names no time

@@ -22,6 +22,9 @@ except ImportError:  # Windows: runs in several processes may then buy the same 
     fcntl = None
 
 
+LONGEST_WAIT = 900.0  # seconds; a server that asks for more is not waited for
+
+
 class ReplyStore:
     """Replies (JSON values) by key, and claims: a key is bought by one thread or process at a time.
 

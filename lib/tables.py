@@ -15,6 +15,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from lib import runtime
@@ -247,3 +248,48 @@ def _typed(cells: Sequence[_Cell], alone: bool) -> list:
         convert = int if all(_WHOLE.fullmatch(cell) for cell in known) else float
         return [math.nan if cell in missing else convert(cell) for cell in cells]
     return [str(cell) if cell else None for cell in cells]
+
+
+def write_jsonl(table: pd.DataFrame, path: Path | str) -> Path:
+    """One JSON object a row: missing values are null, numbers and texts kept exactly."""
+    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in to_records(table)]
+    return runtime.write_atomic(path, "".join(lines))
+
+
+def to_records(table: pd.DataFrame) -> list[dict]:
+    """One dict a row, ready for JSON: missing values are None, text is kept exactly."""
+    names = list(map(str, table.columns))
+    rows = table.itertuples(index=False, name=None)
+    return [dict(zip(names, map(_plain, row), strict=True)) for row in rows]
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, (np.generic, np.ndarray)):
+        value = value.tolist()
+    missing = value is pd.NA or value is pd.NaT or (isinstance(value, float) and math.isnan(value))
+    return None if missing else value
+
+
+def read_jsonl(path: Path | str) -> pd.DataFrame:
+    """A table written by `write_jsonl`; whole numbers among which some are missing are Int64.
+
+    Raises ValueError with the line that is not a JSON object.
+    """
+    path = Path(path).expanduser()
+    records = []
+    for line, record in jsonl_records(path):
+        if not isinstance(record, dict):
+            raise ValueError(f"{path.name}, line {line}: not a JSON object: {str(record)[:80]}.")
+        records.append(record)
+    names = list(dict.fromkeys(name for record in records for name in record))
+    return pd.DataFrame({name: _column([r.get(name) for r in records]) for name in names})
+
+
+def _column(values: list) -> pd.Series:
+    kinds = {type(value) for value in values if value is not None}
+    missing = None in values
+    if kinds == {int} and missing:
+        return pd.Series(pd.array(values, dtype="Int64"))
+    if kinds and kinds <= {int, float}:
+        return pd.Series(values, dtype=float if float in kinds else int)
+    return pd.Series(values, dtype=bool if kinds == {bool} and not missing else object)

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from lib import runtime
+from lib import runtime, tables
 
 SCALES = ("smoke", "demo", "full")
 VERDICTS = ("same direction", "opposite", "not demonstrated")
@@ -105,7 +105,7 @@ class Run:
 
     def save_table(self, table: pd.DataFrame, name: str) -> Path:
         """Write a table as `<name>.csv` into the run's folder, so figures can be redrawn without running."""
-        return runtime.write_atomic(self.folder / f"{name}.csv", table.to_csv(index=False))
+        return tables.write_csv(table, self.folder / f"{name}.csv")
 
     def cached(self, name: str, make: Callable[[], pd.DataFrame], **key) -> pd.DataFrame:
         """The table `make()` returns, kept in `work/`: a killed run continues with what was finished.
@@ -117,11 +117,10 @@ class Run:
             self.folder / "work" / f"{name}-{runtime.content_hash(name, key, made_by)[:16]}.jsonl"
         )
         if path.exists():
-            return pd.read_json(
-                path, orient="records", lines=True, dtype=False, convert_dates=False
-            )
+            return tables.read_jsonl(path)
         table = make()
-        runtime.write_atomic(path, table.to_json(orient="records", lines=True, double_precision=15))
+        if len(table):
+            tables.write_jsonl(table, path)
         return table
 
     def finish(self) -> pd.DataFrame:
@@ -160,11 +159,11 @@ def start_run(notebook: str, *, scale: str, seed: int) -> Run:
 
 def stored_tables(notebook: str, scale: str) -> dict[str, pd.DataFrame]:
     """Kept results of long runs, `data/results/<notebook>/<scale>/<name>-<run>.csv`, joined by name."""
-    tables: dict[str, list[pd.DataFrame]] = {}
+    parts: dict[str, list[pd.DataFrame]] = {}
     folder = runtime.project_root() / "data" / "results" / notebook / scale
     for path in sorted(folder.glob("*-*.csv")):
-        tables.setdefault(path.stem.split("-")[0], []).append(pd.read_csv(path))
-    return {name: pd.concat(parts, ignore_index=True) for name, parts in tables.items()}
+        parts.setdefault(path.stem.split("-")[0], []).append(tables.read_csv(path))
+    return {name: pd.concat(same_name, ignore_index=True) for name, same_name in parts.items()}
 
 
 def with_stored(

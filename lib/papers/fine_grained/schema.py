@@ -23,7 +23,7 @@ import pandas as pd
 from sklearn.metrics import cohen_kappa_score
 from transformers import PreTrainedTokenizerBase
 
-from lib import data, stats
+from lib import stats, tables
 from lib.segments import Segmenter
 
 CATEGORIES = {  # error type -> what its reward model judges (section 4 of the paper)
@@ -54,7 +54,7 @@ def load_feedback(
     Raises ValueError that names file, line and field, FileNotFoundError.
     """
     path = Path(path).expanduser()
-    found = data.json_records(path)
+    found = tables.json_records(path)
     return [check_record(record, f"{path.name}, line {n}", needed=needed) for n, record in found]
 
 
@@ -235,7 +235,7 @@ def load_questions(path: str | Path) -> list[dict]:
     aside): then training and reward models would see different prompts.  FileNotFoundError.
     """
     path, records = Path(path).expanduser(), []
-    for line, record in data.json_records(path):
+    for line, record in tables.json_records(path):
         where = f"{path.name}, line {line}"
         _need(isinstance(record, dict), where, "an object", record)
         for name in ("question", "text"):
@@ -302,7 +302,7 @@ def preference_table(records: Sequence[dict]) -> pd.DataFrame:
 
 def first_wins(table: pd.DataFrame, seed: int = 0) -> stats.Interval:
     """Share of decided pairs of a `preference_table` won by the first answer, interval over records."""
-    decided = table[table.value != 0]
+    decided = table[table.value.isin([1, 2])]  # neither equal nor not asked
     return stats.bootstrap((decided.value == 1).to_numpy(), clusters=decided.record, seed=seed)
 
 
