@@ -1,13 +1,18 @@
 """Fixtures shared by the tests: tiny models (no download) and the real policy where it can be had."""
 
+import json
 import os
 import signal
+import subprocess
+import sys
+import urllib.request
 from pathlib import Path
 
 os.environ.setdefault("FEEDBACK_HEADLESS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import hypothesis
+import pandas as pd
 import pytest
 import torch
 
@@ -67,3 +72,34 @@ def real_data():
     if not folder or not Path(folder).is_dir():
         pytest.skip("FEEDBACK_DATA names no folder with the papers' own files")
     return Path(folder)
+
+
+class Server:
+    """An endpoint in its own process."""
+
+    def __init__(self, **options):
+        command = [
+            sys.executable,
+            str(Path(__file__).parents[1] / "bench" / "endpoint.py"),
+            json.dumps(options),
+        ]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        self.url = f"http://127.0.0.1:{int(self.process.stdout.readline())}/v1"
+
+    def log(self):
+        rows = json.load(urllib.request.urlopen(self.url.replace("/v1", "/log")))
+        return pd.DataFrame(rows, columns=["at", "prompt", "outcome"])
+
+
+@pytest.fixture
+def server():
+    started = []
+
+    def start(**options):
+        started.append(Server(**options))
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.process.kill()
+        one.process.wait()

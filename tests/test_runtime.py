@@ -105,23 +105,6 @@ def test_write_atomic_never_shows_a_part(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["file.txt"]
 
 
-def test_reply_cache_keeps_the_first_reply_across_instances_and_threads(tmp_path):
-    path = tmp_path / "replies.sqlite"
-    caches = [runtime.ReplyCache(path) for _ in range(4)]
-    key = runtime.content_hash("model", {"b": 1, "a": 2})
-    assert key == runtime.content_hash("model", {"a": 2, "b": 1})
-    threads = [threading.Thread(target=c.put, args=(key, {"n": i})) for i, c in enumerate(caches)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    kept = caches[0].get(key)
-    caches[1].put(key, "later")
-    assert runtime.ReplyCache(path).get(key) == kept
-    assert len(caches[2]) == 1
-    assert caches[3].get("absent") is None
-
-
 def test_json_is_plain():
     text = runtime.to_json({"a": np.arange(2), "b": torch.tensor(1.5), "c": float("inf"), 1: {2}})
     assert json.loads(text) == {"a": [0, 1], "b": 1.5, "c": None, "1": [2]}

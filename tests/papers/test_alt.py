@@ -7,10 +7,11 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from conftest import WORDS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lib import annotator, feedback, models, policy
+from lib import annotator, chat, models, policy
 from lib.papers.alt import conditions, critics
 from lib.papers.alt.conditions import Conditioner
 from lib.papers.alt.labels import (
@@ -29,7 +30,6 @@ from lib.papers.alt.training import (
     conditional_loss,
     token_weights,
 )
-from tests.conftest import WORDS
 
 TAGS = ("Excellent.", "Good.", "Mediocre.", "Bad.", "Horrible.")
 FIVE = Quantiles(TAGS)
@@ -388,12 +388,12 @@ class Replies:
     def ask(self, requests, *, on_error):
         assert on_error == "keep"
         self.asked += requests
-        return [feedback.Reply(self.say(r), "m", {}, "key") for r in requests]
+        return [chat.Reply(self.say(r), "m", {}, "key") for r in requests]
 
 
 def test_language_model_feedback_asks_again_and_then_gives_up():
     def say(request):
-        prompt = request["messages"][-1]["content"]
+        prompt = " ".join(message["content"] for message in request["messages"])
         if "r0" in prompt:
             return "Harmful!"
         return "no idea" if "r1" in prompt or not request["replicate"] else "harmless and helpful"
