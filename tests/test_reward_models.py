@@ -11,6 +11,7 @@ from conftest import WORDS, asset
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
 from lib import losses, models, preferences, reward_models, stats
+from lib.papers.sparse_feedback import conversions
 from lib.reward_models import Feedback, RewardModel, TrainConfig
 
 PROMPTS = ["the cat sat", "a dog ran on the mat .", "you", ""]
@@ -181,7 +182,7 @@ def test_rankings_as_training_data():
     found = reward_models.from_rankings(table)
     assert found.responses == ["a", "b", "c"] and found.pairs.tolist() == [[0, 1], [2, 0]]
     assert found.group.tolist() == [0, 0, 0]
-    released = preferences.to_rankings_rm(
+    released = conversions.to_rankings_rm(
         table
     )  # the conversion of the reference keeps the same pairs
     texts = [[found.responses[i] for i in pair] for pair in found.pairs]

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 import torch
 
-from lib import logprobs, models, reward_models, sft
+from lib import logprobs, models, preferences, reward_models, sft
 from lib.annotator import SimulatedAnnotator
 from lib.papers.ilf import learn as im
 from lib.papers.ilf import refine as rf
@@ -233,7 +233,7 @@ def test_text_log_probs_are_those_of_the_tokens(tiny):
 
 
 def test_win_points_and_ranks(tmp_path):
-    assert list(im.win_points([1, 0.5, 0.1 + 0.2], [0.5, 1, 0.3])) == [1, 0, 0.5]
+    assert list(preferences.win_points([1, 0.5, 0.1 + 0.2], [0.5, 1, 0.3])) == [1, 0, 0.5]
     path = tmp_path / "ranks.csv"
     path.write_text("id,human,ILF,initial\nx,1,2,3\ny,2,2,1\n")
     found = im.read_ranks(path, ["human", "ILF", "initial"], "human")

@@ -264,7 +264,13 @@ def read_ranks(path, methods: Sequence[str], against: str) -> pd.DataFrame:
     """
     path = Path(path).expanduser()
     wanted = [name for name in methods if name != against]
-    lines, rows = zip(*tables.csv_dicts(path, ["id", against, *wanted]), strict=True)
+    needed = ["id", against, *wanted]
+    _, header = next(tables.csv_records(path, needed))
+    if missing := [name for name in needed if name not in header]:
+        raise ValueError(
+            f"{path.name}: no column {', '.join(missing)}; found: {', '.join(header)}."
+        )
+    lines, rows = zip(*tables.csv_dicts(path, needed), strict=True)
     ranked = [
         name for name in rows[0] if name != "id" and all(_is_number(row[name]) for row in rows)
     ]
