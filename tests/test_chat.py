@@ -1,6 +1,7 @@
 """The chat client, against real loopback endpoints (bench/endpoint.py)."""
 
 import asyncio
+import email.utils
 import multiprocessing
 import os
 import random
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import completion
 
 from lib import chat
 
@@ -135,6 +137,165 @@ def test_spending_cap(server, tmp_path, usage):
     more = client(one, tmp_path)
     more.ask(questions(100))
     assert more.sent == 100 - len(done)
+
+
+# --- what comes in is read once -------------------------------------------------------------------
+
+
+def ask_one(server, folder, **options):
+    """(client, reply) of one request, tried twice."""
+    asking = client(server, folder, **{"attempts": 2, **options})
+    return asking, asking.ask([chat.chat("Hi", max_tokens=4)], on_error="keep")[0]
+
+
+def test_content_in_parts_is_one_text(scripted, tmp_path):
+    thinking = {"type": "thinking", "thinking": [{"type": "text", "text": "a 2? no"}]}
+    parts = [thinking, {"type": "text", "text": "6"}, {"type": "text", "text": "/7"}]
+    one = scripted(lambda body: completion(parts))
+    for _ in range(2):  # the second time from the store
+        _, reply = ask_one(one, tmp_path)
+        assert reply.text == "6/7"
+    assert len(one.asked) == 1
+
+
+@pytest.mark.parametrize("usage", [None, {}, [], {"prompt_tokens": 7, "completion_tokens": None}])
+def test_what_was_not_counted_is_estimated(scripted, tmp_path, usage):
+    one = scripted(lambda body: completion("6") | {"usage": usage})
+    asking, reply = ask_one(one, tmp_path, price=(1e6, 1e6), max_cost=100.0)
+    assert reply.text == "6" and reply.tokens("completion") is None
+    assert asking.spent == (7 if usage else 1 + 4) + 4  # 4 tokens of output at most
+
+
+CHOICE_ERROR = {"finish_reason": "error", "error": {"code": 502, "message": "overloaded upstream"}}
+FAILURES_IN_200 = {
+    "error object": ({"choices": None, "error": {"message": "overloaded upstream"}}, "overloaded"),
+    "error in the choice": (
+        {"choices": [{"message": {"content": ""}, **CHOICE_ERROR}]},
+        "overloaded",
+    ),
+    "error as text": ({"error": "model is loading"}, "is loading"),
+    "no choices": ({"choices": []}, "without a message"),
+    "a list": ([1], "no JSON object"),
+    "content of another kind": (completion({"text": "6"}), "without a message"),
+    "a stream": (b'data: {"choices": []}\n\ndata: [DONE]\n\n', "a stream came"),
+    "a page": (b"<html>log in</html>", "<html>"),
+}
+
+
+@pytest.mark.parametrize("kind", FAILURES_IN_200)
+def test_a_failure_inside_a_200_is_tried_again_and_never_stored(scripted, tmp_path, kind):
+    value, words = FAILURES_IN_200[kind]
+    headers = {"Content-Type": "text/event-stream"} if kind == "a stream" else {}
+    answers = [(200, value, headers), completion("6")]
+    one = scripted(lambda body: answers.pop(0) if len(answers) > 1 else answers[0])
+    assert ask_one(one, tmp_path)[1].text == "6"
+    broken = scripted(lambda body: (200, value, headers))
+    asking = client(broken, tmp_path, attempts=2, cache=tmp_path / "other.sqlite")
+    with pytest.raises(chat.EndpointError, match=words):
+        asking.ask([chat.chat("Hi")])
+    assert len(asking.store) == 0 and len(broken.asked) == 2
+
+
+NO_ANSWERS = {
+    "refusal": (completion(None, refusal="I will not."), "refused: I will not", 1),
+    "filter": (completion("6 beca", "content_filter"), "filter", 1),
+    "reasoning to the limit": (completion("<think>6? 5?", "length"), "max_completion_tokens", 1),
+    "nothing to the limit": (completion(None, "length"), "max_completion_tokens", 1),
+    "nothing": (completion(""), "an empty answer", 3),
+    "only reasoning": (completion("<think>6</think>"), "an empty answer", 3),
+}
+
+
+@pytest.mark.parametrize("kind", NO_ANSWERS)
+def test_what_is_no_answer_is_named_and_not_stored(scripted, tmp_path, kind):
+    value, words, calls = NO_ANSWERS[kind]
+    one = scripted(lambda body: value)
+    asking, reply = ask_one(one, tmp_path, attempts=5)
+    assert not reply.answer and words in reply.error
+    assert len(asking.store) == 0 and len(one.asked) == calls
+
+
+def test_a_stored_reply_that_is_no_answer_is_bought_again(scripted, tmp_path):
+    one = scripted(lambda body: completion("6"))
+    asking = client(one, tmp_path)
+    request = chat.chat("Hi", max_tokens=4)
+    record = {"model": "m", "parameters": {}, "at": "", "seconds": 0.0}
+    record["raw"] = {"choices": [{"finish_reason": "error", "message": {"content": ""}}]}
+    asking.store.put(asking.key(request), record)
+    assert asking.estimate([request])["to_buy"] == 1
+    assert asking.ask([request])[0].text == "6"
+    assert asking.ask([request])[0].cached and len(one.asked) == 1
+
+
+def test_a_limit_that_holds_no_answer_stops_early(scripted, tmp_path):
+    one = scripted(lambda body: completion("<think>Let me", "length"))
+    with pytest.raises(chat.EndpointError, match="max_completion_tokens"):
+        client(one, tmp_path, concurrency=1).ask(questions(200), on_error="keep")
+    assert len(one.asked) < 10
+
+
+# --- the account ---------------------------------------------------------------------------------
+
+ACCOUNT = {
+    "no balance": (402, "Insufficient Balance", {}),
+    "no quota": (429, "You exceeded your current quota, please check your plan", {}),
+    "no credit, as a 400": (400, "Your credit balance is too low to access the API", {}),
+    "a daily limit": (429, "Rate limit reached on requests per day (RPD): Limit 200", {}),
+    "a free tier's day": (429, "Rate limit exceeded: free-models-per-day", {}),
+    "a wait of a day": (429, "slow down", {"Retry-After": "86400"}),
+}
+
+
+@pytest.mark.parametrize("kind", ACCOUNT)
+def test_what_all_requests_would_meet_stops_the_run(scripted, tmp_path, kind):
+    status, message, headers = ACCOUNT[kind]
+
+    def answer(body):
+        if len(one.asked) <= 3:
+            return completion("6")
+        return status, {"error": {"message": message}}, headers
+
+    one = scripted(answer)
+    with pytest.raises(chat.EndpointError, match=message[:20].replace("(", ".")) as caught:
+        client(one, tmp_path, concurrency=2).ask(questions(60), on_error="keep")
+    assert len(one.asked) < 10 and sum(r is not None for r in caught.value.replies) == 3
+
+
+def test_what_one_request_meets_does_not(scripted, tmp_path):
+    def answer(body):
+        if "question 1" in body["messages"][0]["content"]:
+            flagged = {"message": "flagged by moderation", "metadata": {"reasons": ["violence"]}}
+            return 403, {"error": flagged}, {}
+        return completion("6")
+
+    replies = client(scripted(answer), tmp_path, concurrency=1).ask(questions(4), on_error="keep")
+    assert [r.text for r in replies] == ["6", None, "6", "6"] and "violence" in replies[1].error
+
+
+@pytest.mark.parametrize("form", ["seconds", "date", "nonsense"])
+def test_retry_after_in_its_forms(scripted, tmp_path, form):
+    value = {
+        "seconds": "1",
+        "date": email.utils.formatdate(time.time() + 3, usegmt=True),
+        "nonsense": "soon",
+    }
+    answers = [(429, {"error": {"message": "slow"}}, {"Retry-After": value[form]})]
+    one = scripted(lambda body: answers.pop() if answers else completion("6"))
+    started = time.monotonic()
+    assert ask_one(one, tmp_path)[1].text == "6"
+    took = time.monotonic() - started
+    assert took < 8 and (took > 0.9 or form == "nonsense")
+
+
+def test_parameters_replace_and_take_back_defaults():
+    merged = chat.with_defaults({"max_tokens": 4, "temperature": 0}, {"max_completion_tokens": 900})
+    assert merged == {"temperature": 0, "max_completion_tokens": 900}
+    assert chat.with_defaults({"max_tokens": 4, "temperature": 0}, {"temperature": None}) == {
+        "max_tokens": 4
+    }
+    assert chat.chat("x", max_tokens=None) == chat.chat("x")
+    with pytest.raises(ValueError, match="stream=True"):
+        chat.chat("x", stream=True)
 
 
 # --- kills and parallel runs ---------------------------------------------------------------------
