@@ -30,7 +30,7 @@ CUT_OFF = (
 DAILY_LIMIT = re.compile(r"per[ -]?day|daily|\b[RT]PD\b", re.I)
 
 
-_TAG = r"(?:<{slash}(?:think|thinking|thought|reasoning)>|\[{slash}THINK\])"
+_TAG = r"(?:(?i:<{slash}(?:think|thinking|thought|reasoning)>)|\[{slash}THINK\])"
 _OPENING, _CLOSING = _TAG.format(slash=""), _TAG.format(slash="/")
 _BLOCK = re.compile(f"{_OPENING}.*?{_CLOSING}", re.S)
 _TO_CLOSING = re.compile(f".*{_CLOSING}", re.S)

@@ -9,6 +9,7 @@ exactly: a missing input is "", and "None" or "NA" are words.
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -103,9 +104,12 @@ def read_ratings(path: str | Path) -> pd.DataFrame:
     table, lines = _read_table(path, RATING, "ratings")
     name = Path(path).name
     for line, score in zip(lines, table["score"], strict=True):
-        if score and not (score.isascii() and score.isdigit()):
+        # pandas writes a column of whole numbers as 5.0 where one is missing
+        if score and not re.fullmatch(r"[0-9]+(\.0+)?", score):
             raise ValueError(f"{name}, line {line}: score {score!r}; allowed: a whole number, 1-7.")
-    scores = pd.array([int(score) if score else None for score in table["score"]], dtype="Int64")
+    scores = pd.array(
+        [int(float(score)) if score else None for score in table["score"]], dtype="Int64"
+    )
     table["score"] = scores if scores.isna().any() else scores.astype(int)
     _warn_of_missing(table, name)
     if outside := int((~judged(table)["score"].between(*SCALE)).sum()):

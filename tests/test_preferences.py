@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 
 from lib import preferences as pf
+from lib import tables
 
 ODD = ["None", "NA", "nan", 'say "hi", twice', "a\r\nb", "a\nb", "😀 é", "", " x ", "(a)"]
 
@@ -77,6 +78,29 @@ def test_scores_outside_the_scale_are_kept_with_a_warning(tmp_path):
         assert pf.read_ratings(tmp_path / "f.csv").score.tolist() == [0, 8, 7]
 
 
+def test_missing_scores_and_verdicts_stay_missing(tmp_path):
+    table = ratings(("r", 5), ("s", None))
+    with pytest.warns(UserWarning, match="1 of 2 rows have no score"):
+        back = pf.read_ratings(pf.write_table(table, tmp_path / "r.csv"))
+    assert back.score.tolist() == [5, pd.NA] and pf.judged(back).score.tolist() == [5]
+    table = rankings(("a", "b", "(a)"), ("a", "c", None))
+    with pytest.warns(UserWarning, match="1 of 2 rows have no verdict"):
+        back = pf.read_rankings(pf.write_table(table, tmp_path / "p.csv"))
+    assert back.verdict.tolist() == ["(a)", None]
+
+
+def test_the_log_of_an_annotation_run_is_read(tmp_path):
+    log = rankings(("a", "b", "(a)"), ("a", "c", None)).assign(at="2025", prompt_tokens=7)
+    path = tables.write_jsonl(log, tmp_path / "rankings.jsonl")
+    with pytest.warns(UserWarning, match="no verdict"):
+        assert pf.read_rankings(path)[pf.RANKING].values.tolist() == log[pf.RANKING].values.tolist()
+    path = tables.write_jsonl(ratings(("r", 5)), tmp_path / "ratings.jsonl")
+    assert pf.read_ratings(path).score.tolist() == [5]
+    path.write_text('{"instruction": "i", "input": null, "response": 3, "score": 4}\n')
+    with pytest.raises(ValueError, match="line 1: response is 3, not text"):
+        pf.read_ratings(path)
+
+
 # --- verdicts ------------------------------------------------------------------------------------
 
 
@@ -84,6 +108,30 @@ def test_verdicts_of_two_orders():
     table = {("(a)", "(b)"): "(a)", ("(b)", "(a)"): "(b)", ("(a)", "(a)"): "equal",
              ("(b)", "(b)"): "equal", (None, "(a)"): None, ("(b)", None): None}  # fmt: skip
     assert {calls: pf.verdict_of_orders(*calls) for calls in table} == table
+
+
+def test_a_missing_verdict_is_nobodys():
+    table = rankings(("a", "b", "(a)"), ("a", "c", None), ("b", "c", "equal"))
+    assert len(pf.judged(table)) == 2 and len(pf.decided(table)) == 1
+    with pytest.raises(ValueError, match="verdict 'tie'; allowed"):
+        pf.decided(rankings(("a", "b", "tie")))
+    points = pf.win_points_by_ranking(table).points
+    assert points.tolist()[::2] == [0, 0.5] and np.isnan(points[1])
+    found = pf.win_rate(points)
+    assert (found.percent, found.n, found.losses, found.ties) == (25, 2, 1, 1)
+    scores = ratings(("a", 3)).assign(score=pd.array([None], dtype="Int64"))
+    assert pf.win_points_by_rating(ratings(("a", 3)), scores).empty
+    assert np.isnan(pf.win_points([None, 1], [2, np.nan])).all()
+    assert (
+        pf.length_controlled(pf.win_points_by_ranking(table), resamples=10).n == 1
+    )  # an instruction
+
+
+def test_no_pair_at_all():
+    nothing = pf.win_points_by_ranking(rankings())
+    assert np.isnan(pf.win_rate(nothing.points).percent) and pf.win_rate([]).n == 0
+    assert np.isnan(pf.length_controlled(nothing).value)
+    assert pf.common_points(nothing, nothing).empty and np.isnan(pf.win_rate([1.0]).half_width)
 
 
 # --- win rates -----------------------------------------------------------------------------------

@@ -35,6 +35,12 @@ def test_json_readers(tmp_path):
         conversions.read_instructions(path)
     path.write_text(json.dumps(ITEMS))
     assert conversions.read_generations(path) == ITEMS
+    path.write_text('[{"instruction": "a", "responses": ["x", 3]}]')
+    with pytest.raises(ValueError, match="line 1: 'responses.1' must be a str"):
+        conversions.read_generations(path)
+    path.write_text('[{"instruction": "a", "input": NaN},\n"b"]')
+    with pytest.raises(ValueError, match="line 2: '' must be a record"):
+        conversions.read_instructions(path)
 
 
 # --- conversions ---------------------------------------------------------------------------------
@@ -175,6 +181,56 @@ def test_agreement_by_prompt_by_hand():
 def test_line_ends_do_not_part_a_pair():
     rows = analysis.pair_verdicts(ratings(("a\r\nb", 3), ("c", 2)), rankings(("a\nb", "c", "(a)")))
     assert rows.derived.tolist() == ["(a)"]
+
+
+def test_a_missing_verdict_or_score_counts_for_no_side():
+    rated = ratings(("a b", 6), ("b", 2), ("c", None), ("d", 4))
+    ranked = rankings(
+        ("a b", "b", "(a)"),  # the one pair with everything
+        ("a b", "d", None),
+        ("c", "d", "(a)"),
+        ("b", "d", None),
+    )
+    rows = analysis.pair_verdicts(rated, ranked)
+    assert rows.response2.tolist() == ["b"] and rows.attrs["left_out"] == 3
+    assert analysis.agreement(rows)["consistency"].value == 1
+    assert analysis.consistency_by_gap(rows)[["agree", "pairs"]].values.tolist() == [[1, 1]]
+    preferred = analysis.preferred_against_other(rows.assign(derived=None))
+    assert preferred.set_index("protocol").loc["ratings", "longer_n"].tolist() == [0, 0, 0]
+    items = [{"instruction": "i", "input": "x", "responses": ["a b", "b", "d"]}]
+    assert analysis.missing_by_pair(items, ranked).present.tolist() == [1, 0, 0]
+    assert conversions.to_rankings_rm(ranked.iloc[[1, 3]]) == {}
+    triad = rankings(("a", "b", "(a)"), ("b", "c", "(a)"), ("a", "c", None))
+    assert analysis.cyclic_triads(triad) == (0, 0)
+    twice = pd.concat([rankings(("a", "b", None)), rankings(("a", "b", None))])
+    assert analysis.test_retest(twice)["same"].n == 0
+    report = analysis.judge_report(rated, ranked).set_index("check")
+    assert report.n.tolist() == [3, 3, 2, 2]
+
+
+def test_a_later_annotation_counts_where_the_first_is_missing():
+    rows = analysis.pair_verdicts(
+        ratings(("a", None), ("b", 2), ("a", 5)), rankings(("a", "b", None), ("a", "b", "(b)"))
+    )
+    assert rows[["score1", "direct"]].values.tolist() == [[5, "(b)"]]
+
+
+def test_an_equal_answer_follows_no_position():
+    calls = pd.DataFrame({"first": ["equal", "(a)"], "swapped": ["equal", "(b)"]})
+    table = rankings(("a", "b", "equal"), ("c", "d", "(a)")).join(calls)
+    share = analysis.judge_report(ratings(), table).set_index("check").value
+    assert share["calls: first position's share"].tolist() == [0.5, 0.5]
+
+
+@pytest.mark.filterwarnings("error")
+def test_one_pair_and_none():
+    one = analysis.pair_verdicts(ratings(("a", 5), ("b", 3)), rankings(("a", "b", "(a)")))
+    none = analysis.pair_verdicts(ratings(), rankings())
+    found = analysis.agreement(one)
+    assert found["consistency"].value == 1 and np.isnan(found["consistency"].low)
+    assert analysis.consistency_by_gap(none).empty and "pairs" in analysis.consistency_by_gap(none)
+    assert analysis.preferred_against_other(none)["n"].tolist() == [0] * 6
+    assert not analysis.judge_report(ratings(("a", None)), rankings(("a", "b", None))).passes.any()
 
 
 def test_nothing_in_common_is_an_error():

@@ -6,8 +6,9 @@ import urllib.request
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import completion
 
-from lib import chat, models, tables
+from lib import chat, models, preferences, tables
 from lib.papers.sparse_feedback import analysis, conversions, protocols, sheets
 from lib.papers.sparse_feedback.serve import serve
 
@@ -32,6 +33,8 @@ def client(server, folder, **options):
         ("6/10", None, "unparsed"), ("６", None, "unparsed"), ("٦", None, "unparsed"),
         ("six", None, "unparsed"), ("I give 6", None, "unparsed"), ("5-6", None, "unparsed"),
         ("", None, "empty"), (" \n ", None, "empty"), (None, None, "no_reply"),
+        ("<think>\n3?\n</think>\n\n6", 6, "ok"), ("3?\n</think>\nRating: 6", 6, "ok"),
+        ("<think>\n6", None, "empty"), ("Score: 6/10", None, "unparsed"),
     ],
 )  # fmt: skip
 def test_parse_rating(text, score, status):
@@ -53,6 +56,7 @@ def test_reference_rule_for_ratings():
         ("A better answer", None, "unparsed"), ("Output (a) is worse", None, "unparsed"),
         ("a, b", None, "unparsed"), ("Neither", None, "unparsed"), ("Equal", None, "out_of_range"),
         ("", None, "empty"), (None, None, "no_reply"),
+        ("<think>(a) or (b)?</think>\nOutput (b)", "(b)", "ok"), ("<think>\n(a)", None, "empty"),
     ],
 )  # fmt: skip
 def test_parse_verdict(text, letter, status):
@@ -119,6 +123,47 @@ def test_generate(server, tmp_path):
     items = protocols.generate(client(one, tmp_path), ITEMS, n=3, max_tokens=9)
     assert [len(item["responses"]) for item in items] == [3, 3]
     assert items[1]["responses"][0] == "Sum up\n\nA text."[::-1] and len(one.log()) == 6
+
+
+def test_a_reasoning_model_is_asked_in_its_own_terms(scripted, tmp_path):
+    def answer(body):
+        if {"max_tokens", "temperature"} & set(body):
+            return 400, {"error": {"message": "unsupported parameter"}}, {}
+        assert body["max_completion_tokens"] == 900
+        rating = "Grade:" in body["messages"][0]["content"]
+        return completion("<think>hm, 2 (a)?</think>\n" + ("6" if rating else "Output (b)"))
+
+    asking = client(scripted(answer), tmp_path)
+    options = {"max_completion_tokens": 900, "temperature": None}
+    ratings = protocols.rate(asking, conversions.to_ratings_table(ITEMS[:1]), **options)
+    assert ratings["score"].tolist() == [6, 6, 6] and set(ratings["error"]) == {""}
+    rankings = protocols.rank(asking, conversions.to_rankings_table(ITEMS[:1]), **options)
+    assert rankings["first"].tolist() == rankings["swapped"].tolist() == ["(b)"] * 3
+    items = protocols.generate(asking, ITEMS[:1], n=1, **options)
+    assert items[0]["responses"] == ["Output (b)"]
+
+
+def test_a_reply_that_was_cut_or_kept_back_says_so(scripted, tmp_path):
+    replies = [
+        completion("Let me see", "length"),
+        completion("6", "content_filter"),
+        completion(None, refusal="no"),
+        completion("6", "length"),
+    ]
+    one = scripted(lambda body: replies.pop(0))
+    table = pd.DataFrame([(f"i{k}", "", "r") for k in range(4)], columns=preferences.RATING[:-1])
+    with pytest.warns(UserWarning, match="1 of 4 replies were cut off"):
+        rated = protocols.rate(client(one, tmp_path, concurrency=1), table)
+    assert rated["status"].tolist() == ["cut_off", "filtered", "refused", "ok"]
+    assert protocols.usable(rated)["score"].tolist() == [6]
+
+
+def test_responses_that_end_inside_their_reasoning_are_refused(scripted, tmp_path):
+    one = scripted(lambda body: completion("<think>Well", "length"))
+    with pytest.raises(
+        chat.EndpointError, match="2 of 2 responses are empty.*max_completion_tokens"
+    ):
+        protocols.generate(client(one, tmp_path), ITEMS[:1], n=2)
 
 
 def test_tables_are_checked():
@@ -188,6 +233,29 @@ def test_bad_human_answers(tmp_path):
         sheets.import_from_humans(path, table.iloc[1:])
     with pytest.raises(ValueError, match="lacks the columns"):
         sheets.import_from_humans(path, conversions.to_rankings_table(ITEMS))
+
+
+def test_a_sheet_saved_with_semicolons_is_read(tmp_path):
+    pairs = conversions.to_rankings_table(ITEMS)
+    path = sheets.export_for_humans(pairs, tmp_path / "sheet.csv")
+    with path.open(encoding="utf-8-sig", newline="") as handle:
+        header, *rows = list(csv.reader(handle))
+    with path.open("w", encoding="utf-8-sig", newline="") as handle:
+        filled = [[*row[:-1], "a" if row[2] < row[3] else "b"] for row in rows]
+        csv.writer(handle, delimiter=";").writerows([header, *filled])
+    back = sheets.import_from_humans(path, pairs)
+    smaller = [
+        "(a)" if a < b else "(b)" for a, b in zip(back.response1, back.response2, strict=True)
+    ]
+    assert back["verdict"].tolist() == smaller and len(back) == len(pairs)
+
+
+def test_a_lone_carriage_return_survives_the_sheet(tmp_path):
+    table = pd.DataFrame({"instruction": "i", "input": "", "response": ["a\rb", "\r", "c\r\nd"]})
+    path = sheets.export_for_humans(table, tmp_path / "sheet.csv")
+    content = path.read_bytes().decode("utf-8-sig").replace(",\r\n", ",3\r\n")
+    path.write_bytes(content.encode("utf-8-sig"))
+    assert sheets.import_from_humans(path, table)["score"].tolist() == [3, 3, 3]
 
 
 # --- a local endpoint ----------------------------------------------------------------------------
