@@ -128,8 +128,8 @@ def read_rankings(path: str | Path) -> pd.DataFrame:
             raise ValueError(
                 f"{Path(path).name}, line {line}: verdict {verdict!r}; allowed: (a), (b), equal."
             )
-    table["verdict"] = [verdict or None for verdict in table["verdict"]]
-    table["verdict"] = table["verdict"].astype(object)
+    verdicts = [verdict or None for verdict in table["verdict"]]
+    table["verdict"] = pd.Series(verdicts, dtype=object)
     _warn_of_missing(table, Path(path).name)
     return table
 

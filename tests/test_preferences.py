@@ -91,9 +91,10 @@ def test_missing_scores_and_verdicts_stay_missing(tmp_path):
 
 def test_the_log_of_an_annotation_run_is_read(tmp_path):
     log = rankings(("a", "b", "(a)"), ("a", "c", None)).assign(at="2025", prompt_tokens=7)
+    expected = [["i", "x", "a", "b", "(a)"], ["i", "x", "a", "c", None]]
     path = tables.write_jsonl(log, tmp_path / "rankings.jsonl")
     with pytest.warns(UserWarning, match="no verdict"):
-        assert pf.read_rankings(path)[pf.RANKING].values.tolist() == log[pf.RANKING].values.tolist()
+        assert pf.read_rankings(path)[pf.RANKING].values.tolist() == expected
     path = tables.write_jsonl(ratings(("r", 5)), tmp_path / "ratings.jsonl")
     assert pf.read_ratings(path).score.tolist() == [5]
     path.write_text('{"instruction": "i", "input": null, "response": 3, "score": 4}\n')

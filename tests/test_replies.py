@@ -24,5 +24,6 @@ def test_reply_cache_keeps_the_first_reply_across_instances_and_threads(tmp_path
 
 def test_retry_after_takes_seconds_and_dates():
     assert replies.retry_after("2") == 2 and replies.retry_after(None) is None
-    assert replies.retry_after("soon") is None
+    assert replies.retry_after("soon") is None and replies.retry_after("") is None
+    assert replies.retry_after("nan") is None and replies.retry_after("inf") is None
     assert replies.retry_after("Wed, 21 Oct 2015 07:28:00 GMT") == 0

@@ -142,6 +142,26 @@ def test_stored_tables_are_joined_by_name(tmp_path, monkeypatch):
     assert record.stored_tables("11_x", "full") == {}
 
 
+def test_a_saved_table_comes_back_as_it_was(tmp_path, monkeypatch):
+    monkeypatch.setenv("FEEDBACK_ROOT", str(tmp_path))
+    folder = tmp_path / "data" / "results" / "11_x" / "demo"
+    table = pd.DataFrame(
+        {
+            "text": ["50%\r100%", "NA", "null", "", "a\r\nb", "1e5"],
+            "id": ["007", "7", "8", "9", "10", "11"],
+            "score": [0.1 + 0.2, np.nan, 1.0, 2.0, 3.0, 4.0],
+            "good": [True, False] * 3,
+        }
+    )
+    run = record.Run("11_x", "demo", 0, folder)
+    run.save_table(table, "scores-seed0")
+    pd.testing.assert_frame_equal(record.stored_tables("11_x", "demo")["scores"], table)
+    first = run.cached("step", lambda: table)
+    pd.testing.assert_frame_equal(run.cached("step", lambda: None), first, check_dtype=False)
+    assert run.cached("step", lambda: None)["id"].tolist() == table["id"].tolist()
+    assert run.cached("none", lambda: table[:0]).columns.tolist() == list(table)
+
+
 def test_what_ran_here_takes_the_place_of_what_was_kept():
     live = pd.DataFrame({"arm": ["FT", "FT"], "seed": [0, 0], "score": [1.0, 2.0]})
     kept = pd.DataFrame({"arm": ["FT", "FT", "PPO"], "seed": [0, 1, 0], "score": [7.0, 8.0, 9.0]})

@@ -522,6 +522,14 @@ def test_perspective_refusals_are_told_without_the_key(service):
     assert KEY not in repr(perspective(service))
 
 
+def test_perspective_does_not_sleep_through_a_day(service):
+    service.script = [None, (429, {"Retry-After": "86400"}, "quota")]
+    with pytest.raises(scorers.ScoringError, match="asks to wait 86400 s"):
+        perspective(service).score(["first", "second"])
+    perspective(service).score(["first", "second"])
+    assert service.asked.count("first") == 1
+
+
 def test_perspective_server_down(service):
     service.server.shutdown()
     service.server.server_close()

@@ -141,7 +141,7 @@ def _decided(pairs: pd.DataFrame) -> list[dict]:
     undecided = pairs["preferred"][~pairs["preferred"].isin([0, 1])]
     if len(undecided):
         raise ValueError(
-            f"preferred is {undecided.iloc[0]!r} in {len(undecided)} of {len(pairs)} pairs; allowed: 1.0 "
+            f"preferred is {undecided.iloc[0]} in {len(undecided)} of {len(pairs)} pairs; allowed: 1.0 "
             "(first) or 0.0 (second). Leave undecided pairs out, as `comparison_pairs` does."
         )
     return pairs.to_dict("records")
