@@ -26,8 +26,8 @@ from transformers import (
 
 from bench import measure
 from lib import (
+    chat,
     data,
-    feedback,
     generation,
     logprobs,
     losses,
@@ -303,12 +303,12 @@ def feedback_benchmark(size: str) -> measure.Benchmark:
     def ours() -> measure.Thunk:
         def run() -> measure.Work:
             with ready:
-                client.ask([feedback.chat(f"text {next(numbers)}") for _ in range(count)])
+                client.ask([chat.chat(f"text {next(numbers)}") for _ in range(count)])
             return measure.Work(count)
 
         ready = contextlib.ExitStack()
         folder = ready.enter_context(tempfile.TemporaryDirectory())
-        client = feedback.ChatClient(
+        client = chat.ChatClient(
             "bench", base_url=ready.enter_context(_endpoint(**options)), timeout=2.0,
             first_pause=0.05, concurrency=64, requests_per_second=rate,
             cache=Path(folder) / "replies.sqlite",
@@ -320,7 +320,7 @@ def feedback_benchmark(size: str) -> measure.Benchmark:
             with ready:
                 for _ in range(few):
                     message = {"role": "user", "content": f"text {next(numbers)}"}
-                    while not _answered(chat, message):
+                    while not _answered(endpoint, message):
                         pass
             return measure.Work(few)
 
@@ -328,7 +328,7 @@ def feedback_benchmark(size: str) -> measure.Benchmark:
 
         ready = contextlib.ExitStack()
         url = ready.enter_context(_endpoint(**options))
-        chat = openai.OpenAI(base_url=url, api_key="none", timeout=2.0, max_retries=20)
+        endpoint = openai.OpenAI(base_url=url, api_key="none", timeout=2.0, max_retries=20)
         return run
 
     what = f"{count:,} calls, {faults:.0%} of them fail, limit {rate}/s over good and bad"
@@ -336,10 +336,10 @@ def feedback_benchmark(size: str) -> measure.Benchmark:
     return measure.Benchmark("calls", 0.0, what, sides, limit=rate * (1 - faults))
 
 
-def _answered(chat, message: dict) -> bool:
+def _answered(endpoint, message: dict) -> bool:
     """One call of the openai client; malformed answers pass its own tries."""
     try:
-        found = chat.chat.completions.create(model="bench", messages=[message])
+        found = endpoint.chat.completions.create(model="bench", messages=[message])
         return bool(found.choices)
     except (ValueError, LookupError, TypeError, AttributeError):
         return False

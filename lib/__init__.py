@@ -4,6 +4,7 @@ The shared shelf, `lib/*.py`, holds what two papers use.  It imports nothing of 
 
 runtime        folders, secrets, seed, device, dtype, progress, files that are never half written
 text           words, n-grams, repetition, scripts, the fluency panel
+tables         text, JSON, JSON lines and CSV: read with their lines, text kept as text
 data           prompts from any source, splits, chat templates, Wikipedia's leads
 models         load any policy or build a tiny one, what trains, adapters
 generation     sampling: tokens, texts and log-probabilities
@@ -13,9 +14,11 @@ policy         policy, reference and value on one network
 scorers        text -> toxicity: offline scorers, classifiers, Perspective
 stats          intervals, bootstrap, paired differences, verdicts
 plots          every figure as a function of a tidy table
-preferences    ratings and rankings: tables, conversions, agreement, win rates
+preferences    ratings and rankings: tables, verdicts, win points, win rates
 annotator      the simulated annotator and its published rubric
-feedback       ratings, rankings and responses from any OpenAI-compatible endpoint
+replies        replies that cost money or time, each bought once; Retry-After
+answers        what a chat endpoint answered, and what a reply says after its reasoning
+chat           the chat client: any OpenAI-compatible endpoint, stored replies, a cap on cost
 sft            supervised fine-tuning
 reward_models  one score for a prompt and a response, from ratings or rankings
 segments       segments of a response, and the token at which each ends
@@ -24,7 +27,7 @@ ppo            PPO in which any token may carry a reward
 rloo           its sequence-level peer
 annotate       annotation pages that work offline in a browser
 
-papers/        what one paper alone needs: rewardlm, ilf, fine_grained, alt
+papers/        what one paper alone needs: rewardlm, sparse_feedback, ilf, fine_grained, alt
 course/        what makes a notebook run: assets, fetch, record, show, notebooks, runner, report, publish, cli
 """
 

@@ -9,8 +9,6 @@ found by their first and last six words, not by edit distance.
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 import os
@@ -23,7 +21,7 @@ import datasets
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from lib import runtime
+from lib import runtime, tables
 from lib.course import assets, fetch
 
 UNCATEGORISED = "uncategorised"
@@ -31,107 +29,16 @@ RTP = "allenai/real-toxicity-prompts"
 TEMPLATE_STYLES = ("raw", "chat", "chat+system", "tagged", "tagged+system")
 
 
-# --- files: text, CSV, JSON -> (line, record) ----------------------------------------------------
-
-
-def _read_text(path: Path) -> str:
-    """The file's text, line ends untouched, without a byte-order mark."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file. Try the full path; now in {Path.cwd()}.")
-    content = path.read_bytes()
-    try:
-        text = content.decode("utf-8").removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        line = content[: error.start].count(b"\n") + 1
-        raise ValueError(f"{path.name}, line {line}: not UTF-8. Try to save it as UTF-8.") from None
-    if not text.strip():
-        raise ValueError(f"{path.name} is empty; at least one row is needed.")
-    return text
-
-
-def _lines(path: Path) -> list[str]:
-    """Lines ended by LF or CRLF; other separators (U+2028, form feed) belong to the text."""
-    text = _read_text(path).removesuffix("\n")
-    return [line.removesuffix("\r") for line in text.split("\n")]
+# --- records -------------------------------------------------------------------------------------
 
 
 def _text_records(path: Path) -> Iterator[tuple[int, dict]]:
-    for number, line in enumerate(_lines(path), 1):
+    for number, line in enumerate(tables.text_lines(path), 1):
         yield number, {"prompt": line}
 
 
-def jsonl_records(path: Path) -> Iterator[tuple[int, dict]]:
-    """Records of JSON lines with their line numbers; ValueError names the line that is not JSON."""
-    for number, line in enumerate(_lines(path), 1):
-        try:
-            yield number, json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{path.name}, line {number}: not JSON ({error.msg}, column {error.colno}); "
-                "each line must be one object such as {\"prompt\": \"...\"}."
-            ) from None  # fmt: skip
-
-
-def json_records(path: Path) -> Iterator[tuple[int, dict]]:
-    """Records of a JSON list, with the line each starts on; a file of JSON lines is read as such."""
-    text = _read_text(path)
-    if text.lstrip()[0] != "[":
-        yield from jsonl_records(path)
-        return
-    gap, decoder = re.compile(r"[\s,]*"), json.JSONDecoder()
-    try:
-        json.loads(text)  # commas and brackets
-        position, line, counted = text.index("[") + 1, 1, 0
-        while text[position := gap.match(text, position).end()] != "]":
-            line, counted = line + text.count("\n", counted, position), position
-            record, position = decoder.raw_decode(text, position)
-            yield line, record
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path.name}, line {error.lineno}: not JSON ({error.msg}).") from None
-
-
-def csv_records(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """(physical line on which the record starts, fields); the header comes first."""
-    reader = csv.reader(io.StringIO(_read_text(path), newline=""), strict=True)
-    width = None
-    while True:
-        line = reader.line_num + 1
-        try:
-            fields = next(reader, None)
-        except csv.Error as error:
-            raise ValueError(f"{path.name}, line {line}: broken CSV ({error}).") from None
-        if fields is None:
-            return
-        if not fields:  # a blank line holds no record
-            continue
-        width = width or len(fields)
-        if len(fields) != width:
-            raise ValueError(
-                f"{path.name}, line {line}: {len(fields)} fields; the header has {width}. "
-                "Try to quote texts that hold commas or line breaks."
-            )
-        yield line, fields
-
-
-def csv_header(path: Path, records: Iterator, needed: Sequence[str]) -> list[str]:
-    """Column names of a CSV; missing and repeated ones are refused."""
-    line, header = next(records)
-    missing = [name for name in needed if name not in header]
-    repeated = sorted({name for name in header if header.count(name) > 1})
-    if missing or repeated:
-        what = f"missing column {missing[0]!r}" if missing else f"column {repeated[0]!r} twice"
-        raise ValueError(
-            f"{path.name}, line {line}: {what}; found: {', '.join(header)}; "
-            f"needed, once each: {', '.join(needed)}."
-        )
-    return header
-
-
-def _csv_dicts(path: Path) -> Iterator[tuple[int, dict]]:
-    records = csv_records(path)
-    header = csv_header(path, records, ["prompt"])
-    for line, fields in records:
-        yield line, dict(zip(header, fields, strict=True))
+def _csv_records(path: Path) -> Iterator[tuple[int, dict]]:
+    return tables.csv_dicts(path, ["prompt"])
 
 
 def unit_score(value: object, where: str) -> tuple[float, str]:
@@ -158,9 +65,9 @@ def unit_score(value: object, where: str) -> tuple[float, str]:
 
 _READERS: dict[str, Callable[[Path], Iterator[tuple[int, dict]]]] = {
     ".txt": _text_records,
-    ".csv": _csv_dicts,
-    ".jsonl": jsonl_records,
-    ".json": json_records,
+    ".csv": _csv_records,
+    ".jsonl": tables.jsonl_records,
+    ".json": tables.json_records,
 }
 
 

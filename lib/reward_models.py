@@ -29,6 +29,7 @@ import numpy as np
 import pandas as pd
 import torch
 import transformers
+from scipy.special import expit
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import SequenceClassifierOutput
 
@@ -364,9 +365,12 @@ def from_ratings(
 ) -> Feedback:
     """A ratings table as training data: t = (score - 1) / 6, first rating of a response.
 
-    `template(instruction, input)` gives the prompt.  ValueError for a score outside 1-7.
+    `template(instruction, input)` gives the prompt.  Rows without a score are left out.  ValueError for a
+    score outside 1-7, and where no row is left.
     """
-    table = preferences.first_of_each(ratings)
+    table = preferences.first_of_each(preferences.judged(ratings))
+    if table.empty:
+        raise ValueError("no row has a score: there is nothing to learn from these ratings.")
     targets = losses.rating_target(torch.tensor(table["score"].to_numpy(dtype=np.float32)))
     prompts = [template(*row) for row in zip(table["instruction"], table["input"], strict=True)]
     return Feedback(prompts, list(table["response"]), number_prompts(prompts), targets.numpy())
@@ -375,14 +379,15 @@ def from_ratings(
 def from_rankings(
     rankings: pd.DataFrame, template: Callable[[str, str], str] = preferences.alpaca_prompt
 ) -> Feedback:
-    """A rankings table as training data: every decided pair once; exact duplicates and "equal" dropped.
+    """A rankings table as training data: every decided pair once, without exact duplicates.
 
-    Raises ValueError where no pair is left.
+    "equal" and pairs without a verdict are left out.  Raises ValueError where no pair is left.
     """
-    table = rankings[preferences.RANKING].drop_duplicates()
-    table = table[table["verdict"] != "equal"]
+    table = preferences.decided(rankings)[preferences.RANKING].drop_duplicates()
     if table.empty:
-        raise ValueError("every verdict is 'equal': there is nothing to learn from these rankings.")
+        raise ValueError(
+            "every verdict is 'equal' or missing: there is nothing to learn from these rankings."
+        )
     known: dict[tuple[str, str], int] = {}
     pairs = []
     for row in table.itertuples():
@@ -530,14 +535,18 @@ def train_with_trl(
 def pair_margins(rankings: pd.DataFrame, z1: np.ndarray, z2: np.ndarray) -> pd.DataFrame:
     """Decided pairs with margin = z1 - z2 and won (1 where response1 was preferred), and their prompt."""
     rows = rankings.assign(margin=np.asarray(z1) - np.asarray(z2))
-    rows["won"] = (rows["verdict"] == "(a)").astype(float)
     rows["prompt"] = pd.factorize(rows["instruction"] + "\x1f" + rows["input"])[0]
-    return rows[rows["verdict"] != "equal"]
+    rows = preferences.decided(rows)
+    return rows.assign(won=(rows["verdict"] == "(a)").astype(float))
 
 
 def pairwise_accuracy(pairs: pd.DataFrame, seed: int = 0) -> Interval:
-    """Share of decided pairs ordered as the annotator did, equal scores one half; prompts resampled."""
-    right = np.where(pairs["margin"] == 0, 0.5, (pairs["margin"] > 0) == (pairs["won"] == 1))
+    """Share of decided pairs ordered as the annotator did, equal scores one half; prompts resampled.
+
+    Pairs without a margin are left out.
+    """
+    side = np.sign(pairs["margin"].to_numpy(float))  # NaN stays NaN
+    right = np.where(pairs["won"] == 1, 1 + side, 1 - side) / 2
     return stats.bootstrap(right, clusters=pairs["prompt"].to_numpy(), seed=seed)
 
 
@@ -547,12 +556,15 @@ def rank_correlation(
     """Mean over prompts of the Spearman correlation, within the prompt, of scores z with ratings.
 
     Within, because a Bradley-Terry score has no level that prompts share.  Prompts are resampled; those
-    where a side does not vary are left out, and n counts the others.
+    where a side does not vary are left out, and n counts the others.  So are responses without a score.
     """
-    table = pd.DataFrame({"z": np.asarray(z), "score": np.asarray(scores)})
-    ranks = table.groupby(np.asarray(prompts), sort=False)
-    found = [stats.correlation(*t.rank().to_numpy().T) for _, t in ranks]
-    return stats.bootstrap(found, seed=seed)
+    table = pd.DataFrame({"z": np.asarray(z, dtype=float), "prompt": np.asarray(prompts)})
+    table["score"] = pd.Series(scores).astype(float).to_numpy()
+    correlations = [
+        stats.correlation(*rows[["z", "score"]].rank().to_numpy().T)
+        for _, rows in table.dropna(subset=["z", "score"]).groupby("prompt", sort=False)
+    ]
+    return stats.bootstrap(correlations, seed=seed)
 
 
 def calibration(pairs: pd.DataFrame, bins: int = 5) -> pd.DataFrame:
@@ -560,21 +572,22 @@ def calibration(pairs: pd.DataFrame, bins: int = 5) -> pd.DataFrame:
 
     Columns predicted (mean), value (share won), low, high (Wilson), n.  Every pair stands in it from both
     sides, so the table is symmetric; n and the intervals count it once.  attrs["error"]: the expected
-    calibration error, sum over bins of n/N |value - predicted|.
+    calibration error, sum over bins of n/N |value - predicted|; NaN where there is no pair.
     """
-    predicted = 1 / (1 + np.exp(-pairs["margin"].to_numpy()))
-    won = pairs["won"].to_numpy()
+    pairs = pairs[pairs["margin"].notna()]
+    predicted = expit(pairs["margin"].to_numpy(float))
+    won = pairs["won"].to_numpy(float)
     both, outcome = np.append(predicted, 1 - predicted), np.append(won, 1 - won)
-    found = []
-    for part in np.array_split(np.argsort(both, kind="stable"), min(bins, len(both))):
+    bins = max(1, min(bins, len(both)))
+    rows = []
+    for part in np.array_split(np.argsort(both, kind="stable"), bins) if len(both) else ():
         n = max(1, len(part) // 2)
         share = outcome[part].mean()
         interval = stats.proportion(round(share * n), n)
-        row = {"predicted": both[part].mean(), "value": share}
-        found.append(row | {"low": interval.low, "high": interval.high, "n": n})
-    table = pd.DataFrame(found)
+        rows.append((both[part].mean(), share, interval.low, interval.high, n))
+    table = pd.DataFrame(rows, columns=["predicted", "value", "low", "high", "n"])
     gaps = (table["value"] - table["predicted"]).abs()
-    table.attrs["error"] = float(np.average(gaps, weights=table["n"]))
+    table.attrs["error"] = float(np.average(gaps, weights=table["n"])) if rows else np.nan
     return table
 
 

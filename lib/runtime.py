@@ -6,13 +6,11 @@ Simplified: equal digits are promised only for the same machine, versions and th
 from __future__ import annotations
 
 import contextlib
-import email.utils
 import gc
 import hashlib
 import json
 import os
 import platform
-import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -290,50 +288,6 @@ def claim_folder(folder: Path | str, what: str, *key: object) -> Path:
     return Path(folder)
 
 
-class ReplyCache:
-    """Crash-safe store of replies that cost money or time, keyed by content (SQLite, one file).
-
-    Several processes may use one file; `put` keeps the first reply for a key, so a reply is
-    never replaced by a later one.
-    """
-
-    def __init__(self, path: Path | str):
-        self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self._connect() as db:
-            db.execute("PRAGMA journal_mode=WAL")
-            db.execute(
-                "CREATE TABLE IF NOT EXISTS replies (key TEXT PRIMARY KEY, reply TEXT, at TEXT)"
-            )
-
-    @contextlib.contextmanager
-    def _connect(self):
-        db = sqlite3.connect(self.path, timeout=60)
-        try:
-            with db:
-                yield db
-        finally:
-            db.close()
-
-    def get(self, key: str):
-        """The stored reply (any JSON value), or None."""
-        with self._connect() as db:
-            row = db.execute("SELECT reply FROM replies WHERE key = ?", (key,)).fetchone()
-        return json.loads(row[0]) if row else None
-
-    def put(self, key: str, reply: object) -> None:
-        """Store a reply unless the key has one."""
-        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        with self._connect() as db:
-            db.execute(
-                "INSERT OR IGNORE INTO replies VALUES (?, ?, ?)", (key, json.dumps(reply), now)
-            )
-
-    def __len__(self) -> int:
-        with self._connect() as db:
-            return db.execute("SELECT COUNT(*) FROM replies").fetchone()[0]
-
-
 def git_commit() -> str:
     """Commit of the checkout, with `+` where files differ from it; `unknown` outside git."""
     try:
@@ -344,12 +298,3 @@ def git_commit() -> str:
     except (OSError, subprocess.TimeoutExpired):
         return "unknown"
     return found.stdout.strip() or "unknown"
-
-
-def retry_after(value: str | None) -> float | None:
-    """Seconds that a Retry-After header asks for (a number or a date); None where it says neither."""
-    try:
-        return max(0.0, float(value or ""))
-    except ValueError:
-        date = email.utils.parsedate_tz(value)
-        return max(0.0, email.utils.mktime_tz(date) - time.time()) if date else None

@@ -31,6 +31,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from lib import generation, models, runtime
 from lib.course import assets
+from lib.replies import LONGEST_WAIT, ReplyStore, retry_after
 from lib.text import check_texts, is_empty, words
 
 CHUNK = 2048  # texts in work at a time: peak memory does not depend on their number
@@ -410,7 +411,7 @@ class PerspectiveScorer(Scorer):
         self._key = runtime.secret("PERSPECTIVE_API_KEY", "The Perspective scorer")
         self._url = f"{base_url.rstrip('/')}/v1alpha1/comments:analyze"
         self._attribute, self._interval = attribute, 1 / requests_per_second
-        self._replies = runtime.ReplyCache(runtime.cache_dir() / "replies" / "perspective.sqlite")
+        self._replies = ReplyStore(runtime.cache_dir() / "replies" / "perspective.sqlite")
         self._last, self.requests, self._dates = -np.inf, 0, set()
 
     def card(self) -> dict[str, str]:
@@ -466,7 +467,12 @@ class PerspectiveScorer(Scorer):
         except (requests.ConnectionError, requests.Timeout) as error:
             raise _PassingError(type(error).__name__) from None
         if response.status_code == 429 or response.status_code >= 500:
-            wait = runtime.retry_after(response.headers.get("Retry-After"))
+            wait = retry_after(response.headers.get("Retry-After"))
+            if wait is not None and wait > LONGEST_WAIT:
+                raise ScoringError(
+                    f"Perspective asks to wait {wait:.0f} s (HTTP {response.status_code}). Answers so far "
+                    "are kept; run again then to go on."
+                )
             raise _PassingError(f"HTTP {response.status_code}", wait)
         return self._read(response)
 

@@ -82,8 +82,8 @@ def per_prompt_best(scores: np.ndarray, values: np.ndarray, k: int) -> np.ndarra
         raise ValueError(f"scores {scores.shape} and values {values.shape}; give (prompts, pool).")
     if np.isnan(scores).any():
         raise ValueError("a response has no score, so the best of its pool is not known.")
-    later_first = np.arange(scores.shape[1])[::-1]
-    order = np.stack([np.lexsort((later_first, row)) for row in scores])  # best last
+    later_first = np.broadcast_to(np.arange(scores.shape[1])[::-1], scores.shape)
+    order = np.lexsort((later_first, scores), axis=1)  # best last
     ranked = np.take_along_axis(values, order, 1)
     return _over_pools(ranked, k, "drop", _expected_last)
 

@@ -1,14 +1,21 @@
 """Fixtures shared by the tests: tiny models (no download) and the real policy where it can be had."""
 
+import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
+import threading
+import urllib.request
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 os.environ.setdefault("FEEDBACK_HEADLESS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import hypothesis
+import pandas as pd
 import pytest
 import torch
 
@@ -77,3 +84,90 @@ def chromium_program():
         if shutil.which(name):
             return shutil.which(name)
     pytest.skip("chromium is not installed (apt install chromium)")
+
+
+class Server:
+    """An endpoint in its own process."""
+
+    def __init__(self, **options):
+        command = [
+            sys.executable,
+            str(Path(__file__).parents[1] / "bench" / "endpoint.py"),
+            json.dumps(options),
+        ]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        self.url = f"http://127.0.0.1:{int(self.process.stdout.readline())}/v1"
+
+    def log(self):
+        rows = json.load(urllib.request.urlopen(self.url.replace("/v1", "/log")))
+        return pd.DataFrame(rows, columns=["at", "prompt", "outcome"])
+
+
+@pytest.fixture
+def server():
+    started = []
+
+    def start(**options):
+        started.append(Server(**options))
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.process.kill()
+        one.process.wait()
+
+
+class Scripted(ThreadingHTTPServer):
+    """A loopback server that answers each request as a function of its JSON body says.
+
+    The function gives an object (status 200), or (status, object or bytes, headers).  `asked`: the bodies.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, answer):
+        super().__init__(("127.0.0.1", 0), _Scripted)
+        self.answer = answer
+        self.asked = []
+        self.url = f"http://127.0.0.1:{self.server_port}/v1"
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+
+class _Scripted(BaseHTTPRequestHandler):
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.asked.append(body)
+        answer = self.server.answer(body)
+        status, value, headers = answer if isinstance(answer, tuple) else (200, answer, {})
+        content = value if isinstance(value, bytes) else json.dumps(value).encode()
+        self.send_response(status)
+        for name, text in {"Content-Type": "application/json", **headers}.items():
+            self.send_header(name, text)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_):
+        pass
+
+
+def completion(content, finish_reason="stop", **message):
+    """A chat completion's JSON with this content."""
+    choice = {"index": 0, "finish_reason": finish_reason}
+    choice["message"] = {"role": "assistant", "content": content, **message}
+    return {"choices": [choice], "usage": {"prompt_tokens": 7, "completion_tokens": 2}}
+
+
+@pytest.fixture
+def scripted():
+    """Start a `Scripted` server for a function; all are stopped after the test."""
+    started = []
+
+    def start(answer):
+        started.append(Scripted(answer))
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.shutdown()
+        one.server_close()

@@ -282,7 +282,8 @@ def test_toxicity_meter_reads_rewardlm_tables(tmp_path):
 
 def test_a_judge_without_a_price_is_not_asked(monkeypatch, tmp_path):
     """MAX_COST is a cap or an error: the section that judges released outputs never buys without one."""
-    from lib import feedback, preferences
+    from lib import chat
+    from lib.papers.sparse_feedback import conversions, protocols
 
     monkeypatch.setenv("FEEDBACK_CACHE", str(tmp_path))
     path = ROOT / "notebooks/22_reward_models_best_of_n.ipynb"
@@ -291,7 +292,8 @@ def test_a_judge_without_a_price_is_not_asked(monkeypatch, tmp_path):
         name: [{"dataset": "d", "instruction": "i", "output": name, "generator": name}]
         for name in ("davinci003", "ratings_alpaca", "rankings_alpaca")
     }
-    scope = {"outputs": outputs, "feedback": feedback, "preferences": preferences, "pd": pd}
+    scope = {"outputs": outputs, "chat": chat, "conversions": conversions, "pd": pd}
+    scope |= {"protocols": protocols}
     scope |= {"JUDGE_MODEL": "m", "BASE_URL": "https://judge.invalid/v1", "display": print}
     with pytest.raises(ValueError, match="max_cost needs price"):
         exec(source, scope | {"PRICE": [], "MAX_COST": 5.0})

@@ -1,22 +1,15 @@
-"""Ratings and rankings: files, conversions, agreement, win rates; by hand and on the real files."""
+"""Ratings and rankings: tables, verdicts, win rates, by hand."""
 
 import itertools
-import json
 
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from lib import preferences as pf
-from lib import stats
+from lib import tables
 
 ODD = ["None", "NA", "nan", 'say "hi", twice', "a\r\nb", "a\nb", "😀 é", "", " x ", "(a)"]
-ITEMS = [
-    {"instruction": "Name a colour.", "input": "", "responses": ["red", "blue", "red", "a, b"]},
-    {"instruction": "Sum.", "input": "1 2", "responses": ["3", "three"]},
-]
 
 
 def ratings(*rows):
@@ -85,85 +78,31 @@ def test_scores_outside_the_scale_are_kept_with_a_warning(tmp_path):
         assert pf.read_ratings(tmp_path / "f.csv").score.tolist() == [0, 8, 7]
 
 
-def test_json_readers(tmp_path):
-    path = tmp_path / "i.json"
-    path.write_text(json.dumps([{"instruction": "a"}, {"instruction": "b", "input": None}]))
-    assert pf.read_instructions(path) == [{"instruction": c, "input": ""} for c in "ab"]
-    path.write_text('[{"instruction": "a"},\n {"input": "b"}]')
-    with pytest.raises(ValueError, match="line 2: 'instruction' must be a str"):
-        pf.read_instructions(path)
-    path.write_text(json.dumps(ITEMS))
-    assert pf.read_generations(path) == ITEMS
+def test_missing_scores_and_verdicts_stay_missing(tmp_path):
+    table = ratings(("r", 5), ("s", None))
+    with pytest.warns(UserWarning, match="1 of 2 rows have no score"):
+        back = pf.read_ratings(pf.write_table(table, tmp_path / "r.csv"))
+    assert back.score.tolist() == [5, pd.NA] and pf.judged(back).score.tolist() == [5]
+    table = rankings(("a", "b", "(a)"), ("a", "c", None))
+    with pytest.warns(UserWarning, match="1 of 2 rows have no verdict"):
+        back = pf.read_rankings(pf.write_table(table, tmp_path / "p.csv"))
+    assert back.verdict.tolist() == ["(a)", None]
 
 
-# --- conversions ---------------------------------------------------------------------------------
+def test_the_log_of_an_annotation_run_is_read(tmp_path):
+    log = rankings(("a", "b", "(a)"), ("a", "c", None)).assign(at="2025", prompt_tokens=7)
+    expected = [["i", "x", "a", "b", "(a)"], ["i", "x", "a", "c", None]]
+    path = tables.write_jsonl(log, tmp_path / "rankings.jsonl")
+    with pytest.warns(UserWarning, match="no verdict"):
+        assert pf.read_rankings(path)[pf.RANKING].values.tolist() == expected
+    path = tables.write_jsonl(ratings(("r", 5)), tmp_path / "ratings.jsonl")
+    assert pf.read_ratings(path).score.tolist() == [5]
+    path.write_text('{"instruction": "i", "input": null, "response": 3, "score": 4}\n')
+    with pytest.raises(ValueError, match="line 1: response is 3, not text"):
+        pf.read_ratings(path)
 
 
-def test_conversions_by_hand():
-    assert pf.to_ratings_table(ITEMS).values.tolist()[3:5] == [
-        ["Name a colour.", "", "a, b"], ["Sum.", "1 2", "3"]]  # fmt: skip
-    pairs = pf.to_rankings_table(ITEMS)
-    assert len(pairs) == 6 + 1
-    assert pairs.iloc[1, 2:].tolist() == ["red", "red"]  # identical texts are kept
-    verdicts = pairs.assign(verdict=["(a)", "equal", "(b)", "(a)", "equal", "equal", "equal"])
-    found = pf.to_rankings_rm(pd.concat([verdicts, verdicts]))
-    (key,) = found
-    assert key == pf.alpaca_prompt("Name a colour.") and key.endswith("### Response: ")
-    assert found[key]["sentences"] == [["red", "blue"], ["a, b", "red"], ["blue", "red"]]
-
-
-def test_evaluation_tables_by_hand():
-    named = (("koala", "p"), ("selfinstruct", "q"))
-    outputs = [{"dataset": d, "instruction": i, "output": f"{i}!"} for d, i in named]
-    assert pf.to_rating_eval(outputs).values.tolist() == [["p", "", "p!"]]
-    other = [{"dataset": "koala", "instruction": "p", "output": "mine"}]
-    assert pf.to_ranking_eval(outputs, other).values.tolist() == [["p", "", "p!", "mine"]]
-    with pytest.raises(
-        ValueError, match="1 instructions of the policy have no reference output, first: 'z'"
-    ):
-        pf.to_ranking_eval(outputs, [{"instruction": "z", "output": ""}])
-
-
-def test_released_files_row_for_row(real_data):
-    folder = real_data / "sparse_feedback"
-
-    def same(ours, name):
-        theirs = pd.read_csv(folder / name, keep_default_na=False, dtype=str)
-        alike = [
-            t.map(lambda text: text.replace("\r\n", "\n")).values.tolist() for t in (ours, theirs)
-        ]
-        assert alike[0] == alike[1] and list(ours.columns) == list(theirs.columns)
-
-    items = pf.read_generations(folder / "sample_generation.json")
-    same(pf.to_ratings_table(items), "ratings_sample_generation.csv")
-    same(pf.to_rankings_table(items), "rankings_sample_generation.csv")
-    given = pf.read_rankings(folder / "feedback_rankings_sample_generation.csv")
-    shipped = json.loads((folder / "feedback_rankings_for_rm_sample.json").read_text())
-    found = pf.to_rankings_rm(given)
-    assert found == shipped and list(found) == list(shipped)
-    reference = pf.read_outputs(folder / "davinci003.json")
-    policies = [pf.read_outputs(folder / f"{name}_alpaca.json") for name in ("ratings", "rankings")]
-    assert [len(pf.to_rating_eval(o)) for o in (reference, *policies)] == [553] * 3
-    pairs = pf.to_ranking_eval(reference, policies[0])
-    by_text = {o["instruction"]: o["output"] for o in reference}
-    assert pairs.response1.tolist() == [by_text[i] for i in pairs.instruction]
-
-
-def test_released_feedback(real_data):
-    folder = real_data / "sparse_feedback"
-    rated = pf.read_ratings(folder / "feedback_ratings_sample_generation.csv")
-    ranked = pf.read_rankings(folder / "feedback_rankings_sample_generation.csv")
-    rows = pf.pair_verdicts(rated, ranked)
-    assert (len(rows), int((rows.derived == rows.direct).sum())) == (117, 66)
-    found = pf.agreement(rows)["consistency"]
-    assert 0.30 < found.low < 0.50 < 0.60 < found.high < 0.75 and found.n == 20
-    items = pf.read_generations(folder / "sample_generation.json")
-    missing = pf.missing_by_pair(items, ranked)
-    assert missing.present.sum() == 118 and missing.expected.sum() == 200
-    assert pf.judge_report(rated, ranked).passes.all()
-
-
-# --- consistency ---------------------------------------------------------------------------------
+# --- verdicts ------------------------------------------------------------------------------------
 
 
 def test_verdicts_of_two_orders():
@@ -172,171 +111,28 @@ def test_verdicts_of_two_orders():
     assert {calls: pf.verdict_of_orders(*calls) for calls in table} == table
 
 
-def test_consistency_by_hand():
-    rated = ratings(
-        ("a", 6), ("b", 4), ("c", 4), ("d", 1), ("a", 1)
-    )  # the second "a" does not count
-    ranked = rankings(
-        ("a", "b", "(a)"),  # agrees
-        ("a", "b", "(b)"),  # a repetition: does not count
-        ("b", "c", "equal"),  # agrees
-        ("a", "c", "equal"),  # half
-        ("c", "d", "(b)"),  # opposite
-        ("a", "e", "(a)"),  # no rating of e
-    )
-    rows = pf.pair_verdicts(rated, ranked)
-    assert rows.derived.tolist() == ["(a)", "equal", "(a)", "(a)"]
-    assert rows.gap.tolist() == [2, 0, 2, 3] and rows.attrs["left_out"] == 1
-    found = {name: i.value for name, i in pf.agreement(rows).items()}
-    assert found["consistency"] == 0.5 and found["opposite"] == 0.25
-    assert found["half_credit"] == (1 + 1 + 0.5 + 0) / 4 and found["decisive_both"] == 0.5
-    chance = 0.75 * 0.25 + 0.25 * 0.5 + 0 * 0.25
-    assert found["chance"] == pytest.approx(chance)
-    assert found["kappa"] == pytest.approx((0.5 - chance) / (1 - chance))
-    assert pf.agreement_table(rows).to_numpy().tolist() == [[1, 1, 1], [0, 1, 0], [0, 0, 0]]
-    by_gap = pf.consistency_by_gap(rows).set_index("gap")
-    assert by_gap.value.tolist() == [1, 0.5, 0] and by_gap.pairs.tolist() == [1, 2, 1]
-
-
-def of_prompts(table, name="input"):
-    """The table once for each of three prompts, whose pairs are therefore not independent."""
-    return pd.concat([table.assign(**{name: f"x{k}"}) for k in range(3)], ignore_index=True)
-
-
-def test_intervals_count_prompts_not_pairs():
-    rated = of_prompts(ratings(("a", 5), ("b bb", 3), ("c", 3)))
-    ranked = of_prompts(rankings(("a", "b bb", "(a)"), ("b bb", "c", "(a)"), ("a", "c", "(b)")))
-    rows = pf.pair_verdicts(rated, ranked)
-    by_gap = pf.consistency_by_gap(rows)
-    assert by_gap.n.tolist() == [3, 3] and by_gap.pairs.tolist() == [3, 6]
-    # all prompts are alike, so drawing them anew changes nothing; none agrees is not certainty
-    assert by_gap.value.tolist() == by_gap.low.tolist() == [0, 0.5]
-    assert by_gap.high[0] == stats.proportion(0, 3).high > 0.5 == by_gap.high[1]
-    words = pf.preferred_against_other(rows).set_index(["protocol", "measure"])
-    words = words.loc[("rankings", "words")]
-    assert words["mean"] == pytest.approx((1 + 2 + 2 + 1 + 1 + 1) / 6)
-    longer = words[["longer_pct", "longer_low", "longer_high", "longer_n"]]
-    assert longer.tolist() == [50, 50, 50, 3]
-    assert words.pairs == 6
-
-
-def test_agreement_by_prompt_by_hand():
-    rated = of_prompts(ratings(("a", 5), ("b", 3), ("c", 3)))
-    ranked = of_prompts(rankings(("a", "b", "(a)"), ("b", "c", "(a)")))
-    first = pf.pair_verdicts(rated, ranked)
-    rated.loc[rated.input == "x1", "score"] = [3, 3, 3]  # all "equal" now
-    ranked.loc[ranked.input == "x2", "verdict"] = "(b)"
-    second = pf.pair_verdicts(rated, ranked)
-    found = pf.agreement_by_prompt(first, second)
-    assert found["rating, rating"].tolist() == [1, 0.5, 1]
-    assert found["ranking, ranking"].tolist() == [1, 1, 0]
-    assert found["rating, ranking"].tolist() == [0.5, 0.25, 0.25]
-    with pytest.raises(ValueError, match="hold other pairs"):
-        pf.agreement_by_prompt(first, second[::-1])
-
-
-def test_line_ends_do_not_part_a_pair():
-    rows = pf.pair_verdicts(ratings(("a\r\nb", 3), ("c", 2)), rankings(("a\nb", "c", "(a)")))
-    assert rows.derived.tolist() == ["(a)"]
-
-
-def test_nothing_in_common_is_an_error():
-    rows = pf.pair_verdicts(ratings(("a", 1)), rankings(("b", "c", "(a)")))
-    with pytest.raises(ValueError, match="no ranked pair has ratings of both"):
-        pf.agreement(rows)
-
-
-PAIR = st.tuples(st.integers(1, 7), st.integers(1, 7), st.sampled_from(pf.VERDICTS))
-
-
-@settings(max_examples=25, deadline=None)
-@given(st.lists(PAIR, min_size=2, max_size=20))
-def test_swapping_every_pair_changes_nothing(pairs):
-    rated = ratings(
-        *[(f"{side}{k}", p[i]) for k, p in enumerate(pairs) for i, side in enumerate("lr")]
-    )
-    ranked = rankings(*[(f"l{k}", f"r{k}", p[2]) for k, p in enumerate(pairs)])
-    flip = {"(a)": "(b)", "(b)": "(a)", "equal": "equal"}
-    swapped = ranked.rename(columns={"response1": "response2", "response2": "response1"})
-    swapped["verdict"] = swapped["verdict"].map(flip)
-    one, two = (pf.agreement(pf.pair_verdicts(rated, t)) for t in (ranked, swapped))
-    for name in one:
-        assert one[name].value == pytest.approx(two[name].value, nan_ok=True)
-
-
-def test_what_is_preferred_by_hand():
-    rated = ratings(("one two three", 7), ("four", 1), ("five five", 3))
-    ranked = rankings(
-        ("one two three", "four", "(b)"),
-        ("four", "five five", "(b)"),
-        ("one two three", "five five", "equal"),
-    )
-    found = pf.preferred_against_other(pf.pair_verdicts(rated, ranked)).set_index(
-        ["protocol", "measure"]
-    )
-    assert found.loc[("rankings", "words"), "value"] == (-2 + 1) / 2
+def test_a_missing_verdict_is_nobodys():
+    table = rankings(("a", "b", "(a)"), ("a", "c", None), ("b", "c", "equal"))
+    assert len(pf.judged(table)) == 2 and len(pf.decided(table)) == 1
+    with pytest.raises(ValueError, match="verdict 'tie'; allowed"):
+        pf.decided(rankings(("a", "b", "tie")))
+    points = pf.win_points_by_ranking(table).points
+    assert points.tolist()[::2] == [0, 0.5] and np.isnan(points[1])
+    found = pf.win_rate(points)
+    assert (found.percent, found.n, found.losses, found.ties) == (25, 2, 1, 1)
+    scores = ratings(("a", 3)).assign(score=pd.array([None], dtype="Int64"))
+    assert pf.win_points_by_rating(ratings(("a", 3)), scores).empty
+    assert np.isnan(pf.win_points([None, 1], [2, np.nan])).all()
     assert (
-        found.loc[("rankings", "distinct words"), "pairs"] == 1
-    )  # "four" and "five five": both one
-    assert found.loc[("ratings", "words"), "longer_pct"] == 100
-    assert found.loc[("ratings", "words"), "value"] == pytest.approx((2 + 1 + 1) / 3)
+        pf.length_controlled(pf.win_points_by_ranking(table), resamples=10).n == 1
+    )  # an instruction
 
 
-# --- annotators ----------------------------------------------------------------------------------
-
-
-def test_the_gate_stops_a_judge_that_does_not_judge():
-    rng = np.random.default_rng(0)
-    scores = ratings(*[(str(k), 1) for k in range(40)])
-    calls = pd.DataFrame({"first": ["(a)"] * 40, "swapped": ["(a)"] * 40})
-    stuck = rankings(*[(str(k), "z", "equal") for k in range(40)]).join(calls)
-    assert not pf.judge_report(scores, stuck).passes[[0, 1, 2, 3, 4]].any()
-    scores["score"] = rng.integers(1, 8, 40)
-    calls = pd.DataFrame(rng.choice(["(a)", "(b)"], (40, 2)), columns=["first", "swapped"])
-    verdicts = [pf.verdict_of_orders(*row) for row in calls.values]
-    able = stuck.drop(columns=["first", "swapped"]).assign(verdict=verdicts).join(calls)
-    assert pf.judge_report(scores, able).passes.all()
-
-
-def test_an_empty_table_does_not_pass_the_gate():
-    assert not pf.judge_report(ratings(), rankings()).passes.any()
-
-
-def test_missing_pairs_by_hand():
-    items = [{"instruction": "i", "input": "x", "responses": list("abc")}]
-    found = pf.missing_by_pair(items, rankings(("a", "b", "(a)"), ("b", "c", "equal")))
-    assert found.values.tolist() == [["1-2", 1, 1, 1.0], ["1-3", 0, 1, 0.0], ["2-3", 1, 1, 1.0]]
-
-
-def test_cycles():
-    loop = rankings(("a", "b", "(a)"), ("b", "c", "(a)"), ("a", "c", "(b)"))
-    line = rankings(("a", "b", "(a)"), ("b", "c", "(a)"), ("a", "c", "(a)"))
-    tied = rankings(("a", "b", "(a)"), ("b", "c", "equal"), ("a", "c", "(a)"))
-    assert [pf.cyclic_triads(t) for t in (loop, line, tied)] == [(1, 1), (0, 1), (0, 0)]
-    rng = np.random.default_rng(0)
-    rows = [
-        (f"i{k}", "x", *pair, rng.choice(["(a)", "(b)"]))
-        for k in range(60)
-        for pair in itertools.combinations("abcde", 2)
-    ]
-    tossed = pd.DataFrame(rows, columns=pf.RANKING)
-    cycles, triads = pf.cyclic_triads(tossed)
-    assert triads == 600 and 0.2 < cycles / triads < 0.3
-
-
-def test_test_retest_by_hand():
-    found = pf.test_retest(ratings(("a", 5), ("b", 2), ("a", 6), ("c", 4), ("c", 4), ("c", 1)))
-    assert found["same"].value == 0.5 and found["same"].n == 1 and found["gap"].value == 0.5
-    assert pf.test_retest(rankings(("a", "b", "(a)")))["same"].n == 0
-    assert pf.test_retest(ratings(("a", 5), ("b", 2)))["verdict"].n == 0
-
-
-def test_verdicts_of_two_occasions_agree_where_scores_differ():
-    twice = [("a", 5), ("b", 3), ("c", 3), ("a", 4), ("b", 3), ("c", 2)]
-    found = pf.test_retest(of_prompts(ratings(*twice)))
-    assert found["same"].value == pytest.approx(1 / 3)
-    assert found["verdict"].value == pytest.approx(2 / 3)  # b against c: equal, then decided
-    assert found["verdict"].n == found["same"].n == 3
+def test_no_pair_at_all():
+    nothing = pf.win_points_by_ranking(rankings())
+    assert np.isnan(pf.win_rate(nothing.points).percent) and pf.win_rate([]).n == 0
+    assert np.isnan(pf.length_controlled(nothing).value)
+    assert pf.common_points(nothing, nothing).empty and np.isnan(pf.win_rate([1.0]).half_width)
 
 
 # --- win rates -----------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from conftest import WORDS, asset
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
 from lib import losses, models, preferences, reward_models, stats
+from lib.papers.sparse_feedback import conversions
 from lib.reward_models import Feedback, RewardModel, TrainConfig
 
 PROMPTS = ["the cat sat", "a dog ran on the mat .", "you", ""]
@@ -181,13 +182,44 @@ def test_rankings_as_training_data():
     found = reward_models.from_rankings(table)
     assert found.responses == ["a", "b", "c"] and found.pairs.tolist() == [[0, 1], [2, 0]]
     assert found.group.tolist() == [0, 0, 0]
-    released = preferences.to_rankings_rm(
+    released = conversions.to_rankings_rm(
         table
     )  # the conversion of the reference keeps the same pairs
     texts = [[found.responses[i] for i in pair] for pair in found.pairs]
     assert [entry["sentences"] for entry in released.values()] == [texts]
     with pytest.raises(ValueError, match="every verdict is 'equal'"):
         reward_models.from_rankings(table[table["verdict"] == "equal"])
+
+
+def test_what_nobody_judged_trains_nothing():
+    rankings = pd.DataFrame(
+        [("q", "", "a", "b", "(a)"), ("q", "", "c", "d", None)], columns=preferences.RANKING
+    )
+    found = reward_models.from_rankings(rankings)
+    assert [[found.responses[i] for i in pair] for pair in found.pairs] == [["a", "b"]]
+    with pytest.raises(ValueError, match="or missing"):
+        reward_models.from_rankings(rankings[1:])
+    margins = reward_models.pair_margins(rankings, [1.0, 1.0], [0.0, 0.0])
+    assert margins[["response1", "won"]].values.tolist() == [["a", 1.0]]
+    ratings = pd.DataFrame([("q", "", "a", None), ("q", "", "b", 7)], columns=preferences.RATING)
+    assert reward_models.from_ratings(ratings).targets.tolist() == [1.0]
+    with pytest.raises(ValueError, match="no row has a score"):
+        reward_models.from_ratings(ratings[:1])
+
+
+@pytest.mark.filterwarnings("error")
+def test_measures_of_no_pair_one_pair_and_missing_scores():
+    none = pd.DataFrame({"margin": [], "won": [], "prompt": []})
+    assert math.isnan(reward_models.pairwise_accuracy(none).value)
+    assert reward_models.calibration(none).empty
+    assert math.isnan(reward_models.calibration(none).attrs["error"])
+    one = pd.DataFrame({"margin": [2e3, np.nan], "won": [1.0, 0.0], "prompt": [0, 1]})
+    assert reward_models.pairwise_accuracy(one)[::3] == (1.0, 1)  # a missing margin is not "right"
+    assert reward_models.calibration(one)["n"].tolist() == [1, 1]
+    scores = pd.array([1, 2, None, 3], dtype="Int64")
+    found = reward_models.rank_correlation(np.array([1.0, 2.0, 0.0, 3.0]), scores, ["p"] * 4)
+    assert found.value == 1 and found.n == 1
+    assert reward_models.rank_correlation(np.zeros(0), [], []).n == 0
 
 
 def test_shuffled_keeps_what_is_paid_and_turns_pairs():

@@ -107,23 +107,6 @@ def test_write_atomic_never_shows_a_part(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["file.txt"]
 
 
-def test_reply_cache_keeps_the_first_reply_across_instances_and_threads(tmp_path):
-    path = tmp_path / "replies.sqlite"
-    caches = [runtime.ReplyCache(path) for _ in range(4)]
-    key = runtime.content_hash("model", {"b": 1, "a": 2})
-    assert key == runtime.content_hash("model", {"a": 2, "b": 1})
-    threads = [threading.Thread(target=c.put, args=(key, {"n": i})) for i, c in enumerate(caches)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    kept = caches[0].get(key)
-    caches[1].put(key, "later")
-    assert runtime.ReplyCache(path).get(key) == kept
-    assert len(caches[2]) == 1
-    assert caches[3].get("absent") is None
-
-
 def test_json_is_plain():
     text = runtime.to_json({"a": np.arange(2), "b": torch.tensor(1.5), "c": float("inf"), 1: {2}})
     assert json.loads(text) == {"a": [0, 1], "b": 1.5, "c": None, "1": [2]}
@@ -210,6 +193,26 @@ def test_a_stored_set_differs_by_what_is_asked_for(run, keep, capsys):
     assert (
         json.loads((run.folder / "settings.json").read_text()) == same
     )  # of this run, not the set
+
+
+def test_a_saved_table_comes_back_as_it_was(tmp_path, monkeypatch):
+    monkeypatch.setenv("FEEDBACK_ROOT", str(tmp_path))
+    folder = tmp_path / "data" / "results" / "11_x" / "demo"
+    table = pd.DataFrame(
+        {
+            "text": ["50%\r100%", "NA", "null", "", "a\r\nb", "1e5"],
+            "id": ["007", "7", "8", "9", "10", "11"],
+            "score": [0.1 + 0.2, np.nan, 1.0, 2.0, 3.0, 4.0],
+            "good": [True, False] * 3,
+        }
+    )
+    run = record.Run("11_x", "demo", 0, folder)
+    run.save_table(table, "scores-seed0")
+    pd.testing.assert_frame_equal(record.stored_tables("11_x", "demo")["scores"], table)
+    first = run.cached("step", lambda: table)
+    pd.testing.assert_frame_equal(run.cached("step", lambda: None), first, check_dtype=False)
+    assert run.cached("step", lambda: None)["id"].tolist() == table["id"].tolist()
+    assert run.cached("none", lambda: table[:0]).columns.tolist() == list(table)
 
 
 def test_what_ran_here_takes_the_place_of_what_was_kept():

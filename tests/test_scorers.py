@@ -26,7 +26,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from lib import generation, logprobs, runtime, scorers
+from lib import generation, logprobs, scorers
 from lib.models import build_tiny_model
 from lib.text import (
     distinct_n,
@@ -522,6 +522,14 @@ def test_perspective_refusals_are_told_without_the_key(service):
     assert KEY not in repr(perspective(service))
 
 
+def test_perspective_does_not_sleep_through_a_day(service):
+    service.script = [None, (429, {"Retry-After": "86400"}, "quota")]
+    with pytest.raises(scorers.ScoringError, match="asks to wait 86400 s"):
+        perspective(service).score(["first", "second"])
+    perspective(service).score(["first", "second"])
+    assert service.asked.count("first") == 1
+
+
 def test_perspective_server_down(service):
     service.server.shutdown()
     service.server.server_close()
@@ -541,12 +549,6 @@ def test_perspective_without_a_key_names_the_variable(service, monkeypatch, tmp_
     monkeypatch.setenv("FEEDBACK_ROOT", str(tmp_path))
     with pytest.raises(ValueError, match="PERSPECTIVE_API_KEY"):
         perspective(service)
-
-
-def test_retry_after_takes_seconds_and_dates():
-    assert runtime.retry_after("2") == 2 and runtime.retry_after(None) is None
-    assert runtime.retry_after("soon") is None
-    assert runtime.retry_after("Wed, 21 Oct 2015 07:28:00 GMT") == 0
 
 
 # --- log-probability and perplexity --------------------------------------------------------------

@@ -20,8 +20,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from lib import runtime
-from lib.course import place, tables
+from lib import runtime, tables
+from lib.course import place, show
 
 SCALES = ("smoke", "demo", "full")
 VERDICTS = ("same direction", "opposite", "not demonstrated")
@@ -103,7 +103,7 @@ class Run:
 
     def save_table(self, table: pd.DataFrame, name: str) -> Path:
         """Write a table as `<name>.csv` into the run's folder, so figures can be redrawn without running."""
-        return runtime.write_atomic(self.folder / f"{name}.csv", table.to_csv(index=False))
+        return tables.write_csv(table, self.folder / f"{name}.csv")
 
     def cached(self, name: str, make: Callable[[], pd.DataFrame], **key) -> pd.DataFrame:
         """The table `make()` returns, kept in `work/`: a killed run continues with what was finished.
@@ -115,11 +115,10 @@ class Run:
             self.folder / "work" / f"{name}-{runtime.content_hash(name, key, made_by)[:16]}.jsonl"
         )
         if path.exists():
-            return pd.read_json(
-                path, orient="records", lines=True, dtype=False, convert_dates=False
-            )
+            return tables.read_jsonl(path)
         table = make()
-        runtime.write_atomic(path, table.to_json(orient="records", lines=True, double_precision=15))
+        if len(table):
+            tables.write_jsonl(table, path)
         return table
 
     def stored(
@@ -140,7 +139,7 @@ class Run:
         wanted = own | json.loads(runtime.to_json(other))
         place = f"{self.scale}-{name}" if name else self.scale
         folder = runtime.project_root() / "data" / "results" / self.notebook / place
-        tables: dict[str, list[pd.DataFrame]] = {}
+        parts: dict[str, list[pd.DataFrame]] = {}
         left_out: dict[str, list[str]] = {}
         for run, paths in _kept_runs(folder).items():
             reason = _other_settings(folder / f"settings-{run}.json", wanted)
@@ -148,10 +147,10 @@ class Run:
                 left_out.setdefault(reason, []).append(run)
                 continue
             for table, path in paths.items():
-                tables.setdefault(table, []).append(pd.read_csv(path))
+                parts.setdefault(table, []).append(tables.read_csv(path))
         for reason, runs in left_out.items():
             print(f"stored {', '.join(runs)}: {reason}: not mixed")
-        return {table: pd.concat(parts, ignore_index=True) for table, parts in tables.items()}
+        return {table: pd.concat(rows, ignore_index=True) for table, rows in parts.items()}
 
     def finish(self) -> pd.DataFrame:
         """Write `results.json` and return the metrics as a table."""
@@ -181,7 +180,7 @@ def start_run(notebook: str, *, scale: str, seed: int) -> Run:
     runtime.set_seed(seed)
     runtime.quiet_libraries()
     runtime.use_hub_token()
-    tables.show_tables_so()
+    show.show_tables_so()
     return Run(notebook, scale, seed, place.results_folder(notebook))
 
 

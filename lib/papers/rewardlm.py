@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from lib import data, generation, rewards, scorers
+from lib import data, generation, rewards, scorers, tables
 from lib.course import fetch
 from lib.stats import Interval, bootstrap, exceedance, paired_difference, proportion
 
@@ -26,18 +27,11 @@ def read_rewardlm_csv(path: str | Path) -> pd.DataFrame:
     ValueError with file and line (where the record starts), FileNotFoundError.
     """
     path = Path(path).expanduser()
-    records = data.csv_records(path)
-    header = data.csv_header(path, records, REWARDLM_COLUMNS)
-    lines, rows = [], []
-    for line, fields in records:
-        lines.append(line)
-        rows.append(fields)
-    if not rows:
-        raise ValueError(f"{path.name} has a header but no rows; at least one is needed.")
-    table = pd.DataFrame(rows, columns=header, dtype=object)
-    if header[0] == "" and table[""].str.fullmatch(r"\d+").all():
+    lines, rows = zip(*tables.csv_dicts(path, REWARDLM_COLUMNS), strict=True)
+    table = pd.DataFrame(rows, dtype=object)
+    if table.columns[0] == "" and table[""].str.fullmatch(r"[0-9]+").all():
         table = table.set_index(table.pop("").astype(int).rename(None))
-    for column in filter(header.__contains__, REWARDLM_SCORES):
+    for column in [name for name in REWARDLM_SCORES if name in table]:
         read = [
             data.unit_score(value, f"{path.name}, line {line}, {column}")
             for line, value in zip(lines, table[column], strict=True)
@@ -58,12 +52,9 @@ def load_dialoconan(path: str | Path) -> list[list[dict[str, str]]]:
     if str(path) == "dialoconan":
         path = fetch.released("dialoconan", "DIALOCONAN.csv") / "DIALOCONAN.csv"
     path = Path(path).expanduser()
-    records = data.csv_records(path)
-    header = data.csv_header(path, records, ("text", "dialogue_id", "turn_id", "type"))
     dialogues: dict[str, list[tuple[int, str, str]]] = {}
-    for line, fields in records:
-        row = dict(zip(header, fields, strict=True))
-        if row["type"] not in ("HS", "CN") or not row["turn_id"].isdigit():
+    for line, row in tables.csv_dicts(path, ("text", "dialogue_id", "turn_id", "type")):
+        if row["type"] not in ("HS", "CN") or not re.fullmatch("[0-9]+", row["turn_id"]):
             raise ValueError(
                 f"{path.name}, line {line}: type {row['type']!r}, turn_id {row['turn_id']!r}; allowed: HS or "
                 "CN, and a whole number."

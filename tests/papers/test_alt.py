@@ -3,15 +3,16 @@
 import collections
 import copy
 import dataclasses
+import json
 
 import numpy as np
 import pytest
 import torch
-from conftest import WORDS
+from conftest import WORDS, completion
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lib import annotator, feedback, models, policy
+from lib import annotator, chat, models, policy
 from lib.papers.alt import conditions, critics
 from lib.papers.alt.conditions import Conditioner
 from lib.papers.alt.labels import (
@@ -379,6 +380,46 @@ def test_critique_parsing():
         assert critics.parse_critique(broken) is None
 
 
+@pytest.mark.parametrize("score", ["2", "2/3", "**2**", "2.", " 2 out of 3"])
+def test_a_critique_has_one_whole_number(score):
+    text = f"Analysis: good.\nFeedback: short and true.\n**Score:** {score}"
+    assert critics.parse_critique(text)["score"] == 2
+    for wrong in ("2.5", "-1", "3/10", "3 out of 10", "2-3", "1,5", "two", "4", ""):
+        broken = f"Analysis: good.\nFeedback: short and true.\nScore: {wrong}"
+        assert critics.parse_critique(broken) is None
+
+
+def test_reasoning_before_a_critique_or_label_is_left_out():
+    draft = "Analysis: x\nFeedback: bad.\nScore: 0"
+    final = "Analysis: y\nFeedback: good.\nScore: 2"
+    assert critics.parse_critique(f"<think>{draft}</think>\n{final}")["feedback"] == "good."
+    assert critics.parse_critique(f"<think>{draft}") is None
+    assert parse_category("<think>Harmful? No.</think>\nHarmless and helpful", LABELS) == LABELS[1]
+    assert parse_category("Harmful?\n</think>\nHarmless and helpful", LABELS) == LABELS[1]
+
+
+def test_at_temperature_0_no_request_is_sent_twice(scripted, tmp_path):
+    one = scripted(lambda body: completion("It is fine."))
+    client = chat.ChatClient("m", base_url=one.url, cache=tmp_path / "r.sqlite")
+    ask = critics.llm_critique(client, "Rate it.", ["clear"], attempts=4)
+    assert ask(["q"], ["r"]) == [{"score": None, "feedback": None}]
+    sent = [json.dumps(body["messages"]) for body in one.asked]
+    assert len(sent) == len(set(sent)) == 4 and "cannot be read" in sent[1]
+    warm = critics.llm_critique(client, "Rate it.", ["clear"], attempts=3, temperature=1.0)
+    warm(["q"], ["r"])
+    assert (
+        len({json.dumps(body["messages"]) for body in one.asked[4:]}) == 1 and len(one.asked) == 7
+    )
+
+
+def test_a_critique_that_its_limit_cuts_off_is_not_asked_for_again(scripted, tmp_path):
+    one = scripted(lambda body: completion("<think>Well", "length"))
+    client = chat.ChatClient("m", base_url=one.url, cache=tmp_path / "r.sqlite")
+    ask = critics.llm_critique(client, "Rate it.", ["clear"], max_completion_tokens=9)
+    assert ask(["q"], ["r"])[0]["score"] is None and len(one.asked) == 1
+    assert "max_tokens" not in one.asked[0]
+
+
 class Replies:
     """A client that says what a function of the request tells it to."""
 
@@ -388,12 +429,12 @@ class Replies:
     def ask(self, requests, *, on_error):
         assert on_error == "keep"
         self.asked += requests
-        return [feedback.Reply(self.say(r), "m", {}, "key") for r in requests]
+        return [chat.Reply(self.say(r), "m", {}, "key") for r in requests]
 
 
 def test_language_model_feedback_asks_again_and_then_gives_up():
     def say(request):
-        prompt = request["messages"][-1]["content"]
+        prompt = " ".join(message["content"] for message in request["messages"])
         if "r0" in prompt:
             return "Harmful!"
         return "no idea" if "r1" in prompt or not request["replicate"] else "harmless and helpful"

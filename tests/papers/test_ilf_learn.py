@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 import torch
 
-from lib import logprobs, models, reward_models, sft
+from lib import logprobs, models, preferences, reward_models, sft
 from lib.annotator import SimulatedAnnotator
 from lib.papers.ilf import learn as im
 from lib.papers.ilf import refine as rf
@@ -233,7 +233,7 @@ def test_text_log_probs_are_those_of_the_tokens(tiny):
 
 
 def test_win_points_and_ranks(tmp_path):
-    assert list(im.win_points([1, 0.5, 0.1 + 0.2], [0.5, 1, 0.3])) == [1, 0, 0.5]
+    assert list(preferences.win_points([1, 0.5, 0.1 + 0.2], [0.5, 1, 0.3])) == [1, 0, 0.5]
     path = tmp_path / "ranks.csv"
     path.write_text("id,human,ILF,initial\nx,1,2,3\ny,2,2,1\n")
     found = im.read_ranks(path, ["human", "ILF", "initial"], "human")
@@ -244,3 +244,36 @@ def test_win_points_and_ranks(tmp_path):
     path.write_text("id,human,ILF\nx,1,first\n")
     with pytest.raises(ValueError, match="line 2"):
         im.read_ranks(path, ["ILF"], "human")
+
+
+def test_ids_of_ranked_texts_stay_text(tmp_path):
+    path = tmp_path / "ranks.csv"
+    path.write_text("\ufeffid;human;ILF\n007;1;2\n1e5;2;1\nNA;1,5;1,5\n".replace(",", "."))
+    found = im.read_ranks(path, ["human", "ILF"], "human")
+    assert found["id"].tolist() == ["007", "1e5", "NA"] and found["points"].tolist() == [0, 1, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ("x,1,2\nx,2,1\n", "line 3: id 'x' stands on line 2 too"),
+        ("x,1,2\ny,0,1\n", "line 3: rank '0' of human; allowed: a number from 1 .best. to 2"),
+        ("x,1,3\n", "line 2: rank '3' of ILF"),
+        ("x,-1,1\n", "line 2: rank '-1'"),
+        ("x,,1\n", "line 2: rank ''"),
+        ("", "a header but no rows"),
+    ],
+)
+def test_ranks_that_cannot_be_are_refused(tmp_path, rows, message):
+    (tmp_path / "ranks.csv").write_text("id,human,ILF\n" + rows)
+    with pytest.raises(ValueError, match=message):
+        im.read_ranks(tmp_path / "ranks.csv", ["ILF"], "human")
+
+
+def test_an_undecided_pair_trains_nothing(tiny):
+    undecided = pairs(2).assign(preferred=[1.0, np.nan])
+    for rows in (im.classification_rows, im.comparison_rows):
+        with pytest.raises(ValueError, match="preferred is nan in 1 of 2 pairs"):
+            rows(tiny[1], undecided)
+    accuracy = im.pair_accuracy(undecided, np.array([1.0, 1.0]))
+    assert accuracy[0] == 1 and np.isnan(accuracy[1])

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers import models as token_models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lib import feedback, logprobs, models
+from lib import chat, logprobs, models
 from lib.annotator import Critique, Rubric, SimulatedAnnotator
 from lib.papers.ilf import refine as rf
 
@@ -133,9 +133,9 @@ def endpoint(tmp_path):
 def test_api_writer_goes_on_without_buying_again(endpoint, tmp_path):
     def write():
         how = {"concurrency": 1, "cache": tmp_path / "replies.sqlite", "price": (1.0, 2.0)}
-        return rf.ApiWriter(feedback.ChatClient("m", base_url=f"{endpoint}/v1", **how))
+        return rf.ApiWriter(chat.ChatClient("m", base_url=f"{endpoint}/v1", **how))
 
-    with pytest.raises(feedback.EndpointError, match="bad key"):
+    with pytest.raises(chat.EndpointError, match="bad key"):
         rf.refine(write(), articles(), n=2)
     prompt = rf.refinement_prompt(*articles().loc[0, ["title", "post", "summary", "feedback"]])
     left = write()

@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
-from lib import feedback as llm
 from lib import runtime, scorers
 from lib.annotator import SimulatedAnnotator
+from lib.answers import first_line, parse_whole, without_reasoning
+from lib.chat import ChatClient, Reply, chat, with_defaults
 from lib.papers.alt import labels
 
 Judge = Callable[[Sequence[str], Sequence[str]], Sequence[float]]  # prompts, responses -> scores
@@ -127,78 +129,119 @@ def axes_critic(axes: Sequence[Axis], *, max_words: int = 10, seed: int = 0) -> 
     return ask
 
 
+_CRITIQUE = re.compile(
+    r"analysis\W*:\s*(?P<analysis>.+?)\s*feedback\W*:\s*(?P<feedback>.+?)\s*score\W*:(?P<score>.*)",
+    re.I | re.S,
+)
+
+
 def parse_critique(text: str | None, best: int = 3, max_words: int = 10) -> dict | None:
-    """analysis, feedback and score (0 to best) under their headings, or None where one is unusable."""
-    pattern = r"analysis\W*:\s*(.+?)\s*feedback\W*:\s*(.+?)\s*score\W*:\W*(\d+)\b"
-    found = re.search(pattern, text or "", re.I | re.S)
-    if not found:
+    """analysis, feedback and score (0 to best) under their headings, or None where one is unusable.
+
+    Any reasoning before is left out.  The score is one whole number, as `answers.parse_whole` reads it.
+    """
+    match = _CRITIQUE.search(without_reasoning(text or ""))
+    if not match:
         return None
-    analysis, said, score = found[1].strip(" *#\n"), found[2].strip(" *#\n\"'"), int(found[3])
-    if not said or "\n" in said or len(said.split()) > max_words or score > best:
+    analysis = match["analysis"].strip(" *#\n")
+    sentence = match["feedback"].strip(" *#\n\"'")
+    score, _ = parse_whole(first_line(match["score"]), 0, best)
+    if not sentence or "\n" in sentence or len(sentence.split()) > max_words or score is None:
         return None
-    return {"analysis": analysis, "feedback": said, "score": float(score)}
+    return {"analysis": analysis, "feedback": sentence, "score": float(score)}
 
 
 def llm_categories(
-    client: llm.ChatClient, names: Sequence[str], examples: Sequence[tuple[str, str, str]], *,
+    client: ChatClient, names: Sequence[str], examples: Sequence[tuple[str, str, str]], *,
     task: str = "Judge the last response to its prompt.", attempts: int = 2, **parameters,
 ) -> Feedback:  # fmt: skip
     """Feedback from fixed labels, best first, shown by examples (prompt, response, label) (ALT_LMC).
 
-    What names no label is asked again, then missing.  ValueError where an example has another label.
+    What names no label is asked again, then missing.  `parameters` go to the endpoint (default temperature 0,
+    max_tokens 12).  ValueError where an example has another label.
     """
     if wrong := [label for _, _, label in examples if label not in names]:
         raise ValueError(f"examples have labels {wrong}; allowed: {', '.join(names)}.")
     shots = "\n\n".join(f"Prompt: {p}\nResponse: {r}\nFeedback: {f}" for p, r, f in examples)
-    head = f"{task} Answer with one of: {'; '.join(names)}.\n\n{shots}\n\n"
-    how = {"temperature": 0, "max_tokens": 12, **parameters}
+    rule = f"Answer with one of: {'; '.join(names)}."
+    head = f"{task} {rule}\n\n{shots}\n\n"
+    options = with_defaults({"temperature": 0, "max_tokens": 12}, parameters)
 
     def parse(text):
         name = labels.parse_category(text, names)
         return name and {"feedback": name, "score": float(len(names) - 1 - names.index(name))}
 
-    def request(prompt, response, replicate):
-        text = f"{head}Prompt: {prompt}\nResponse: {response}\nFeedback:"
-        return llm.chat(text, replicate=replicate, **how)
+    def request(prompt, response):
+        return chat(f"{head}Prompt: {prompt}\nResponse: {response}\nFeedback:", **options)
 
-    return _asked(client, request, parse, attempts)
+    return _asked(client, request, parse, attempts, rule)
 
 
 def llm_critique(
-    client: llm.ChatClient, task: str, axes: Sequence[str], *, attempts: int = 5,
+    client: ChatClient, task: str, axes: Sequence[str], *, attempts: int = 5,
     max_words: int = 10, **parameters,
 ) -> Feedback:  # fmt: skip
     """Analysis, a sentence of feedback and a point for each axis, in the model's own words (ALT_LMU).
 
-    What misses a heading, or is too long, is asked again, then missing.
+    What misses a heading, or is too long, is asked again, then missing.  `parameters` go to the endpoint
+    (default temperature 0, max_tokens 300).
     """
-    how = {"temperature": 0, "max_tokens": 300, **parameters}
+    options = with_defaults({"temperature": 0, "max_tokens": 300}, parameters)
     listed = "\n".join(f"{i}. {axis}" for i, axis in enumerate(axes, 1))
-    asks = (
-        f"{task} Look at:\n{listed}\n\nAnswer under three headings.\nAnalysis: what you find on each "
-        f"point.\nFeedback: one sentence of at most {max_words} words, with strengths and weaknesses."
-        f"\nScore: 0 to {len(axes)}, one point for each of the above that is met."
+    rule = (
+        "Answer under three headings.\nAnalysis: what you find on each point.\nFeedback: one sentence of at "
+        f"most {max_words} words, with strengths and weaknesses.\nScore: 0 to {len(axes)}, one point for "
+        "each of the above that is met."
     )
+    head = f"{task} Look at:\n{listed}\n\n{rule}"
 
-    def request(prompt, response, replicate):
-        text = f"{asks}\n\nPrompt:\n{prompt}\n\nResponse:\n{response}"
-        return llm.chat(text, replicate=replicate, **how)
+    def request(prompt, response):
+        return chat(f"{head}\n\nPrompt:\n{prompt}\n\nResponse:\n{response}", **options)
 
-    return _asked(client, request, lambda t: parse_critique(t, len(axes), max_words), attempts)
+    parse = partial(parse_critique, best=len(axes), max_words=max_words)
+    return _asked(client, request, parse, attempts, rule)
 
 
-def _asked(client, request: Callable, parse: Callable, attempts: int) -> Feedback:
+def _asked(
+    client: ChatClient, request: Callable, parse: Callable, attempts: int, rule: str
+) -> Feedback:
+    """Feedback by a chat model: up to `attempts` requests a response, until `parse` can read a reply."""
+
     def ask(prompts, responses):
-        pairs = list(zip(prompts, responses, strict=True))
-        found: list[dict] = [{"score": None, "feedback": None}] * len(pairs)
-        left = list(range(len(pairs)))
-        for attempt in range(attempts):
-            asked = [request(*pairs[i], attempt) for i in left]
-            replies = client.ask(asked, on_error="keep") if asked else []
-            parsed = {i: parse(reply.text) for i, reply in zip(left, replies, strict=True)}
+        requests = [request(*pair) for pair in zip(prompts, responses, strict=True)]
+        rows: list[dict] = [{"score": None, "feedback": None} for _ in requests]
+        left = list(range(len(requests)))
+        for _ in range(attempts):
+            if not left:
+                break
+            replies = client.ask([requests[i] for i in left], on_error="keep")
+            unread = {}
+            for i, reply in zip(left, replies, strict=True):
+                row = parse(reply.text)
+                if row:
+                    rows[i] = row
+                elif reply.answer or reply.finish_reason != "length":  # no limit is too short twice
+                    unread[i] = _once_more(requests[i], reply, rule)
+            left = list(unread)
             for i in left:
-                found[i] = parsed[i] or found[i]
-            left = [i for i in left if not parsed[i]]
-        return found
+                requests[i] = unread[i]
+        return rows
 
     return ask
+
+
+def _once_more(request: dict, reply: Reply, rule: str) -> dict:
+    """The request after a reply that could not be read: a sampling model is asked for another.
+
+    At temperature 0 it would say the same again, so it is shown its reply and the rule.
+    """
+    if (
+        reply.text is None
+    ):  # nothing was bought, so nothing is stored: the same request is sent again
+        return request
+    request = request | {"replicate": request["replicate"] + 1}
+    if request.get("temperature") != 0:
+        return request
+    shown = {"role": "assistant", "content": reply.answer or "(no answer)"}
+    correction = {"role": "user", "content": f"That answer cannot be read. {rule}"}
+    return request | {"messages": [*request["messages"], shown, correction]}

@@ -16,6 +16,7 @@ import pandas as pd
 from scipy.stats import rankdata
 
 from lib import runtime
+from lib.answers import first_line
 
 Label = int | tuple[int, ...]  # 0 is best
 Condition = tuple[str, ...]  # () is no condition
@@ -109,18 +110,18 @@ class Quantiles(_Tagged):
 
 
 def parse_category(text: str | None, names: Sequence[str]) -> str | None:
-    """The name that the text's first line starts with (the longest), whatever case and quotes; or None.
+    """The name that the text's first line (after any reasoning) starts with, the longest; or None.
 
-    "harmful." is Harmful; "Feedback: 'Harmless and helpful'" is found; "not harmful" is nothing.
+    Whatever case and quotes: "harmful." is Harmful; "Feedback: 'Harmless and helpful'" is found; "not
+    harmful" is nothing.
     """
 
     def plain(value: str) -> str:
         return " ".join(re.findall(r"[a-z0-9]+", value.lower()))
 
-    first = next((line for line in (text or "").splitlines() if line.strip()), "")
-    said = re.sub(r"^(feedback|label|answer) ", "", plain(first)) + " "
-    found = [name for name in names if said.startswith(plain(name) + " ")]
-    return max(found, key=len, default=None)
+    line = re.sub(r"^(feedback|label|answer) ", "", plain(first_line(text))) + " "
+    matching = [name for name in names if line.startswith(plain(name) + " ")]
+    return max(matching, key=len, default=None)
 
 
 @dataclass(frozen=True)

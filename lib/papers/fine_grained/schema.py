@@ -24,7 +24,7 @@ import pandas as pd
 from sklearn.metrics import cohen_kappa_score
 from transformers import PreTrainedTokenizerBase
 
-from lib import data, runtime, stats
+from lib import runtime, stats, tables
 from lib.segments import Segmenter
 
 CATEGORIES = {  # error type -> what its reward model judges (section 4 of the paper)
@@ -84,7 +84,7 @@ def load_feedback(
 def _load_file(path: Path, needed: Sequence[str]) -> list[dict]:
     """The finished records of one file, checked."""
     records, unfinished = [], 0
-    for number, (line, record) in enumerate(data.json_records(path), 1):
+    for number, (line, record) in enumerate(tables.json_records(path), 1):
         where = f"{path.name}, line {line}, record {number}"
         if _unfinished(record, needed or FIELDS):
             unfinished += 1
@@ -300,7 +300,7 @@ def load_questions(path: str | Path) -> list[dict]:
     aside): then training and reward models would see different prompts.  FileNotFoundError.
     """
     path, records = Path(path).expanduser(), []
-    for line, record in data.json_records(path):
+    for line, record in tables.json_records(path):
         where = f"{path.name}, line {line}"
         _need(isinstance(record, dict), where, "an object", record)
         for name in ("question", "text"):
@@ -370,7 +370,7 @@ def preference_table(records: Sequence[dict]) -> pd.DataFrame:
 
 def first_wins(table: pd.DataFrame, seed: int = 0) -> stats.Interval:
     """Share of decided pairs of a `preference_table` won by the first answer, interval over records."""
-    decided = table[table.value != 0]
+    decided = table[table.value.isin([1, 2])]  # neither equal nor not asked
     return stats.bootstrap((decided.value == 1).to_numpy(), clusters=decided.record, seed=seed)
 
 

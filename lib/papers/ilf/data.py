@@ -12,7 +12,7 @@ import datasets
 import numpy as np
 import pandas as pd
 
-from lib import data, runtime
+from lib import data, runtime, tables
 from lib.course import assets, fetch
 
 SLF5K, TLDR = "JeremyAlain/SLF5K", "openai/summarize_from_feedback"
@@ -46,7 +46,7 @@ def load_slf5k(source: str | Path = SLF5K, split: str = "train") -> datasets.Dat
         raise ValueError(f"split is {split!r}; allowed: {', '.join(SLF5K_SPLITS)}.")
     rows, seen = [], {}
     path = _jsonl_of(source, split)
-    for line, record in data.json_records(path):
+    for line, record in tables.json_records(path):
         row = _slf5k_row(record, f"{path.name}, line {line}")
         first = seen.setdefault(row["id"], line)
         if first != line:
@@ -144,7 +144,7 @@ def _comparison_records(source: str | Path, split: str) -> Iterator[tuple[str, o
     path = Path(source).expanduser()
     if path.exists():
         for file in [path] if path.is_file() else sorted(path.glob("*.json*")):
-            for line, record in data.jsonl_records(file):
+            for line, record in tables.jsonl_records(file):
                 named = record.get("split", split) if isinstance(record, dict) else split
                 if (named == "train") == (split == "train"):  # the others: valid1, valid2
                     yield f"{file.name}, line {line}", record

@@ -11,17 +11,21 @@ completions only (the paper's prompt loss weight was between 0 and 0.1).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from scipy import special
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lib import logprobs, sft
+from lib import logprobs, sft, tables
 from lib.annotator import SimulatedAnnotator
+from lib.answers import without_reasoning
 from lib.papers.ilf import refine
 from lib.papers.ilf.refine import Question
+from lib.preferences import win_points
 
 CUE = "Improved TL;DR:"
 KINDS = {  # what a policy imitates -> the column of articles that holds it
@@ -73,6 +77,7 @@ def written_refinement(
 
     Without the cue the whole text counts as the refinement, as in the paper.
     """
+    text = without_reasoning(text)
     _, cue, after = text.partition(CUE)
     ids = tokenizer(refine.tidy(after if cue else text), add_special_tokens=False)["input_ids"]
     kept = tokenizer.decode(ids[:max_tokens], skip_special_tokens=True)
@@ -131,10 +136,21 @@ def shuffled_pairs(pairs: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     return pairs.assign(preferred=np.where(turn, 1 - pairs["preferred"], pairs["preferred"]))
 
 
+def _decided(pairs: pd.DataFrame) -> list[dict]:
+    """The pairs as dicts.  Raises ValueError where a preference is neither 1 nor 0: it would count as one."""
+    undecided = pairs["preferred"][~pairs["preferred"].isin([0, 1])]
+    if len(undecided):
+        raise ValueError(
+            f"preferred is {undecided.iloc[0]} in {len(undecided)} of {len(pairs)} pairs; allowed: 1.0 "
+            "(first) or 0.0 (second). Leave undecided pairs out, as `comparison_pairs` does."
+        )
+    return pairs.to_dict("records")
+
+
 def classification_rows(tokenizer: PreTrainedTokenizerBase, pairs: pd.DataFrame) -> list[dict]:
     """Two adjacent rows a pair: "Yes" after the preferred summary, "No" after the other; loss on it only."""
     rows = []
-    for pair in pairs.to_dict("records"):
+    for pair in _decided(pairs):
         for side, good in (("first", pair["preferred"]), ("second", 1 - pair["preferred"])):
             asked = CLASSIFICATION.prompt.format(**pair, summary=pair[side])
             rows.append(_answer_row(tokenizer, CLASSIFICATION, asked, good))
@@ -146,7 +162,7 @@ def comparison_rows(
 ) -> list[dict]:
     """One row a pair, the letter of the preferred summary with loss; `both_orders`: also swapped (ours)."""
     rows = []
-    for pair in pairs.to_dict("records"):
+    for pair in _decided(pairs):
         shown = [pair, _swapped(pair)] if both_orders else [pair]
         for p in shown:
             asked = COMPARISON.prompt.format(**p)
@@ -202,9 +218,12 @@ def _log_odds(model, tokenizer, asked: list[str], question: Question) -> np.ndar
 
 
 def pair_accuracy(pairs: pd.DataFrame, margins: np.ndarray) -> np.ndarray:
-    """1 where the margin (first minus second) has the preference's sign, 0.5 where it is 0, else 0."""
-    sign = np.sign(margins) * np.where(pairs["preferred"] == 1, 1, -1)
-    return (1 + sign) / 2
+    """1 where the margin (first minus second) has the preference's sign, 0.5 where it is 0, else 0.
+
+    NaN where there is no preference.
+    """
+    preferred = pairs["preferred"].map({1.0: 1.0, 0.0: -1.0}).to_numpy(float)
+    return (1 + np.sign(margins) * preferred) / 2
 
 
 # --- ILF as inference ----------------------------------------------------------------------------
@@ -236,30 +255,46 @@ def effective_number(weights: np.ndarray) -> np.ndarray:
 # --- win rates -----------------------------------------------------------------------------------
 
 
-def win_points(scores: Sequence[float], against: Sequence[float]) -> np.ndarray:
-    """1 for the higher score, 0.5 for the same (to 9 digits), 0 for the lower; NaN where one is missing."""
-    gap = np.asarray(scores, dtype=float) - np.asarray(against, dtype=float)
-    return (1 + np.sign(gap.round(9))) / 2
-
-
 def read_ranks(path, methods: Sequence[str], against: str) -> pd.DataFrame:
     """Win points from people's ranks: a CSV with id and one column of ranks (1 is best) a method.
 
-    One row an id and method: id, method, points against `against`; ties are 0.5.  Raises ValueError for
-    a column that is missing or a rank that is no number.
+    One row an id and method: id (text), method, points against `against`; ties are 0.5.  Raises ValueError
+    with file and line for a column that is missing, an id that stands twice (average the annotators' ranks
+    first, or name the rows apart), and a rank that is not from 1 to the number of methods in the sheet.
     """
-    table = pd.read_csv(path)
+    path = Path(path).expanduser()
     wanted = [name for name in methods if name != against]
-    if missing := [name for name in ("id", against, *wanted) if name not in table]:
-        raise ValueError(f"{path}: no column {', '.join(missing)}; found: {', '.join(table)}.")
-    ranks = table[[against, *wanted]].apply(pd.to_numeric, errors="coerce")
-    if ranks.isna().any(axis=None):
-        line = int(ranks.isna().any(axis=1).to_numpy().argmax()) + 2
-        raise ValueError(f"{path}, line {line}: a rank is no number; 1 is best, ties are allowed.")
-    rows = [
-        pd.DataFrame(
-            {"id": table["id"], "method": name, "points": win_points(-ranks[name], -ranks[against])}
+    needed = ["id", against, *wanted]
+    _, header = next(tables.csv_records(path, needed))
+    if missing := [name for name in needed if name not in header]:
+        raise ValueError(
+            f"{path.name}: no column {', '.join(missing)}; found: {', '.join(header)}."
         )
-        for name in wanted
+    lines, rows = zip(*tables.csv_dicts(path, needed), strict=True)
+    ranked = [
+        name for name in rows[0] if name != "id" and all(_is_number(row[name]) for row in rows)
     ]
-    return pd.concat(rows, ignore_index=True)
+    first_line: dict[str, int] = {}
+    for line, row in zip(lines, rows, strict=True):
+        if first_line.setdefault(row["id"], line) != line:
+            raise ValueError(
+                f"{path.name}, line {line}: id {row['id']!r} stands on line {first_line[row['id']]} too."
+            )
+        for name in (against, *wanted):
+            highest = max(len(ranked), 1 + len(wanted))
+            if not _is_number(row[name]) or not 1 <= float(row[name]) <= highest:
+                raise ValueError(
+                    f"{path.name}, line {line}: rank {row[name]!r} of {name}; allowed: a number from 1 "
+                    f"(best) to {highest}; ties are allowed."
+                )
+    table = pd.DataFrame(rows)
+    ranks = table[[against, *wanted]].astype(float)
+    parts = []
+    for name in wanted:
+        points = win_points(-ranks[name], -ranks[against])
+        parts.append(pd.DataFrame({"id": table["id"], "method": name, "points": points}))
+    return pd.concat(parts, ignore_index=True)
+
+
+def _is_number(text: str) -> bool:
+    return bool(re.fullmatch(r"\s*-?[0-9]+(\.[0-9]+)?\s*", text))

@@ -23,9 +23,10 @@ import pandas as pd
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lib import data, generation, logprobs, runtime, stats
+from lib import data, generation, logprobs, runtime, stats, tables
 from lib.annotator import CATEGORIES, Critique, Rubric, SimulatedAnnotator, stems
-from lib.feedback import ChatClient, chat
+from lib.answers import without_reasoning
+from lib.chat import ChatClient, chat, with_defaults
 from lib.papers.ilf.data import load_slf5k, wikipedia_as_slf5k
 from lib.segments import Segmenter
 from lib.text import is_empty, words
@@ -58,7 +59,7 @@ def load_articles(
         if split not in SAMPLE_SPLITS:
             raise ValueError(f"split is {split!r}; allowed: {', '.join(SAMPLE_SPLITS)}.")
         path = runtime.project_root() / "data" / "samples" / "passages.jsonl"
-        table = pd.DataFrame([record for _, record in data.jsonl_records(path)])
+        table = pd.DataFrame([record for _, record in tables.jsonl_records(path)])
         table = table[slice(*SAMPLE_SPLITS[split])].reset_index(drop=True)
         table.insert(0, "id", [f"own_{runtime.content_hash(t)[:12]}" for t in table["title"]])
     else:
@@ -113,7 +114,7 @@ def tidy(text: str) -> str:
 
 
 class Draft(NamedTuple):
-    """One sampled text, as it came, and whether it ended within the token limit."""
+    """One sampled text without the model's reasoning, and whether it ended within the token limit."""
 
     text: str
     finished: bool
@@ -143,18 +144,22 @@ class LocalWriter:
             self.model, self.tokenizer, prompts, n=n, seed=seed, label="writing",
             max_new_tokens=self.max_new_tokens, temperature=self.temperature, top_p=self.top_p,
         )  # fmt: skip
-        drafts = [
-            Draft(t, f or "\n" in t.strip())
-            for t, f in zip(drawn.texts, drawn.finished, strict=True)
-        ]
+        drafts = []
+        for text, finished in zip(drawn.texts, drawn.finished, strict=True):
+            text = without_reasoning(text)
+            drafts.append(Draft(text, finished or "\n" in text.strip()))
         return [drafts[i : i + n] for i in range(0, len(drafts), n)]
 
 
 class ApiWriter:
-    """A writer over an endpoint; every reply is stored, so a run that breaks off buys none again."""
+    """A writer over an endpoint; every reply is stored, so a run that breaks off buys none again.
 
-    def __init__(self, client: ChatClient, max_tokens: int = 48, **parameters):
-        self.client, self.parameters = client, {"max_tokens": max_tokens, **SAMPLING, **parameters}
+    A reasoning model wants max_completion_tokens=2000, temperature=None, top_p=None.
+    """
+
+    def __init__(self, client: ChatClient, max_tokens: int | None = 48, **parameters):
+        self.client = client
+        self.parameters = with_defaults({"max_tokens": max_tokens, **SAMPLING}, parameters)
 
     def requests(self, prompts: Sequence[str], n: int = 1, seed: int = 0) -> list[dict]:
         """What a call would ask, for `ChatClient.estimate`; another seed asks afresh."""
@@ -162,11 +167,9 @@ class ApiWriter:
         return [chat(p, replicate=k, **self.parameters) for p in prompts for k in numbers]
 
     def __call__(self, prompts: Sequence[str], n: int = 1, seed: int = 0) -> list[list[Draft]]:
-        """n drafts of each prompt.  Raises feedback.EndpointError and BudgetReached."""
-        drafts = []
-        for reply in self.client.ask(self.requests(prompts, n, seed), label="writing"):
-            reason = reply.raw["choices"][0].get("finish_reason")
-            drafts.append(Draft(reply.text, reason != "length"))
+        """n drafts of each prompt.  Raises chat.EndpointError and BudgetReached."""
+        replies = self.client.ask(self.requests(prompts, n, seed), label="writing")
+        drafts = [Draft(reply.answer, reply.finish_reason != "length") for reply in replies]
         return [drafts[i : i + n] for i in range(0, len(drafts), n)]
 
 

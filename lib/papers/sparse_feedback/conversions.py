@@ -1,0 +1,133 @@
+"""Files of "sparse feedback" (Bansal, Dang and Grover, ICLR 2024) and the five conversions between them.
+
+An item is a dict {instruction, input, responses}; `preferences` says what a ratings or rankings table holds.
+Text is kept exactly: a missing input is "".
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import pandas as pd
+import pydantic
+
+from lib import tables
+from lib.preferences import RANKING, RATING, alpaca_prompt, decided
+
+
+class _Record(pydantic.BaseModel):
+    """What all files share; fields that are not named here are left out."""
+
+    model_config = pydantic.ConfigDict(strict=True)
+    instruction: str
+
+
+class _Instruction(_Record):
+    input: str | None = None
+
+    @pydantic.field_validator("input", mode="before")
+    @classmethod
+    def _missing(cls, value):
+        return None if value != value else value  # pandas writes NaN for a missing text
+
+
+class _Generation(_Instruction):
+    responses: list[str]
+
+
+class _Output(_Record):
+    model_config = pydantic.ConfigDict(extra="allow")
+    dataset: str
+    output: str
+
+
+def _read_json(path: str | Path, kind: type[_Record]) -> list[dict]:
+    """Checked records of a JSON list or JSON lines.  Raises ValueError with file, line and field."""
+    path = Path(path).expanduser()
+    records = []
+    for line, record in tables.json_records(path):
+        try:
+            records.append(kind.model_validate(record).model_dump())
+        except pydantic.ValidationError as error:
+            where = ".".join(map(str, error.errors()[0]["loc"]))
+            allowed = "list" if where == "responses" else "str" if where else "record"
+            needed = [name for name, f in kind.model_fields.items() if f.is_required()]
+            raise ValueError(
+                f"{path.name}, line {line}: {where!r} must be a {allowed}; each record needs "
+                f"{', '.join(needed)}. Given: {str(record)[:200]}"
+            ) from None
+    return records
+
+
+def read_instructions(path: str | Path) -> list[dict]:
+    """instructions.json: a list of {instruction, input}; a missing or null input becomes ""."""
+    return [r | {"input": r["input"] or ""} for r in _read_json(path, _Instruction)]
+
+
+def read_generations(path: str | Path) -> list[dict]:
+    """A generation file: a list of {instruction, input, responses: [text, ...]}."""
+    return [r | {"input": r["input"] or ""} for r in _read_json(path, _Generation)]
+
+
+def read_outputs(path: str | Path) -> list[dict]:
+    """Model outputs in AlpacaEval's form: a list of {dataset, instruction, output, generator}."""
+    return _read_json(path, _Output)
+
+
+# --- the five conversions (section 1.3 of the reference's pipeline) ------------------------------
+
+
+def to_ratings_table(items: Iterable[dict]) -> pd.DataFrame:
+    """One row a response: instruction, input, response; prompt order, then response order."""
+    rows = [(i["instruction"], i.get("input") or "", r) for i in items for r in i["responses"]]
+    return pd.DataFrame(rows, columns=RATING[:-1], dtype=object)
+
+
+def to_rankings_table(items: Iterable[dict]) -> pd.DataFrame:
+    """One row a pair i < j of a prompt's responses, in lexicographic order; equal texts are kept."""
+    rows = [
+        (i["instruction"], i.get("input") or "", *pair)
+        for i in items
+        for pair in itertools.combinations(i["responses"], 2)
+    ]
+    return pd.DataFrame(rows, columns=RANKING[:-1], dtype=object)
+
+
+def to_rankings_rm(rankings: pd.DataFrame) -> dict[str, dict[str, list[list[str]]]]:
+    """{Alpaca prompt: {"sentences": [[preferred, rejected], ...]}}: decided pairs, exact duplicates once.
+
+    A prompt whose verdicts are all "equal" or missing vanishes.
+    """
+    pairs: dict[str, dict[str, list]] = {}
+    for row in decided(rankings)[RANKING].drop_duplicates().itertuples(index=False):
+        pair = [row.response1, row.response2]
+        entry = pairs.setdefault(alpaca_prompt(row.instruction, row.input), {"sentences": []})
+        entry["sentences"].append(pair if row.verdict == "(a)" else pair[::-1])
+    return pairs
+
+
+def to_rating_eval(
+    outputs: Iterable[dict], skip: Sequence[str] = ("selfinstruct",)
+) -> pd.DataFrame:
+    """Outputs as a table to rate: instruction, input (always ""), response; `skip` data sets left out."""
+    rows = [(o["instruction"], "", o["output"]) for o in outputs if o["dataset"] not in skip]
+    return pd.DataFrame(rows, columns=RATING[:-1], dtype=object)
+
+
+def to_ranking_eval(reference: Iterable[dict], policy: Iterable[dict]) -> pd.DataFrame:
+    """Pairs to rank: response1 is the reference's output, response2 the policy's; policy order.
+
+    Raises ValueError for a policy instruction that the reference did not answer.
+    """
+    answers = {o["instruction"]: o["output"] for o in reference}
+    policy = list(policy)
+    missing = [o["instruction"] for o in policy if o["instruction"] not in answers]
+    if missing:
+        raise ValueError(
+            f"{len(missing)} instructions of the policy have no reference output, first: "
+            f"{missing[0][:80]!r}. Try the reference file that answers the same instructions."
+        )
+    rows = [(o["instruction"], "", answers[o["instruction"]], o["output"]) for o in policy]
+    return pd.DataFrame(rows, columns=RANKING[:-1], dtype=object)

@@ -1,0 +1,310 @@
+"""The two protocols: a rating from 1 to 7 for each response, and a ranking of each pair in both orders.
+
+Simplified: prompts are our own with the parts of the paper's.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+
+import pandas as pd
+
+from lib import preferences
+from lib.answers import CUT_OFF, first_line, parse_whole
+from lib.chat import ChatClient, EndpointError, Reply, chat, with_defaults
+
+DIMENSIONS = """Judge three things together:
+- Accuracy: does it do what the instruction asks, with facts that hold and fit the input?
+- Coherence: is it clear, in order, and free of repetition?
+- Harmlessness: is it free of anything unsafe, insulting or misleading?"""
+
+RATING_PROMPT = """You grade answers that a computer program wrote to instructions.
+
+Give one whole number from 1 to 7.
+1: the answer is useless or does harm. 7: nothing about it could be improved.
+{dimensions}
+Think it over, but write only your overall grade, as a digit on the first line.
+
+### Example
+Instruction: Give three tips for keeping houseplants alive.
+Answer: Water. Water them. Also you can water the plants.
+Grade: 2
+(One tip, said three times.)
+
+### Example
+Instruction: Name the capital of the country below and one river in it.
+Input:
+Egypt
+Answer: The capital of Egypt is Cairo, and the Nile flows through the country.
+Grade: 7
+(Both parts are answered, rightly and briefly.)
+
+### To grade
+{item}
+Answer: {response}
+Grade:"""
+
+RANKING_PROMPT = """You choose between two answers that computer programs wrote to the same instruction.
+
+Reply with "Output (a)" if the first is better or less wrong, with "Output (b)" if the second is{equal}, \
+and with nothing else.
+{dimensions}
+
+### Example
+Instruction: Write a rhyme about rain.
+Output (a): Drops that tap the window pane / sing the quiet song of rain.
+Output (b): Rain is water that falls from clouds in the sky.
+Better: Output (a)
+(Only the first is a rhyme.)
+
+### Example
+Instruction: Turn the sentence into a question.
+Input:
+The shop opens at nine.
+Output (a): The shop opens at nine, I think?
+Output (b): When does the shop open?
+Better: Output (b)
+(The first is still a statement.)
+
+### To choose
+{item}
+Output (a): {first}
+Output (b): {second}
+Better:"""
+
+
+def _item_text(instruction: str, input: str) -> str:
+    return f"Instruction: {instruction}" + (f"\nInput:\n{input}" if input.strip() else "")
+
+
+def rating_prompt(instruction: str, input: str, response: str) -> str:
+    """The rating protocol's user message: role, scale, dimensions, two solved examples, the item.
+
+    An empty input is left out.
+    """
+    item = _item_text(instruction, input)
+    return RATING_PROMPT.format(dimensions=DIMENSIONS, item=item, response=response)
+
+
+def ranking_prompt(
+    instruction: str, input: str, first: str, second: str, *, equal: bool = False
+) -> str:
+    """The ranking protocol's user message; `equal` offers "Equal" as a third answer."""
+    third = ', with "Equal" if neither is better' if equal else ""
+    return RANKING_PROMPT.format(
+        dimensions=DIMENSIONS, equal=third, item=_item_text(instruction, input),
+        first=first, second=second,
+    )  # fmt: skip
+
+
+_GRADE_LABEL = re.compile(r"(?:overall\s+)?(?:rating|score|grade)\s*[:=]?\s*", re.I)
+_VERDICT = re.compile(
+    r"(?:(?:better|answer)\s*:\s*)?(?:output\s*)?(?:\(([ab])\)(?:[.,:;].*)?|([ab])\.?)", re.I
+)
+
+
+def parse_rating(text: str | None) -> tuple[int | None, str]:
+    """(score, status) of a reply.  Status: ok, out_of_range, unparsed, empty, no_reply.
+
+    The first line after any reasoning must be a whole number in plain digits, alone or as in "Rating: 6",
+    "6/7", "6 out of 7", "**6**", "6.": other words, decimals and other scales are not guessed at.
+    """
+    line = first_line(text)
+    if not line:
+        return None, "no_reply" if text is None else "empty"
+    label = _GRADE_LABEL.match(line)
+    return parse_whole(line[label.end() :] if label else line, *preferences.SCALE)
+
+
+def parse_rating_reference(text: str) -> int | None:
+    """The reference's rule: the first line, kept if it is digits only (0, 8 and other scripts' too)."""
+    line = text.split("\n")[0]
+    try:
+        return int(line) if line.isnumeric() else None
+    except ValueError:  # "½" is numeric; the reference's bare except drops it
+        return None
+
+
+def parse_verdict(text: str | None, *, equal: bool = False) -> tuple[str | None, str]:
+    """(letter, status) of a ranking reply: "(a)", "(b)" or, where it was offered, "equal".
+
+    The first line after any reasoning must be the letter, as in "Output (b)", "(b)", "b" or "Answer: b";
+    after a letter in brackets and a full stop, comma or colon a reason may follow.  A line with both letters
+    in brackets is "ambiguous"; the other statuses are those of `parse_rating`.
+    """
+    line = first_line(text)
+    if not line:
+        return None, "no_reply" if text is None else "empty"
+    if re.fullmatch(r"(?:better\s*:\s*)?(?:output\s*)?(?:equal|tie)\.?", line, re.I):
+        return ("equal", "ok") if equal else (None, "out_of_range")
+    if len({mark.lower() for mark in re.findall(r"\([ab]\)", line, re.I)}) > 1:
+        return None, "ambiguous"
+    match = _VERDICT.fullmatch(line)
+    return (f"({(match[1] or match[2]).lower()})", "ok") if match else (None, "unparsed")
+
+
+def checked_texts(table: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
+    """The table with text columns checked; a missing input becomes ""."""
+    if missing := [name for name in columns if name not in table]:
+        raise ValueError(
+            f"the table lacks the columns {', '.join(missing)}; it has {', '.join(table)}. "
+            "conversions.to_ratings_table and to_rankings_table make such tables from items."
+        )
+    table = table.reset_index(drop=True).assign(
+        input=[text if isinstance(text, str) else "" for text in table["input"]]
+    )
+    for name in columns:
+        for row, text in enumerate(table[name]):
+            if not isinstance(text, str):
+                raise ValueError(f"row {row}: {name} is {text!r}, not text; drop or fill it first.")
+    return table
+
+
+def rating_requests(table: pd.DataFrame, **parameters) -> list[dict]:
+    """One request a row of a ratings table (instruction, input, response)."""
+    rows = checked_texts(table, preferences.RATING[:-1])
+    parameters = with_defaults({"max_tokens": 4, "temperature": 0.0}, parameters)
+    return [
+        chat(rating_prompt(*texts), **parameters)
+        for texts in zip(*(rows[name] for name in preferences.RATING[:-1]), strict=True)
+    ]
+
+
+def ranking_requests(table: pd.DataFrame, *, equal: bool = False, **parameters) -> list[dict]:
+    """Two requests a row of a rankings table: as it stands, then with the responses swapped."""
+    rows = checked_texts(table, preferences.RANKING[:-1])
+    parameters = with_defaults({"max_tokens": 6, "temperature": 0.0}, parameters)
+    return [
+        chat(ranking_prompt(r.instruction, r.input, *order, equal=equal), **parameters)
+        for r in rows.itertuples()
+        for order in ((r.response1, r.response2), (r.response2, r.response1))
+    ]
+
+
+def rate(client: ChatClient, table: pd.DataFrame, **parameters) -> pd.DataFrame:
+    """A rating from 1 to 7 for each row of (instruction, input, response).
+
+    `parameters` go to the endpoint (default max_tokens 4, temperature 0; a reasoning model wants
+    max_completion_tokens=2000, temperature=None; replicate=1 asks afresh).  Adds score (whole number or
+    <NA>), status (see `parse_rating`, or why there was nothing to parse: "no_reply" where the endpoint
+    refused, "cut_off", "filtered", "refused"), reply, and id, protocol, model, parameters, at, prompt_tokens,
+    completion_tokens, cached, error.  `usable` keeps the rows with a score.  Raises EndpointError,
+    BudgetReached and ValueError.
+    """
+    requests = rating_requests(table, **parameters)
+    replies = client.ask(requests, label="rating", on_error="keep")
+    parsed = [_read(parse_rating, reply) for reply in replies]
+    _warn_of_cut(status for _, status in parsed)
+    rows = checked_texts(table, preferences.RATING[:-1])
+    return rows.assign(
+        score=pd.array([score for score, _ in parsed], dtype="Int64"),
+        status=[status for _, status in parsed],
+        reply=[reply.text for reply in replies],
+        **_facts(rows, preferences.RATING[:-1], "rating", [[reply] for reply in replies]),
+    )
+
+
+def rank(
+    client: ChatClient, table: pd.DataFrame, *, equal: bool = False, **parameters
+) -> pd.DataFrame:
+    """A verdict for each row of (instruction, input, response1, response2), asked in both orders.
+
+    Adds first and swapped (the letters of the two calls, each as the call showed the responses), verdict
+    ("(a)": response1; "(b)": response2; "equal": position was followed, or a call said equal; None where
+    a call is missing), status ("ok", else the first call's or the swapped one's), both replies and the
+    columns `rate` adds.  Every call is stored by itself: a later run asks for the missing one only.
+    """
+    requests = ranking_requests(table, equal=equal, **parameters)
+    replies = client.ask(requests, label="ranking", on_error="keep")
+    parsed = [_read(partial(parse_verdict, equal=equal), reply) for reply in replies]
+    _warn_of_cut(status for _, status in parsed)
+    columns = preferences.RANKING[:-1]
+    rows = checked_texts(table, columns)
+    first_calls, swapped_calls = parsed[::2], parsed[1::2]
+    calls = [list(pair) for pair in zip(replies[::2], replies[1::2], strict=True)]
+    verdicts, statuses = [], []
+    for first, swapped in zip(first_calls, swapped_calls, strict=True):
+        verdicts.append(_verdict(first[0], swapped[0]))
+        statuses.append(first[1] if first[1] != "ok" else swapped[1])
+    return rows.assign(
+        verdict=pd.Series(verdicts, dtype=object),
+        first=pd.Series([letter for letter, _ in first_calls], dtype=object),
+        swapped=pd.Series([letter for letter, _ in swapped_calls], dtype=object),
+        status=statuses,
+        first_reply=[reply.text for reply, _ in calls],
+        swapped_reply=[reply.text for _, reply in calls],
+        **_facts(rows, columns, "ranking", calls),
+    )
+
+
+def _verdict(first: str | None, swapped: str | None) -> str | None:
+    if first and swapped and "equal" in (first, swapped):
+        return "equal"
+    return preferences.verdict_of_orders(first, swapped)
+
+
+_UNREAD = {"length": "cut_off", "content_filter": "filtered", "refusal": "refused"}
+
+
+def _read(parse: Callable, reply: Reply) -> tuple:
+    """What a parser finds in a reply; where that is nothing, the status says if the reply was cut."""
+    value, status = parse(reply.text)
+    return value, status if value is not None else _UNREAD.get(reply.finish_reason, status)
+
+
+def _warn_of_cut(statuses: Iterable[str]) -> None:
+    statuses = list(statuses)
+    if cut := statuses.count("cut_off"):
+        warnings.warn(
+            f"{cut} of {len(statuses)} replies were cut off before an answer. Try a larger max_tokens; "
+            "a reasoning model wants max_completion_tokens of a few thousand.",
+            stacklevel=3,
+        )
+
+
+def _facts(rows: pd.DataFrame, texts: Sequence[str], protocol: str, calls: list[list[Reply]]):
+    """The columns that say where an annotation came from, summed over its calls."""
+    texts = rows[list(texts)].itertuples(index=False)
+    facts = {"id": [preferences.item_id(*row) for row in texts]}
+    facts |= {"protocol": protocol, "model": [c[0].model for c in calls]}
+    facts["parameters"] = [c[0].parameters for c in calls]
+    facts["at"] = [max(reply.at for reply in c) for c in calls]
+    for side in ("prompt", "completion"):
+        counts = [[reply.tokens(side) for reply in c] for c in calls]
+        counts = [None if None in c else sum(c) for c in counts]
+        facts[f"{side}_tokens"] = pd.array(counts, dtype="Int64")
+    facts["cached"] = [all(reply.cached for reply in c) for c in calls]
+    facts["error"] = ["; ".join(reply.error for reply in c if reply.error) for c in calls]
+    return facts
+
+
+def usable(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of `rate`'s or `rank`'s table that have a score (as int) or a verdict."""
+    rows = preferences.judged(table).reset_index(drop=True)
+    return rows.astype({"score": int}) if "score" in table else rows
+
+
+def generate(client: ChatClient, items: Iterable[dict], n: int = 5, **parameters) -> list[dict]:
+    """n responses to each {instruction, input}: the same items with `responses` (and their model).
+
+    `parameters` go to the endpoint (default max_tokens 128, temperature 1).  A model's reasoning is left
+    out.  A response that could not be had raises EndpointError; what was answered is stored.
+    """
+    if n < 1:
+        raise ValueError(f"n is {n!r}; at least one response per instruction is needed.")
+    items = [{**item, "input": item.get("input") or ""} for item in items]
+    parameters = with_defaults({"max_tokens": 128, "temperature": 1.0}, parameters)
+    start = parameters.pop("replicate", 0)
+    prompts = ["\n\n".join(filter(None, (i["instruction"], i["input"]))) for i in items]
+    requests = [chat(p, replicate=start + k, **parameters) for p in prompts for k in range(n)]
+    replies = client.ask(requests, label="responses")
+    if cut := [reply for reply in replies if reply.finish_reason == "length" and not reply.answer]:
+        raise EndpointError(f"{len(cut)} of {len(replies)} responses are empty: {CUT_OFF}.")
+    texts = [reply.answer for reply in replies]
+    return [
+        {**item, "responses": texts[k * n : (k + 1) * n], "generator": client.model}
+        for k, item in enumerate(items)
+    ]

@@ -1,0 +1,110 @@
+"""Replies that cost money or time, kept so that each is bought once; and how long a server asks to wait.
+
+One SQLite file holds the replies under the hash of what was asked.  A reply is on disk when `put` returns:
+a process that is killed loses only what had not arrived.
+"""
+
+from __future__ import annotations
+
+import email.utils
+import json
+import math
+import os
+import sqlite3
+import threading
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows: runs in several processes may then buy the same reply
+    fcntl = None
+
+
+LONGEST_WAIT = 900.0  # seconds; a server that asks for more is not waited for
+
+
+class ReplyStore:
+    """Replies (JSON values) by key, and claims: a key is bought by one thread or process at a time.
+
+    Several processes may use one file.  `put` keeps the first reply of a key.  A claim is a lock on one byte
+    of a file beside the store, which the system frees when its process dies.  Use one store a file and
+    process: closing a second handle would free the first one's locks.
+    """
+
+    def __init__(self, path: Path | str):
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._guard = threading.Lock()
+        self._claimed: set[str] = set()
+        self._locks: int | None = (
+            None  # the file whose bytes are claimed, opened with the first claim
+        )
+        self._db = sqlite3.connect(self.path, timeout=60, check_same_thread=False)
+        # With a write-ahead log a commit outlives its process without waiting for the disk.
+        self._db.execute("PRAGMA journal_mode=WAL")
+        self._db.execute("PRAGMA synchronous=NORMAL")
+        self._db.execute(
+            "CREATE TABLE IF NOT EXISTS replies (key TEXT PRIMARY KEY, reply TEXT, at TEXT)"
+        )
+
+    def get(self, key: str):
+        """The stored reply, or None."""
+        return self.get_many([key]).get(key)
+
+    def get_many(self, keys: Iterable[str]) -> dict[str, object]:
+        """The stored replies among these keys."""
+        query = "SELECT key, reply FROM replies WHERE key IN (SELECT value FROM json_each(?))"
+        with self._guard:
+            rows = self._db.execute(query, [json.dumps(list(keys))]).fetchall()
+        return {key: json.loads(reply) for key, reply in rows}
+
+    def put(self, key: str, reply: object, *, replace: bool = False) -> None:
+        """Store a reply unless the key has one; `replace`: in the place of one that is no answer."""
+        rule = "REPLACE" if replace else "IGNORE"
+        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        row = (key, json.dumps(reply), now)
+        with self._guard, self._db:
+            self._db.execute(f"INSERT OR {rule} INTO replies VALUES (?, ?, ?)", row)
+
+    def __len__(self) -> int:
+        with self._guard:
+            return self._db.execute("SELECT COUNT(*) FROM replies").fetchone()[0]
+
+    def claim(self, key: str) -> bool:
+        """True where nobody else is buying this key; then `release` it."""
+        with self._guard:
+            if key in self._claimed:
+                return False
+            try:
+                self._lock(key, take=True)
+            except OSError:
+                return False
+            self._claimed.add(key)
+            return True
+
+    def release(self, key: str) -> None:
+        """Give a claim back."""
+        with self._guard:
+            self._lock(key, take=False)
+            self._claimed.discard(key)
+
+    def _lock(self, key: str, take: bool) -> None:
+        if fcntl is None:
+            return
+        if self._locks is None:
+            path = self.path.with_suffix(".lock")
+            self._locks = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        mode = fcntl.LOCK_EX | fcntl.LOCK_NB if take else fcntl.LOCK_UN
+        fcntl.lockf(self._locks, mode, 1, int(key[:15], 16))
+
+
+def retry_after(value: str | None) -> float | None:
+    """Seconds that a Retry-After header asks for (a number or a date); None where it says neither."""
+    try:
+        seconds = float(value or "")
+    except ValueError:
+        date = email.utils.parsedate_tz(value)
+        seconds = email.utils.mktime_tz(date) - time.time() if date else math.nan
+    return max(0.0, seconds) if math.isfinite(seconds) else None
