@@ -26,7 +26,7 @@ import numpy as np
 from IPython.display import HTML
 from markupsafe import Markup
 
-from lib import data, runtime
+from lib import runtime, tables
 from lib.course.show import HtmlWithText
 from lib.papers.fine_grained import schema
 from lib.papers.fine_grained.schema import CATEGORIES, PREDICTIONS, record_id
@@ -57,7 +57,7 @@ def read_items(path: str | Path) -> list[dict]:
     """Items of a JSON file: qa-feedback records or {instruction, input, responses}; ValueError by line."""
     path = Path(path).expanduser()
     items = []
-    for line, item in data.json_records(path):
+    for line, item in tables.json_records(path):
         record = schema.to_record(item)
         items.append(schema.check_record(record, f"{path.name}, line {line}"))
     return items

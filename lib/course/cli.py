@@ -122,8 +122,8 @@ def build_parser() -> argparse.ArgumentParser:
     where.add_argument(
         "url", nargs="?", metavar="URL", help="https address of a git repository; none"
     )
-    lab = add("lab", _lab, "open the course in JupyterLab")
-    lab.add_argument("rest", nargs=argparse.REMAINDER, help="options of JupyterLab")
+    jupyter = add("lab", _lab, "open the course in JupyterLab")
+    jupyter.add_argument("rest", nargs=argparse.REMAINDER, help="options of JupyterLab")
     fetching = add(
         "fetch", _fetch, "get the papers' own released files (without a name: list them)"
     )
