@@ -33,7 +33,7 @@ from torch.nn.functional import cross_entropy, embedding
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lib import feedback as llm
-from lib import generation, losses, models, rubric, runtime, scoring
+from lib import generation, losses, models, rubric, runtime, scoring, training
 
 STYLES = ("none", "text", "separator", "token")
 STAGES = ("sample", "feedback", "pool", "train", "evaluate")
@@ -1072,7 +1072,7 @@ class ConditionalTraining:
         start = [p.flatten()[:4].tolist() for p in self.weights.values()]
         settings = (asdict(self.config), repr(self.labeller), self.conditioner.settings)
         asked = (self.prompts, self.held_out, self.requests)
-        folder = runtime.claim_folder(folder, "conditional training", *settings, *asked, start)
+        folder = training.claim_folder(folder, "conditional training", *settings, *asked, start)
         if (folder / "checkpoint.pt").exists():
             self._load(folder / "checkpoint.pt")
         if (folder / "history.jsonl").exists():
