@@ -256,8 +256,9 @@ class History:
         self.rows.append(dict(row))
         self._write()
         if self._report is not None:
-            numbers = {k: float(v) for k, v in row.items() if isinstance(v, (bool, int, float))}
-            self._report.log(numbers, int(next(iter(row.values()))))
+            (_, step), *values = row.items()
+            numbers = {k: float(v) for k, v in values if isinstance(v, (bool, int, float))}
+            self._report.log(numbers, int(step))
 
     def frame(self) -> pd.DataFrame:
         """The rows as a table."""
