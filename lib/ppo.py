@@ -28,7 +28,8 @@ from accelerate.utils import gather_object
 from torch.nn.functional import cross_entropy, pad
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lib import generation, losses, models, rewards, runtime, scoring, training
+from lib import generation, logprobs, losses, models, rewards, runtime, training
+from lib.policy import SharedTrunkPolicy, TokenBatch
 
 STAGES = ("sample", "score", "forward", "update")
 MAY_BE_ZERO = {"top_k", "warmup_steps", "gamma", "lam", "entropy_coef", "kl_coef", "seed"}
@@ -172,7 +173,7 @@ class Learner:
     policy: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     config: PPOConfig
-    shared: models.SharedTrunkPolicy
+    shared: SharedTrunkPolicy
     network: torch.nn.Module  # `shared`, or DDP around it
     optimizer: torch.optim.Optimizer
     accelerator: Accelerator
@@ -194,7 +195,7 @@ class Learner:
 class Rollout:
     """One process's responses; every tensor is (batch, time), each row as the policy was before."""
 
-    tokens: models.TokenBatch
+    tokens: TokenBatch
     mask: torch.Tensor  # 1 = a token of the response, 0 = padding
     log_probs: torch.Tensor
     ref_log_probs: torch.Tensor
@@ -225,7 +226,7 @@ def make_learner(
     policy.to(accelerator.device)
     size = {"layers": config.layers, "lora_rank": config.lora_rank}
     frozen = models.set_trainable(policy, config.train, **size)
-    shared = models.SharedTrunkPolicy(policy, frozen, value_model)
+    shared = SharedTrunkPolicy(policy, frozen, value_model)
     rates = (config.learning_rate, config.value_learning_rate)
     groups = [
         {"params": parameters, "lr": rate, "peak": rate}
@@ -299,17 +300,17 @@ def roll_out(learner: Learner, samples: generation.Samples) -> Rollout:
     return Rollout(tokens, tokens.response_mask.float(), *joined)
 
 
-def as_batch(learner: Learner, samples: generation.Samples) -> models.TokenBatch:
+def as_batch(learner: Learner, samples: generation.Samples) -> TokenBatch:
     """Prompts and responses as padded tensors on the learner's device."""
     side = "right" if learner.policy.config.is_encoder_decoder else "left"
     fill, device = learner.tokenizer.pad_token_id, learner.policy.device
     padded = generation.pad_rows(samples.prompt_ids, fill, side)
     padded += generation.pad_rows(samples.response_ids, fill, "right")
-    return models.TokenBatch(*(x.to(device) for x in padded))
+    return TokenBatch(*(x.to(device) for x in padded))
 
 
 def evaluate(
-    learner: Learner, tokens: models.TokenBatch, reference: bool = False
+    learner: Learner, tokens: TokenBatch, reference: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Log-probabilities of the response tokens, values, entropies, (batch, time); used everywhere.
 
@@ -341,7 +342,7 @@ def _reads_states(policy: PreTrainedModel, entropy: bool) -> bool:
     """Whether logits are no more than a fixed matrix times what the output layer reads (measured on
     CPUs only, so elsewhere they are computed)."""
     head, learns = policy.get_output_embeddings(), entropy and torch.is_grad_enabled()
-    plain = learns or runtime.plain_mode() or scoring.changes_logits(policy)
+    plain = learns or runtime.plain_mode() or logprobs.changes_logits(policy)
     if plain or type(head) is not torch.nn.Linear or head.bias is not None:
         return False
     weight = head.weight

@@ -1,4 +1,4 @@
-"""Seeds by key, learning rates, checkpoints that a kill cannot break, a history that is on disk as it goes."""
+"""Seeds by key, learning rates, checkpoints that a kill cannot break, a history on disk as it goes."""
 
 import importlib.util
 import math

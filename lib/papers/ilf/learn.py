@@ -1,0 +1,265 @@
+"""Learning from refinements (ILF, Scheurer et al. 2023): what is imitated, and how it is measured.
+
+`refinement` makes the table of articles with summary, feedback and chosen refinement.  Here it becomes
+training data for policies (`targets`) and for reward models that answer a question with one token
+(`classification_rows`, `comparison_rows`); plus the objective's weights, the distance from the base
+model, and win rates.
+
+Simplified: a plain summary ends with the end token (the paper's ended at 48 tokens); loss falls on
+completions only (the paper's prompt loss weight was between 0 and 0.1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+from scipy import special
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lib import logprobs, sft
+from lib.annotator import SimulatedAnnotator
+from lib.papers.ilf import refine
+from lib.papers.ilf.refine import Question
+
+CUE = "Improved TL;DR:"
+KINDS = {  # what a policy imitates -> the column of articles that holds it
+    "initial": "summary",
+    "refinement": "chosen",
+    "description": "reference",
+    "shuffled": "shuffled",
+}
+
+
+# --- what a policy imitates ----------------------------------------------------------------------
+
+
+def targets(articles: pd.DataFrame, kind: str) -> pd.DataFrame:
+    """prompt and completion of each article, for `sft.encode_completions`.
+
+    `kind`: one of `KINDS`, or "feedback + refinement": from text and summary to the feedback and, after
+    the cue, the refinement.  Empty targets are left out; attrs["left_out"] counts them.  Raises
+    ValueError for another kind.
+    """
+    both = "feedback + refinement"
+    if kind != both and kind not in KINDS:
+        raise ValueError(f"kind is {kind!r}; allowed: {', '.join([*KINDS, both])}.")
+    column = "chosen" if kind == both else KINDS[kind]
+    rows = []
+    for a in articles[articles[column].fillna("") != ""].to_dict("records"):
+        prompt, completion = refine.summary_prompt(a["title"], a["post"]), f" {a[column]}"
+        if kind == both:
+            prompt = critique_prompt(a["title"], a["post"], a["summary"])
+            completion = f" {a['feedback']}\n\n{CUE}{completion}"
+        rows.append((a["id"], prompt, completion))
+    table = pd.DataFrame(rows, columns=["id", "prompt", "completion"])
+    table.attrs["left_out"] = len(articles) - len(table)
+    return table
+
+
+def critique_prompt(title: str, post: str, summary: str) -> str:
+    """The prompt after which a model writes its own feedback and then the refinement."""
+    return (
+        "A summary of a text is given. Write feedback on it, and then a better summary."
+        f"\n\nTitle: {title}\n\nText: {post}\n\nSummary: {summary}\n\nFeedback on summary:"
+    )
+
+
+def written_refinement(
+    text: str, tokenizer: PreTrainedTokenizerBase, max_tokens: int
+) -> tuple[str, bool]:
+    """The refinement in what was written after `critique_prompt`, tidied and cut; whether the cue was there.
+
+    Without the cue the whole text counts as the refinement, as in the paper.
+    """
+    _, cue, after = text.partition(CUE)
+    ids = tokenizer(refine.tidy(after if cue else text), add_special_tokens=False)["input_ids"]
+    kept = tokenizer.decode(ids[:max_tokens], skip_special_tokens=True)
+    return refine.tidy(kept), bool(cue)
+
+
+def shorten(text: str, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> str:
+    """The text's first `max_tokens` tokens: cut the post, never the question or answer after it."""
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    offsets = encoded["offset_mapping"]
+    return text if len(offsets) <= max_tokens else text[: offsets[max_tokens - 1][1]]
+
+
+# --- reward models that answer a question --------------------------------------------------------
+
+_TEXT = "Title: {title}\n\nText: {post}\n\n"
+CLASSIFICATION = Question(
+    _TEXT
+    + "TL;DR: {summary}\n\nIs this summary excellent, that is coherent, accurate, concise and "
+    "detailed? Answer Yes or No.\nAnswer:"
+)
+COMPARISON = Question(
+    _TEXT
+    + "Summary A: {first}\n\nSummary B: {second}\n\nWhich summary is better, A or B?\nAnswer:",
+    " A",
+    " B",
+)
+
+
+def comparison_pairs(
+    articles: pd.DataFrame, annotator: SimulatedAnnotator | None = None
+) -> pd.DataFrame:
+    """Pairs of initial summaries: id, title, post, first, second, preferred (1.0 first, 0.0 second).
+
+    With an annotator it compares summary_2 and summary_3 (asked in both orders); without, SLF5K's
+    comparison_preference between its summaries A and B holds.  Undecided pairs are left out;
+    attrs["left_out"] counts them.
+    """
+    if annotator is None:
+        sides = [f"generated_summary_for_comparison_{letter}" for letter in "AB"]
+        verdicts = articles["comparison_preference"].map({"Summary A": 1.0, "Summary B": 0.0})
+    else:
+        sides = ["summary_2", "summary_3"]
+        found = annotator.rank(articles["post"], *(articles[side] for side in sides))
+        verdicts = pd.Series(found, articles.index, dtype=object).map({"(a)": 1.0, "(b)": 0.0})
+    named = dict(zip(sides, ("first", "second"), strict=True))
+    table = articles[["id", "title", "post", *sides]].rename(columns=named)
+    table = table.assign(preferred=verdicts).dropna(subset=["preferred"]).reset_index(drop=True)
+    table.attrs["left_out"] = len(articles) - len(table)
+    return table
+
+
+def shuffled_pairs(pairs: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
+    """The control: each preference turned round by a coin."""
+    turn = np.random.default_rng(seed).random(len(pairs)) < 0.5
+    return pairs.assign(preferred=np.where(turn, 1 - pairs["preferred"], pairs["preferred"]))
+
+
+def classification_rows(tokenizer: PreTrainedTokenizerBase, pairs: pd.DataFrame) -> list[dict]:
+    """Two adjacent rows a pair: "Yes" after the preferred summary, "No" after the other; loss on it only."""
+    rows = []
+    for pair in pairs.to_dict("records"):
+        for side, good in (("first", pair["preferred"]), ("second", 1 - pair["preferred"])):
+            asked = CLASSIFICATION.prompt.format(**pair, summary=pair[side])
+            rows.append(_answer_row(tokenizer, CLASSIFICATION, asked, good))
+    return rows
+
+
+def comparison_rows(
+    tokenizer: PreTrainedTokenizerBase, pairs: pd.DataFrame, *, both_orders: bool = False
+) -> list[dict]:
+    """One row a pair, the letter of the preferred summary with loss; `both_orders`: also swapped (ours)."""
+    rows = []
+    for pair in pairs.to_dict("records"):
+        shown = [pair, _swapped(pair)] if both_orders else [pair]
+        for p in shown:
+            asked = COMPARISON.prompt.format(**p)
+            rows.append(_answer_row(tokenizer, COMPARISON, asked, p["preferred"]))
+    return rows
+
+
+def _swapped(pair: dict) -> dict:
+    return pair | {
+        "first": pair["second"], "second": pair["first"], "preferred": 1 - pair["preferred"]
+    }  # fmt: skip
+
+
+def _answer_row(tokenizer, question: Question, asked: str, yes: float) -> dict:
+    """Context without loss, the answer's tokens with; split as `logprobs.answer_log_probs` scores them."""
+    context, tails = logprobs.split_answers(tokenizer, asked, (question.yes, question.no))
+    answer = tails[0 if yes else 1]
+    return {"input_ids": context + answer, "labels": [sft.NO_LOSS] * len(context) + answer}
+
+
+def classification_scores(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, titles: Sequence[str],
+    posts: Sequence[str], summaries: Sequence[str],
+) -> np.ndarray:  # fmt: skip
+    """log P(Yes) - log P(No) of each summary, (rows,): the reward of a classification reward model."""
+    asked = [
+        CLASSIFICATION.prompt.format(title=t, post=p, summary=s)
+        for t, p, s in zip(titles, posts, summaries, strict=True)
+    ]
+    return _log_odds(model, tokenizer, asked, CLASSIFICATION)
+
+
+def comparison_scores(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: pd.DataFrame, *,
+    both_orders: bool = True,
+) -> np.ndarray:  # fmt: skip
+    """Log-odds that the first summary is the better one, (pairs,); mean of both orders, or as given."""
+    records = pairs.to_dict("records")
+
+    def asked(shown):
+        return _log_odds(
+            model, tokenizer, [COMPARISON.prompt.format(**p) for p in shown], COMPARISON
+        )
+
+    given = asked(records)
+    return (given - asked([*map(_swapped, records)])) / 2 if both_orders else given
+
+
+def _log_odds(model, tokenizer, asked: list[str], question: Question) -> np.ndarray:
+    answers = (question.yes, question.no)
+    found = logprobs.answer_log_probs(model, tokenizer, asked, answers)
+    return found[:, 0] - found[:, 1]
+
+
+def pair_accuracy(pairs: pd.DataFrame, margins: np.ndarray) -> np.ndarray:
+    """1 where the margin (first minus second) has the preference's sign, 0.5 where it is 0, else 0."""
+    sign = np.sign(margins) * np.where(pairs["preferred"] == 1, 1, -1)
+    return (1 + sign) / 2
+
+
+# --- ILF as inference ----------------------------------------------------------------------------
+
+
+def target_weights(
+    rewards: np.ndarray, beta: float, log_policy: np.ndarray | float = 0.0,
+    log_proposal: np.ndarray | float = 0.0,
+) -> np.ndarray:  # fmt: skip
+    """Self-normalised weight of each of an article's refinements in ILF's objective, (articles, n).
+
+    The target is p(x) ~ policy(x) exp(R(x) / beta); the refinements come from a proposal, so
+    w_i ~ policy(x_i) exp(R_i / beta) / proposal(x_i).  Without the two log-probabilities of the texts
+    (the policy then counts as the proposal) it is a softmax of R / beta; beta -> 0 gives the argmax,
+    which is what ILF trains on.  Raises ValueError unless beta > 0.
+    """
+    if beta <= 0:
+        raise ValueError(
+            f"beta is {beta!r}; it must be > 0 (its limit 0 is the argmax of rewards)."
+        )
+    return special.softmax(np.asarray(rewards) / beta + log_policy - log_proposal, axis=-1)
+
+
+def effective_number(weights: np.ndarray) -> np.ndarray:
+    """How many refinements carry an article's weight: 1 / sum of squares, from 1 to n, (articles,)."""
+    return 1 / (np.asarray(weights) ** 2).sum(-1)
+
+
+# --- win rates -----------------------------------------------------------------------------------
+
+
+def win_points(scores: Sequence[float], against: Sequence[float]) -> np.ndarray:
+    """1 for the higher score, 0.5 for the same (to 9 digits), 0 for the lower; NaN where one is missing."""
+    gap = np.asarray(scores, dtype=float) - np.asarray(against, dtype=float)
+    return (1 + np.sign(gap.round(9))) / 2
+
+
+def read_ranks(path, methods: Sequence[str], against: str) -> pd.DataFrame:
+    """Win points from people's ranks: a CSV with id and one column of ranks (1 is best) a method.
+
+    One row an id and method: id, method, points against `against`; ties are 0.5.  Raises ValueError for
+    a column that is missing or a rank that is no number.
+    """
+    table = pd.read_csv(path)
+    wanted = [name for name in methods if name != against]
+    if missing := [name for name in ("id", against, *wanted) if name not in table]:
+        raise ValueError(f"{path}: no column {', '.join(missing)}; found: {', '.join(table)}.")
+    ranks = table[[against, *wanted]].apply(pd.to_numeric, errors="coerce")
+    if ranks.isna().any(axis=None):
+        line = int(ranks.isna().any(axis=1).to_numpy().argmax()) + 2
+        raise ValueError(f"{path}, line {line}: a rank is no number; 1 is best, ties are allowed.")
+    rows = [
+        pd.DataFrame(
+            {"id": table["id"], "method": name, "points": win_points(-ranks[name], -ranks[against])}
+        )
+        for name in wanted
+    ]
+    return pd.concat(rows, ignore_index=True)

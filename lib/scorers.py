@@ -1,0 +1,495 @@
+"""Text -> number: toxicity scorers, offline ones, classifiers and the Perspective API.
+
+A scorer has a name, a version, a role (reward or judge), one batch method and a stated rule for
+scores that could not be had.  Scores are probability-like, in [0, 1], high = more of what it
+detects; rewards are made from `logit`, which does not saturate as the probability does.
+
+Simplified against RewardLM (notes, section 5): an unscored text is NaN, never -1 or a silent 0.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import requests
+import tenacity
+import torch
+import transformers
+from scipy.special import expit
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from lib import generation, models, runtime
+from lib.course import assets
+from lib.text import check_texts, is_empty, words
+
+CHUNK = 2048  # texts in work at a time: peak memory does not depend on their number
+LOGIT_CLIP = 6.0  # log-odds beyond +-6 (p < 0.0025 or > 0.9975) are held there
+# encoders whose classification head reads their first token (tested for each)
+FIRST_TOKEN = ("bert", "roberta", "xlm-roberta", "camembert", "electra")
+EXP_RANGE = (1e-15, 1e30)  # sums of exp() between these lose nothing that a softmax would keep
+DEFAULT_CLASSIFIER = "facebook/roberta-hate-speech-dynabench-r4-target"
+TOXIC_LABELS = ("toxic", "toxicity", "hate", "hateful", "hate_speech", "offensive", "abusive")
+
+
+# --- the interface -------------------------------------------------------------------------------
+
+
+@dataclass(kw_only=True)
+class Scorer:
+    """Base of all scorers; a subclass implements `_score` for texts that are not empty.
+
+    `on_missing` says what stands for a score that could not be had: "nan", "raise", or a number.
+    `empty` is the score of a text without visible characters; callers count those (`is_empty`).
+    """
+
+    name: str
+    version: str
+    detects: str
+    licence: str = "see source"
+    role: str | None = None
+    on_missing: str | float = "nan"
+    empty: float = 0.0
+    truncated = 0  # texts cut to what the scorer takes, so far
+
+    def __post_init__(self):
+        if self.role not in (None, "reward", "judge"):
+            raise ValueError(f"role is {self.role!r}; allowed: 'reward', 'judge', None.")
+        if isinstance(self.on_missing, str) and self.on_missing not in ("nan", "raise"):
+            raise ValueError(
+                f"on_missing is {self.on_missing!r}; allowed: 'nan', 'raise', a number."
+            )
+
+    def _score(self, texts: list[str]) -> np.ndarray:
+        raise NotImplementedError(f"{type(self).__name__} has no _score method")
+
+    def score(self, texts: Sequence[str]) -> np.ndarray:
+        """Scores in [0, 1], float64 (n,).  Raises ValueError for an entry that is not a string."""
+        check_texts(texts)
+        scores, cut_before = np.full(len(texts), self.empty, dtype=np.float64), self.truncated
+        bar = runtime.progress(total=len(texts), label=f"scoring: {self.name}", unit="text")
+        for start in range(0, len(texts), CHUNK):
+            part = range(start, min(start + CHUNK, len(texts)))
+            if filled := [i for i in part if not is_empty(texts[i])]:
+                scores[filled] = self._score([texts[i] for i in filled])
+            bar.update(len(part))
+        bar.close()
+        if cut := self.truncated - cut_before:
+            warnings.warn(
+                f"{self.name}: {cut} of {len(texts)} texts were too long and cut.", stacklevel=2
+            )
+        return self._fill_missing(scores)
+
+    def logit(self, texts: Sequence[str], clip: float = LOGIT_CLIP) -> np.ndarray:
+        """Log-odds log(p / (1 - p)) of the scores, held within +-clip, float64 (n,)."""
+        return log_odds(self.score(texts), clip)
+
+    def card(self) -> dict[str, str]:
+        """What a result must carry: scorers change over time and their scores are not comparable."""
+        return {
+            "name": self.name, "version": self.version, "role": self.role or "-",
+            "detects": self.detects, "licence": self.licence, "missing": str(self.on_missing),
+            "empty text": str(self.empty), "date": _today(),
+        }  # fmt: skip
+
+    def _fill_missing(self, scores: np.ndarray) -> np.ndarray:
+        missing = np.flatnonzero(np.isnan(scores))
+        if len(missing) and self.on_missing == "raise":
+            raise ValueError(
+                f"{self.name} has no score for {len(missing)} of {len(scores)} texts (first: index "
+                f"{missing[0]}). Use on_missing='nan' to keep them as missing."
+            )
+        if not isinstance(self.on_missing, str):
+            scores[missing] = self.on_missing
+        return scores
+
+
+def log_odds(scores: np.ndarray, clip: float = LOGIT_CLIP) -> np.ndarray:
+    """log(p / (1 - p)) held within +-clip; NaN stays NaN."""
+    with np.errstate(divide="ignore"):
+        return np.clip(np.log(scores) - np.log1p(-np.asarray(scores)), -clip, clip)
+
+
+def check_roles(reward: Scorer, judge: Scorer, allow_same: bool = False) -> None:
+    """Refuse a judge that is the reward: it would only see how well the reward was optimised."""
+    if (reward.name, reward.version) == (judge.name, judge.version) and not allow_same:
+        raise ValueError(
+            f"reward and judge are both {reward.name} ({reward.version}). Choose another judge, or "
+            "pass allow_same=True and say so beside every result."
+        )
+
+
+def load_scorer(name: str, role: str | None = None, **options) -> Scorer:
+    """A scorer by name: an offline one, "perspective", or any Hub id or folder of a classifier.
+
+    `options` go to the scorer (on_missing, label, revision, ...).  Raises ValueError for other names.
+    """
+    if name in SCORERS:
+        return SCORERS[name](role=role, **options)
+    if "/" not in name and not Path(name).is_dir():
+        known = ", ".join(SCORERS)
+        raise ValueError(
+            f"unknown scorer {name!r}; allowed: {known}, a folder, or a Hub id: {DEFAULT_CLASSIFIER}."
+        )
+    folder = assets.resolve_model(name, revision=options.pop("revision", None))
+    return ClassifierScorer.from_folder(folder, name=name, role=role, **options)
+
+
+def _today() -> str:
+    return time.strftime("%Y-%m-%d", time.gmtime())
+
+
+# --- offline scorers -----------------------------------------------------------------------------
+
+
+class ProfanityScorer(Scorer):
+    """alt-profanity-check: TF-IDF and five calibrated linear SVMs; finds swearing, not hate."""
+
+    def __init__(self, **options):
+        from sklearn.feature_extraction.text import TfidfVectorizer
+
+        folder = assets.fetch("profanity")
+        detects = "profanity and crude insults; not hate without swearing"
+        version = "alt-profanity-check 1.9.1"
+        super().__init__(
+            name="profanity", version=version, detects=detects, licence="MIT", **options
+        )
+        with np.load(folder / "arrays.npz", allow_pickle=False) as arrays:
+            self._model = dict(arrays)
+        vocabulary = json.loads((folder / "vocabulary.json").read_text(encoding="utf-8"))
+        self._vectorizer = TfidfVectorizer(vocabulary={w: i for i, w in enumerate(vocabulary)})
+        self._vectorizer.idf_ = self._model["idf"]
+
+    def _score(self, texts: list[str]) -> np.ndarray:
+        """Mean over the folds of sigmoid(-(slope * margin + offset))."""
+        m = self._model
+        margins = self._vectorizer.transform(texts) @ m["coefficients"].T + m["intercepts"]
+        return expit(-(m["slopes"] * margins + m["offsets"])).mean(1)
+
+
+class HateScorer(Scorer):
+    """HateSonar (Davidson et al. 2017): P(hate) + P(offensive).  A text of unknown words gets 0.32."""
+
+    def __init__(self, **options):
+        import onnxruntime
+
+        detects = "hate speech or offensive language in short posts"
+        super().__init__(
+            name="hate", version="hatesonar 0.1.0", detects=detects, licence="MIT", **options
+        )
+        model, providers = assets.fetch("hate") / "model.onnx", ["CPUExecutionProvider"]
+        self._session = onnxruntime.InferenceSession(model, providers=providers)
+
+    def columns(self, texts: Sequence[str]) -> pd.DataFrame:
+        """The three probabilities `hate`, `offensive`, `neither`, one row per text."""
+        check_texts(texts)
+        rows = []
+        for start in range(0, len(texts), CHUNK):
+            batch = np.array(texts[start : start + CHUNK], dtype=object)
+            found = self._session.run(None, {"text": batch})[1]
+            rows += [(row[0], row[1], row[2]) for row in found]
+        return pd.DataFrame(rows, columns=["hate", "offensive", "neither"], dtype=np.float64)
+
+    def _score(self, texts: list[str]) -> np.ndarray:
+        return 1 - self.columns(texts)["neither"].to_numpy()
+
+
+class LexiconScorer(Scorer):
+    """Mild word lists of the project's own, for smoke runs: 1 - prod(1 - severity) over the words."""
+
+    def __init__(self, group: str, **options):
+        path = runtime.project_root() / "data" / "samples" / "lexicon.json"
+        self._severity = json.loads(path.read_text(encoding="utf-8"))[group]
+        version = runtime.content_hash(self._severity)[:8]
+        detects = f"{len(self._severity)} listed words ({group})"
+        super().__init__(
+            name=f"lexicon-{group}",
+            version=version,
+            detects=detects,
+            licence="Apache-2.0",
+            **options,
+        )
+
+    def _score(self, texts: list[str]) -> np.ndarray:
+        kept = [[1 - self._severity.get(word, 0.0) for word in words(text)] for text in texts]
+        return np.array([1 - np.prod(row) for row in kept])
+
+
+# --- sequence classifiers ------------------------------------------------------------------------
+
+
+class ClassifierScorer(Scorer):
+    """Any sequence classifier with a toxic label; RewardLM's reward model is one (notes, 1.3).
+
+    `label` names the label to report where no name says it.  Texts are cut to `max_tokens`.
+    """
+
+    # a CPU works fastest on what its cache holds (measured: 2048 is 1.6 times as fast as 8192)
+    TOKENS_PER_BATCH = {"cpu": 2048}
+    EAGER_TOKENS = 128  # of classifiers other than FIRST_TOKEN
+
+    def __init__(
+        self, model, tokenizer, *, label: str | None = None, max_tokens: int = 512, **options
+    ):
+        labels = [model.config.id2label[i] for i in range(model.config.num_labels)]
+        self.column = toxic_label(labels, label)
+        super().__init__(
+            **{"version": "local", "detects": f"{labels[self.column]!r} of {labels}"} | options
+        )
+        self.model, self.tokenizer = model.eval(), tokenizer
+        longest = getattr(model.config, "max_position_embeddings", None) or max_tokens
+        if "roberta" in model.config.model_type:  # its positions start after the padding id
+            longest -= model.config.pad_token_id + 1
+        self.max_tokens = min(max_tokens, longest, tokenizer.model_max_length)
+
+    @classmethod
+    def from_folder(cls, folder: Path, *, device: torch.device | None = None, **options):
+        """Load a classifier's safetensors; never remote code or pickled weights."""
+        device = device or runtime.get_device()
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(
+            folder, dtype=runtime.inference_dtype(device), use_safetensors=True
+        )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        if folder.parent.name == "snapshots":  # a Hub folder is named after its commit
+            options = {"version": folder.name[:12]} | options
+        return cls(model.to(device), tokenizer, **options)
+
+    @torch.inference_mode()
+    def _score(self, texts: list[str]) -> np.ndarray:
+        encoded = self.tokenizer(texts, truncation=True, max_length=self.max_tokens)
+        self.truncated += sum(bool(e.overflowing) for e in encoded.encodings or [])
+        ids, scores, device = encoded["input_ids"], np.empty(len(texts)), self.model.device
+        budget = self.TOKENS_PER_BATCH.get(device.type, 8192)
+        batches = [*generation.token_batches([len(row) for row in ids], budget)]
+        few = len(batches) < 3  # packing takes longer than it saves
+        with (
+            contextlib.nullcontext() if few else models.packed(self.model),
+            first_token(self.model),
+        ):
+            for batch in batches:
+                pad = self.tokenizer.pad_token_id or 0
+                rows, mask = generation.pad_rows([ids[i] for i in batch], pad, "right")
+                logits = self._logits(rows.to(device), mask.to(device))
+                scores[batch] = self._probability(logits.double()).cpu().numpy()
+        return scores
+
+    def _logits(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """(texts, labels).  On a CPU in bfloat16 fused attention takes twice as long as ours."""
+        config, how = self.model.config, None
+        slow = ids.device.type == "cpu" and self.model.dtype == torch.bfloat16
+        if slow and config._attn_implementation == "sdpa" and not runtime.plain_mode():
+            eager = "eager" if ids.shape[1] <= self.EAGER_TOKENS else None
+            how = "normalised_last" if reads_first_token(self.model) else eager
+        with models.attending([config] if how else [], how):
+            return self.model(input_ids=ids, attention_mask=mask).logits
+
+    def _probability(self, logits: torch.Tensor) -> torch.Tensor:
+        several = self.model.config.problem_type == "multi_label_classification"
+        one_by_one = several or logits.shape[-1] == 1
+        return (logits.sigmoid() if one_by_one else logits.softmax(-1))[:, self.column]
+
+
+def reads_first_token(model) -> bool:
+    """Whether this classifier is a bidirectional encoder whose head reads the first token only."""
+    decodes = getattr(model.config, "is_decoder", False)
+    return model.config.model_type in FIRST_TOKEN and not decodes
+
+
+@contextlib.contextmanager
+def first_token(model) -> Iterator[None]:
+    """Within: the last layer of a classifier that `reads_first_token` computes that token alone.
+
+    Same numbers; of six layers' products a seventh is not made.  LIB_PLAIN=1: no change.
+    """
+    known = reads_first_token(model) and model.config._attn_implementation in ("sdpa", "eager")
+    layer = model.base_model.encoder.layer[-1] if known and not runtime.plain_mode() else None
+    if layer is not None:
+        layer.forward = partial(_first_position, layer)
+    try:
+        yield
+    finally:
+        if layer is not None:
+            del layer.forward
+
+
+def _first_position(layer, hidden, mask=None, *_, **__) -> torch.Tensor:
+    """A layer's output at the first position, (texts, 1, width), from all of its input."""
+    own, first = layer.attention.self, hidden[:, :1]
+    seen = ((own.query, first), (own.key, hidden), (own.value, hidden))
+    heads = (f(x).unflatten(-1, (-1, own.attention_head_size)).transpose(1, 2) for f, x in seen)
+    if mask is not None:
+        mask = mask[:, None, None].bool() if mask.dim() == 2 else mask[:, :, :1]
+    found = scaled_dot_product_attention(*heads, attn_mask=mask, scale=own.scaling)
+    return layer.feed_forward_chunk(layer.attention.output(found.transpose(1, 2).flatten(2), first))
+
+
+def _normalised_last(module, query, key, value, attention_mask, scaling, **_):
+    """softmax(s q k^T) v as exp(s q k^T) [v, 1], divided by its last column at the end.
+
+    Bidirectional; attention_mask (texts, keys), 1 = real.  torch's softmax is slow over rows whose length
+    is no multiple of its vectors (measured, bfloat16, 59 keys: attention in a third of the time).  Where
+    exp leaves its range, the softmax is taken after all.
+    """
+    seen = attention_mask[:, None, :, None].to(value.dtype)
+    query, key = (query * scaling).contiguous(), key.contiguous()
+    weighed = torch.cat([value * seen, seen.expand(-1, value.shape[1], -1, -1)], -1)
+    summed = (query @ key.mT).exp_() @ weighed
+    out, total = summed[..., :-1], summed[..., -1:]
+    low, high = total.aminmax()
+    if low > EXP_RANGE[0] and high < EXP_RANGE[1]:
+        out = out / total
+    else:
+        scores = (query @ key.mT).masked_fill(seen.mT == 0, float("-inf"))
+        out = scores.softmax(-1) @ value
+    return out.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register("normalised_last", _normalised_last)
+
+
+AttentionMaskInterface.register("normalised_last", lambda attention_mask, **_: attention_mask)
+
+
+def toxic_label(labels: Sequence[str], label: str | None = None) -> int:
+    """Index of the label asked for, else of the one whose name says it; ValueError where undecided."""
+    if label in labels:
+        return list(labels).index(label)
+    names = [re.sub("[- ]", "_", str(name).strip().lower()) for name in labels]
+    exact = [names.index(known) for known in TOXIC_LABELS if known in names]
+    says_so = re.compile("(?!no|un).*(toxic|hate|offens|abus)")
+    alike = [index for index, name in enumerate(names) if says_so.match(name)]
+    if label is None and (exact or len(alike) == 1):
+        return (exact or alike)[0]
+    asked = "no one label's name says 'toxic'" if label is None else f"there is no label {label!r}"
+    raise ValueError(
+        f"{asked}; this model has {', '.join(map(str, labels))}. Give one as label=..."
+    )
+
+
+# --- Perspective ---------------------------------------------------------------------------------
+
+
+class ScoringError(RuntimeError):
+    """A remote scorer gave no usable answer; the message never holds the key."""
+
+
+class _PassingError(Exception):
+    """A failure worth another try, after `wait` seconds where the server named a time."""
+
+    def __init__(self, message: str, wait: float | None = None):
+        super().__init__(message)
+        self.wait = wait
+
+
+class PerspectiveScorer(Scorer):
+    """The Perspective API (Google closes it after 2026; `base_url` may name a service like it).
+
+    Needs PERSPECTIVE_API_KEY.  Replies are kept by content, so a text is asked once; a language that
+    the attribute lacks is a missing score.  Texts are cut at 20 KB.  The service is retrained over
+    time, so the card's date is that of the replies.
+    """
+
+    MAX_BYTES, TIMEOUT, ATTEMPTS, FIRST_PAUSE = 20 * 1024, 30.0, 6, 1.0
+    URL = "https://commentanalyzer.googleapis.com"
+
+    def __init__(self, *, attribute="TOXICITY", base_url=URL, requests_per_second=1.0, **options):
+        known = {"name": "perspective", "version": f"v1alpha1 {attribute}", "empty": float("nan")}
+        known |= {"detects": attribute.lower(), "licence": "Google API terms"}
+        super().__init__(**known | options)
+        self._session = requests.Session()  # the key is not in the address: errors repeat that
+        self._key = runtime.secret("PERSPECTIVE_API_KEY", "The Perspective scorer")
+        self._url = f"{base_url.rstrip('/')}/v1alpha1/comments:analyze"
+        self._attribute, self._interval = attribute, 1 / requests_per_second
+        self._replies = runtime.ReplyCache(runtime.cache_dir() / "replies" / "perspective.sqlite")
+        self._last, self.requests, self._dates = -np.inf, 0, set()
+
+    def card(self) -> dict[str, str]:
+        """As `Scorer.card`; date = first and last day on which the replies used were given."""
+        dates = sorted(self._dates) or [_today()]
+        return super().card() | {"date": f"{dates[0]} to {dates[-1]}"}
+
+    def _score(self, texts: list[str]) -> np.ndarray:
+        bar = runtime.progress(texts, label="asking Perspective", unit="text")
+        return np.array([self._score_one(text) for text in bar])
+
+    def _score_one(self, text: str) -> float:
+        data = text.encode("utf-8", errors="replace")
+        self.truncated += len(data) > self.MAX_BYTES
+        text = data[: self.MAX_BYTES].decode("utf-8", errors="ignore")
+        key = runtime.content_hash("perspective", self._url, self._attribute, text)
+        reply = self._replies.get(key)
+        if reply is None:
+            reply = {"score": self._ask(text), "date": _today()}
+            self._replies.put(key, reply)
+        self._dates.add(reply["date"])
+        return float("nan") if reply["score"] is None else reply["score"]
+
+    def _ask(self, text: str) -> float | None:
+        """One answer, with growing, jittered pauses between tries (or as long as Retry-After says)."""
+        growing = tenacity.wait_random_exponential(multiplier=self.FIRST_PAUSE, max=60)
+
+        def pause(state) -> float:
+            asked = state.outcome.exception().wait
+            return growing(state) if asked is None else asked
+
+        retrying = tenacity.Retrying(
+            stop=tenacity.stop_after_attempt(self.ATTEMPTS), wait=pause, reraise=True,
+            retry=tenacity.retry_if_exception_type(_PassingError),
+        )  # fmt: skip
+        try:
+            return retrying(self._request, text)
+        except _PassingError as error:
+            raise ScoringError(
+                f"Perspective gave no answer in {self.ATTEMPTS} attempts (last: {error}). Answers so "
+                "far are kept; run again later to go on."
+            ) from None
+
+    def _request(self, text: str) -> float | None:
+        time.sleep(max(0.0, self._last + self._interval - time.monotonic()))
+        self._last, self.requests = time.monotonic(), self.requests + 1
+        body = {"comment": {"text": text}, "requestedAttributes": {self._attribute: {}}}
+        try:
+            response = self._session.post(
+                self._url, json=body | {"doNotStore": True}, timeout=self.TIMEOUT,
+                headers={"X-Goog-Api-Key": self._key},
+            )  # fmt: skip
+        except (requests.ConnectionError, requests.Timeout) as error:
+            raise _PassingError(type(error).__name__) from None
+        if response.status_code == 429 or response.status_code >= 500:
+            wait = runtime.retry_after(response.headers.get("Retry-After"))
+            raise _PassingError(f"HTTP {response.status_code}", wait)
+        return self._read(response)
+
+    def _read(self, response) -> float | None:
+        """The score, or None where the attribute lacks the text's language."""
+        try:
+            answer = response.json()
+            if response.ok:
+                return float(answer["attributeScores"][self._attribute]["summaryScore"]["value"])
+            message = str(answer["error"]["message"]).replace(self._key, "***")
+        except (ValueError, KeyError, TypeError):
+            raise _PassingError(f"HTTP {response.status_code} with a malformed body") from None
+        if response.status_code == 400 and "language" in message.lower():
+            return None
+        raise ScoringError(
+            f"Perspective refused a request (HTTP {response.status_code}): {message}"
+        )
+
+
+SCORERS: dict[str, Callable[..., Scorer]] = {
+    "profanity": ProfanityScorer,
+    "hate": HateScorer,
+    "lexicon-insults": lambda **options: LexiconScorer("insults", **options),
+    "lexicon-threats": lambda **options: LexiconScorer("threats", **options),
+    "perspective": PerspectiveScorer,
+}

@@ -1,0 +1,85 @@
+"""The task whose errors are known by construction: each kind of error is found, and only where it is."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lib.papers.fine_grained import toy
+
+PROMPT = "colour red, metal iron, city oslo? metal city:"
+
+
+def told(text):
+    found = toy.judge(PROMPT, text)
+    return found.relevant.tolist(), found.true.tolist(), found.sentences.tolist(), found.coverage
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("metal iron, city oslo.", ([1, 1], [1, 1], [1], 1.0)),
+        ("metal iron. colour red.", ([1, 0], [1, 1], [1, 1], 0.5)),  # C1: not asked for
+        ("metal iron, metal iron.", ([1, 0], [1, 1], [1], 0.5)),  # C1: repeated
+        ("metal gold, city oslo. city oslo", ([1, 1, 0], [0, 1, 1], [0, 1], 0.5)),  # C2 and C3
+        ("metal gold. metal iron.", ([1, 0], [0, 1], [0, 1], 0.5)),  # right at the second try
+        ("metal , city oslo oslo. age", ([0, 0, 0], [0, 0, 0], [0, 0], 0.0)),  # no clauses
+        ("", ([], [], [], 0.0)),
+    ],
+)  # fmt: skip
+def test_errors(text, expected):
+    assert told(text) == expected
+
+
+def test_the_judge_makes_padding_costly_and_is_at_most_one():
+    best, padded = (
+        toy.judge(PROMPT, text).f1
+        for text in ("metal iron, city oslo.", "metal iron, city oslo. colour red. colour red.")
+    )
+    assert best == 1 and padded == pytest.approx(2 * 2 / (4 + 2))
+    assert toy.judge(PROMPT, "").f1 == 0
+
+
+@given(st.lists(st.sampled_from(["metal", "iron", "city", "oslo", ",", "."])).map(" ".join))
+def test_rewards_have_one_number_for_each_segment_and_segments_cut_the_text(text):
+    for unit, score in (
+        ("clause", toy.relevance),
+        ("sentence", toy.factuality),
+        ("sequence", toy.completeness),
+    ):
+        spans = toy.Segmenter(unit).spans(text)
+        assert "".join(text[a:b] for a, b in spans) == text
+        assert len(score([PROMPT], [text])[0]) == len(spans)
+    row = toy.panel([PROMPT], [text]).iloc[0]
+    assert row.relevant <= row.clauses and row.factual <= row.sentences <= row.clauses
+
+
+def test_questions_differ_read_back_and_depend_on_the_seed():
+    questions = toy.draw_questions(50, seed=3)
+    assert len({q.prompt for q in questions}) == 50
+    assert [toy.read(q.prompt) for q in questions] == questions
+    assert toy.draw_questions(50, seed=3) == questions
+    assert toy.draw_questions(50, seed=4) != questions
+    with pytest.raises(ValueError, match="asked up to facts"):
+        toy.draw_questions(1, seed=0, facts=2, asked=3)
+    with pytest.raises(ValueError, match="not a prompt of this task"):
+        toy.read("What is the metal?")
+
+
+def test_words_are_tokens_and_values_belong_to_one_attribute():
+    _, tokenizer = toy.tokenizer_and_model()
+    words = [w for name, values in toy.ATTRIBUTES.items() for w in (name, *values)]
+    assert len(words) == len(set(words)) == 12 * 9
+    assert tokenizer.unk_token_id not in tokenizer(" ".join([*words, PROMPT]))["input_ids"]
+
+
+def test_demonstrations_err_as_often_as_they_are_told_to():
+    questions = toy.draw_questions(400, seed=0)
+    prompts = [q.prompt for q in questions]
+    texts = toy.demonstrate(questions, 0, relevant=1.0, right=0.75)
+    found = [toy.judge(p, t) for p, t in zip(prompts, texts, strict=True)]
+    assert np.concatenate([e.true for e in found]).mean() == pytest.approx(
+        0.75 + 0.25 / 8, abs=0.04
+    )
+    perfect = toy.demonstrate(questions, 0, relevant=1.0, right=1.0)
+    assert all(e.sentences.all() for e in map(toy.judge, prompts, perfect))
