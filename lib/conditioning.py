@@ -33,7 +33,7 @@ from torch.nn.functional import cross_entropy, embedding
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lib import feedback as llm
-from lib import generation, losses, models, rubric, runtime, scoring
+from lib import encoding, generation, losses, models, rubric, runtime, scoring
 
 STYLES = ("none", "text", "separator", "token")
 STAGES = ("sample", "feedback", "pool", "train", "evaluate")
@@ -1031,8 +1031,8 @@ class ConditionalTraining:
     def _tokens(self, prompts, responses) -> tuple[models.TokenBatch, torch.Tensor]:
         side = "right" if self.policy.config.is_encoder_decoder else "left"
         pad, device = self.tokenizer.pad_token_id, self.policy.device
-        padded = generation.pad_rows(prompts, pad, side)
-        padded += generation.pad_rows(responses, pad, "right")
+        padded = encoding.pad_rows(prompts, pad, side)
+        padded += encoding.pad_rows(responses, pad, "right")
         ids, seen, response, mask = (x.to(device) for x in padded)
         return models.TokenBatch(ids, seen, response, mask), mask.float()
 

@@ -27,7 +27,7 @@ import torch
 from torch.nn.functional import binary_cross_entropy_with_logits, normalize
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from lib import generation, models, reward_models, runtime, scoring
+from lib import encoding, generation, models, reward_models, runtime, scoring
 from lib import qa_feedback as qa
 from lib.reward_models import Feedback, TrainConfig
 from lib.segments import SHORTEST, Segmenter
@@ -301,7 +301,7 @@ class FineGrainedModel(reward_models.RewardModel):
         bar = runtime.progress(total=len(rows), label="segment features", unit="text")
         lengths = [len(row.context) + len(row.response) for row in rows]
         with models.fast_float32(self):
-            for places in generation.token_batches(lengths, tokens_per_batch):
+            for places in encoding.token_batches(lengths, tokens_per_batch):
                 features = self._features([rows[i] for i in places])
                 for i, row in zip(places, features, strict=True):
                     found[i] = row.float().cpu()

@@ -28,7 +28,7 @@ from accelerate.utils import gather_object
 from torch.nn.functional import cross_entropy, pad
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lib import generation, losses, models, rewards, runtime, scoring
+from lib import encoding, generation, losses, models, rewards, runtime, scoring
 
 STAGES = ("sample", "score", "forward", "update")
 MAY_BE_ZERO = {"top_k", "warmup_steps", "gamma", "lam", "entropy_coef", "kl_coef", "seed"}
@@ -275,8 +275,8 @@ class PPO:
         """
         side = "right" if self.policy.config.is_encoder_decoder else "left"
         fill, device = self.tokenizer.pad_token_id, self.policy.device
-        padded = generation.pad_rows(samples.prompt_ids, fill, side)
-        padded += generation.pad_rows(samples.response_ids, fill, "right")
+        padded = encoding.pad_rows(samples.prompt_ids, fill, side)
+        padded += encoding.pad_rows(samples.response_ids, fill, "right")
         prompt_ids, prompt_mask, response_ids, mask = (x.to(device) for x in padded)
         tokens = models.TokenBatch(prompt_ids, prompt_mask, response_ids, mask)
         done, parts = [], []

@@ -23,7 +23,7 @@ import pandas as pd
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lib import data, generation, metrics, models, runtime, scoring
+from lib import data, encoding, generation, metrics, models, runtime, scoring
 from lib.feedback import ChatClient, chat
 from lib.rubric import CATEGORIES, Critique, Rubric, SimulatedAnnotator, stems
 from lib.segments import Segmenter
@@ -385,10 +385,10 @@ class EmbeddingSimilarity:
         ids = [self.tokenizer(t, truncation=True, max_length=limit)["input_ids"] for t in texts]
         found = np.zeros((len(texts), self.model.config.hidden_size))
         full = [i for i, text in enumerate(texts) if not scoring.is_empty(text)]
-        for batch in generation.token_batches([len(ids[i]) for i in full], tokens_per_batch):
+        for batch in encoding.token_batches([len(ids[i]) for i in full], tokens_per_batch):
             places = [full[j] for j in batch]
             pad = self.tokenizer.pad_token_id or 0
-            rows, mask = generation.pad_rows([ids[i] for i in places], pad, "right")
+            rows, mask = encoding.pad_rows([ids[i] for i in places], pad, "right")
             rows, mask = rows.to(self.model.device), mask.to(self.model.device)
             hidden = self.model(input_ids=rows, attention_mask=mask).last_hidden_state.float()
             mean = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
@@ -544,7 +544,7 @@ def _first_log_probs(model, contexts: list[list[int]], tokens: list[list[int]]) 
     """log p of the given next tokens of contexts that begin alike, (rows, tokens)."""
     device, shared = model.device, min(_shared(contexts), min(map(len, contexts)) - 1)
     rows = [context[shared:] for context in contexts]
-    ids, mask = (x.to(device) for x in generation.pad_rows(rows, 0, "right"))
+    ids, mask = (x.to(device) for x in encoding.pad_rows(rows, 0, "right"))
     cache, seen = None, mask
     if shared:
         start = torch.tensor([contexts[0][:shared]], device=device)

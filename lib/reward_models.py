@@ -32,7 +32,18 @@ import transformers
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from lib import assets, generation, losses, metrics, models, preferences, runtime, scoring, sft
+from lib import (
+    assets,
+    encoding,
+    generation,
+    losses,
+    metrics,
+    models,
+    preferences,
+    runtime,
+    scoring,
+    sft,
+)
 from lib.metrics import Interval
 
 POOLINGS = ("mean", "last")
@@ -179,8 +190,8 @@ class RewardModel(torch.nn.Module):
     def batch(self, rows: Sequence[tuple[list, list]]) -> dict[str, torch.Tensor]:
         """Encoded rows as input_ids, attention_mask and response_mask, each (rows, time)."""
         pad, side = self.tokenizer.pad_token_id, self.padding_side
-        ids, mask = generation.pad_rows([a + b for a, b in rows], pad, side)
-        inside, _ = generation.pad_rows([[0] * len(a) + [1] * len(b) for a, b in rows], 0, side)
+        ids, mask = encoding.pad_rows([a + b for a, b in rows], pad, side)
+        inside, _ = encoding.pad_rows([[0] * len(a) + [1] * len(b) for a, b in rows], 0, side)
         found = {"input_ids": ids, "attention_mask": mask, "response_mask": inside}
         return {name: x.to(self.head.weight.device) for name, x in found.items()}
 
@@ -214,15 +225,13 @@ class RewardModel(torch.nn.Module):
         """`_pooled` for a decoder: each prompt goes through it once, however many responses it has."""
         pad, device = self.tokenizer.pad_token_id, self.head.weight.device
         number = {context: i for i, context in enumerate(dict.fromkeys(tuple(a) for a, _ in rows))}
-        ids, seen = (x.to(device) for x in generation.pad_rows([*map(list, number)], pad, "left"))
+        ids, seen = (x.to(device) for x in encoding.pad_rows([*map(list, number)], pad, "left"))
         positions = (seen.cumsum(-1) - 1).clamp(min=0)
         prefix = {"input_ids": ids, "attention_mask": seen, "position_ids": positions}
         cache = self.backbone(**prefix, use_cache=True).past_key_values
         places = torch.tensor([number[tuple(a)] for a, _ in rows], device=device)
         cache.batch_select_indices(places)
-        ids, inside = (
-            x.to(device) for x in generation.pad_rows([b for _, b in rows], pad, "right")
-        )
+        ids, inside = (x.to(device) for x in encoding.pad_rows([b for _, b in rows], pad, "right"))
         seen = torch.cat([seen[places], inside], 1)
         rest = {"attention_mask": seen, "past_key_values": cache, "use_cache": True}
         positions = (seen.cumsum(-1) - 1)[:, -ids.shape[1] :]
@@ -312,7 +321,7 @@ def _batches(rows, budget: int, shared: bool) -> Iterator[list[int]]:
     """Row numbers in batches of like length; with shared=True rows of one prompt stand together first."""
     lengths = [len(a) + len(b) for a, b in rows]
     if not shared:
-        yield from generation.token_batches(lengths, budget)
+        yield from encoding.token_batches(lengths, budget)
         return
     batch, width = [], 0
     order = [(len(a), a, len(b), i) for i, (a, b) in enumerate(rows)]

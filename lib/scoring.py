@@ -32,7 +32,7 @@ from scipy.special import expit
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from lib import assets, generation, models, runtime
+from lib import assets, encoding, generation, models, runtime
 
 CHUNK = 2048  # texts in work at a time: peak memory does not depend on their number
 LOGIT_CLIP = 6.0  # log-odds beyond +-6 (p < 0.0025 or > 0.9975) are held there
@@ -297,7 +297,7 @@ class ClassifierScorer(Scorer):
         self.truncated += sum(bool(e.overflowing) for e in encoded.encodings or [])
         ids, scores, device = encoded["input_ids"], np.empty(len(texts)), self.model.device
         budget = self.TOKENS_PER_BATCH.get(device.type, 8192)
-        batches = [*generation.token_batches([len(row) for row in ids], budget)]
+        batches = [*encoding.token_batches([len(row) for row in ids], budget)]
         few = len(batches) < 3  # packing takes longer than it saves
         with (
             contextlib.nullcontext() if few else models.packed(self.model),
@@ -305,7 +305,7 @@ class ClassifierScorer(Scorer):
         ):
             for batch in batches:
                 pad = self.tokenizer.pad_token_id or 0
-                rows, mask = generation.pad_rows([ids[i] for i in batch], pad, "right")
+                rows, mask = encoding.pad_rows([ids[i] for i in batch], pad, "right")
                 logits = self._logits(rows.to(device), mask.to(device))
                 scores[batch] = self._probability(logits.double()).cpu().numpy()
         return scores
@@ -551,7 +551,7 @@ def token_log_probs(
     bar = runtime.progress(total=len(rows), label="log-probabilities", unit="text")
     lengths = [len(prompt_ids[i]) + len(response_ids[i]) for i in rows]
     with models.fast_float32(model):
-        for batch in generation.token_batches(lengths, tokens_per_batch):
+        for batch in encoding.token_batches(lengths, tokens_per_batch):
             places = [rows[j] for j in batch]
             responses = [list(response_ids[i]) for i in places]
             rows_found = _log_probs(model, [list(prompt_ids[i]) for i in places], responses)
@@ -601,11 +601,11 @@ def _forward(model, prompts, responses):
     device = model.device
     if model.config.is_encoder_decoder:
         start = model.config.decoder_start_token_id
-        ids, mask = (x.to(device) for x in generation.pad_rows(prompts, 0, "right"))
-        shifted, _ = generation.pad_rows([[start, *row[:-1]] for row in responses], start, "right")
+        ids, mask = (x.to(device) for x in encoding.pad_rows(prompts, 0, "right"))
+        shifted, _ = encoding.pad_rows([[start, *row[:-1]] for row in responses], start, "right")
         return model(input_ids=ids, attention_mask=mask, decoder_input_ids=shifted.to(device))
     pairs = [prompt + row for prompt, row in zip(prompts, responses, strict=True)]
-    ids, mask = (x.to(device) for x in generation.pad_rows(pairs, 0, "left"))
+    ids, mask = (x.to(device) for x in encoding.pad_rows(pairs, 0, "left"))
     extra = {}
     if "position_ids" in inspect.signature(model.forward).parameters:
         extra["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)

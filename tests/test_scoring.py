@@ -26,7 +26,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from lib import generation, scoring
+from lib import encoding, generation, scoring
 from lib.models import build_tiny_model
 
 properties = settings(max_examples=50, deadline=None)
@@ -365,7 +365,7 @@ def test_the_toxic_label_is_found_by_name_or_asked_for():
 @properties
 @given(st.lists(st.integers(0, 50), max_size=40), st.integers(1, 200))
 def test_batches_cover_every_row_once_within_the_budget(lengths, budget):
-    batches = list(generation.token_batches(lengths, budget))
+    batches = list(encoding.token_batches(lengths, budget))
     assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
     for batch in batches:
         assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= budget
