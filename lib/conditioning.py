@@ -32,8 +32,8 @@ from scipy.stats import rankdata
 from torch.nn.functional import cross_entropy, embedding
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lib import feedback as llm
 from lib import encoding, generation, losses, models, rubric, runtime, scoring
+from lib import feedback as llm
 
 STYLES = ("none", "text", "separator", "token")
 STAGES = ("sample", "feedback", "pool", "train", "evaluate")
@@ -410,8 +410,9 @@ class Conditioner:
 
     def build(self, prompt: str, condition: Condition = ()) -> Built:
         """The prompt with the condition before it; () adds nothing."""
-        raw = list(self.tokenizer(prompt)["input_ids"])
-        start = int(bool(raw) and raw[0] == self.tokenizer.bos_token_id)
+        raw = encoding.encode(self.tokenizer, prompt).prompt
+        first = encoding.start_ids(self.tokenizer)
+        start = len(first) if raw[: len(first)] == first else 0
         added = self._ids(condition) if condition and self.style != "none" else []
         ids = raw[:start] + added + raw[start:]
         return Built(prompt, tuple(condition), ids, start, start + len(added))
@@ -432,7 +433,7 @@ class Conditioner:
                 raise ValueError(f"no token for {unknown}; allowed: {', '.join(self.tokens)}.")
             return [self.first_id + self.tokens.index(tag) for tag in condition]
         text = self.template.format(self.join.join(condition))
-        ids = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        ids = encoding.bare_ids(self.tokenizer, text)
         return ids + [self.first_id] * (self.style == "separator")
 
 
@@ -1030,7 +1031,7 @@ class ConditionalTraining:
 
     def _tokens(self, prompts, responses) -> tuple[models.TokenBatch, torch.Tensor]:
         side = "right" if self.policy.config.is_encoder_decoder else "left"
-        pad, device = self.tokenizer.pad_token_id, self.policy.device
+        pad, device = encoding.pad_id(self.tokenizer), self.policy.device
         padded = encoding.pad_rows(prompts, pad, side)
         padded += encoding.pad_rows(responses, pad, "right")
         ids, seen, response, mask = (x.to(device) for x in padded)

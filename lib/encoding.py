@@ -45,10 +45,9 @@ def encode(
     lead = before[: len(before) - len(bare)]
     if lead + bare != before:  # the tokenizer closes a prompt with a token: nothing joins over it
         return Encoded(before, bare_ids(tokenizer, response))
+    text = prompt + response
     if drops_leading_space(tokenizer):
         text = join_texts(prompt, response)
-    else:
-        text = prompt + response
     whole = bare_ids(tokenizer, text)
     shared = count_shared([whole, bare])
     if not lead and not shared:

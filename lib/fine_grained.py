@@ -27,7 +27,7 @@ import torch
 from torch.nn.functional import binary_cross_entropy_with_logits, normalize
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from lib import encoding, generation, models, reward_models, runtime, scoring
+from lib import encoding, models, reward_models, runtime, scoring
 from lib import qa_feedback as qa
 from lib.reward_models import Feedback, TrainConfig
 from lib.segments import SHORTEST, Segmenter
@@ -251,7 +251,7 @@ class FineGrainedModel(reward_models.RewardModel):
     def _row(self, prompt: str, response: str) -> _Row:
         tokenizer, plain = self.tokenizer, {"add_special_tokens": False, "verbose": False}
         question = prompt.partition(" context: ")[0]
-        before = tokenizer(prompt if self.context else question, **plain)["input_ids"]
+        before = encoding.bare_ids(tokenizer, prompt if self.context else question)
         found = tokenizer(response, **plain, return_offsets_mapping=True)
         start, stop = self._marks
         marks = len(start) + 2 * len(stop)
@@ -263,7 +263,7 @@ class FineGrainedModel(reward_models.RewardModel):
         last = [max(start, end - 1) for start, end in found["offset_mapping"][: len(after)]]
         owner = np.searchsorted(ends, last, side="right") if ends else np.zeros(0, dtype=int)
         self.truncated["segments"] += len(ends) - len(set(owner))
-        asked = min(room, len(tokenizer(question, **plain)["input_ids"]))
+        asked = min(room, len(encoding.bare_ids(tokenizer, question)))
         return _Row(
             start + before[:room] + stop, after + stop, owner, len(ends), len(start) + asked
         )

@@ -18,7 +18,7 @@ import pandas as pd
 from scipy import special
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lib import generation, refinement, scoring, sft
+from lib import encoding, generation, refinement, scoring, sft
 from lib.refinement import Question
 from lib.rubric import SimulatedAnnotator
 
@@ -73,7 +73,7 @@ def written_refinement(
     Without the cue the whole text counts as the refinement, as in the paper.
     """
     _, cue, after = text.partition(CUE)
-    ids = tokenizer(refinement.tidy(after if cue else text), add_special_tokens=False)["input_ids"]
+    ids = encoding.bare_ids(tokenizer, refinement.tidy(after if cue else text))
     kept = tokenizer.decode(ids[:max_tokens], skip_special_tokens=True)
     return refinement.tidy(kept), bool(cue)
 
@@ -238,7 +238,8 @@ def text_log_probs(
 ) -> np.ndarray:  # fmt: skip
     """log p(" " + text | prompt), summed over tokens, (rows,)."""
     pairs = [
-        scoring.encode_pair(tokenizer, p, f" {t}") for p, t in zip(prompts, texts, strict=True)
+        encoding.encode(tokenizer, prompt, f" {text}", joined=True)
+        for prompt, text in zip(prompts, texts, strict=True)
     ]
     found = scoring.token_log_probs(model, [a for a, _ in pairs], [b for _, b in pairs])
     return np.array([row.sum(dtype=np.float64) for row in found])
@@ -257,12 +258,11 @@ def sequence_kl(
     the same tokens.  Columns direction ("forward": texts of the base; "reverse": of the model), value,
     tokens.  Empty texts are left out, as in the paper.
     """
-    start = tokenizer.bos_token_id
-    start = tokenizer.eos_token_id if start is None else start
+    start = encoding.start_ids(tokenizer) or encoding.end_tokens(tokenizer, base)[:1]
     rows = []
     for direction, own, other in (("forward", base, model), ("reverse", model, base)):
         drawn = generation.sample(
-            own, tokenizer, [[start]], n=n, seed=seed, max_new_tokens=max_new_tokens, label="KL"
+            own, tokenizer, [start], n=n, seed=seed, max_new_tokens=max_new_tokens, label="KL"
         )
         kept = [i for i, text in enumerate(drawn.texts) if not scoring.is_empty(text)]
         texts = [drawn.prompt_ids[i] for i in kept], [drawn.response_ids[i] for i in kept]

@@ -274,7 +274,7 @@ class PPO:
         Logits are dropped after each few rows; the trunk's hidden states are kept for the update.
         """
         side = "right" if self.policy.config.is_encoder_decoder else "left"
-        fill, device = self.tokenizer.pad_token_id, self.policy.device
+        fill, device = encoding.pad_id(self.tokenizer), self.policy.device
         padded = encoding.pad_rows(samples.prompt_ids, fill, side)
         padded += encoding.pad_rows(samples.response_ids, fill, "right")
         prompt_ids, prompt_mask, response_ids, mask = (x.to(device) for x in padded)

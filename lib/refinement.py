@@ -387,7 +387,7 @@ class EmbeddingSimilarity:
         full = [i for i, text in enumerate(texts) if not scoring.is_empty(text)]
         for batch in encoding.token_batches([len(ids[i]) for i in full], tokens_per_batch):
             places = [full[j] for j in batch]
-            pad = self.tokenizer.pad_token_id or 0
+            pad = encoding.pad_id(self.tokenizer)
             rows, mask = encoding.pad_rows([ids[i] for i in places], pad, "right")
             rows, mask = rows.to(self.model.device), mask.to(self.model.device)
             hidden = self.model(input_ids=rows, attention_mask=mask).last_hidden_state.float()
@@ -509,8 +509,11 @@ def split_answers(
     tokenizer: PreTrainedTokenizerBase, prompt: str, answers: Sequence[str]
 ) -> tuple[list[int], list[list[int]]]:
     """The tokens that prompt + answer share for all answers, and the rest of each answer's."""
-    wholes = [sum(scoring.encode_pair(tokenizer, prompt, answer), []) for answer in answers]
-    shared = _shared(wholes)
+    wholes = []
+    for answer in answers:
+        before, after = encoding.encode(tokenizer, prompt, answer, joined=True)
+        wholes.append(before + after)
+    shared = encoding.count_shared(wholes)
     rest = [whole[shared:] for whole in wholes]
     if not all(rest):
         raise ValueError(
@@ -520,19 +523,13 @@ def split_answers(
     return wholes[0][:shared], rest
 
 
-def _shared(rows: Sequence[list[int]]) -> int:
-    """How many tokens all rows have in common at the start."""
-    columns = zip(*rows, strict=False)
-    return sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, columns))
-
-
 def _alike(contexts: Sequence[list[int]], most: int = 32) -> list[list[int]]:
     """Runs of consecutive rows that have at least half of their tokens in common at the start."""
     runs: list[list[int]] = []
     for i, context in enumerate(contexts):
         if runs and len(runs[-1]) < most:
             first = contexts[runs[-1][0]]
-            if _shared([first, context]) >= max(len(first), len(context)) / 2:
+            if encoding.count_shared([first, context]) >= max(len(first), len(context)) / 2:
                 runs[-1].append(i)
                 continue
         runs.append([i])
@@ -542,7 +539,7 @@ def _alike(contexts: Sequence[list[int]], most: int = 32) -> list[list[int]]:
 @torch.inference_mode()
 def _first_log_probs(model, contexts: list[list[int]], tokens: list[list[int]]) -> np.ndarray:
     """log p of the given next tokens of contexts that begin alike, (rows, tokens)."""
-    device, shared = model.device, min(_shared(contexts), min(map(len, contexts)) - 1)
+    device, shared = model.device, min(encoding.count_shared(contexts), min(map(len, contexts)) - 1)
     rows = [context[shared:] for context in contexts]
     ids, mask = (x.to(device) for x in encoding.pad_rows(rows, 0, "right"))
     cache, seen = None, mask
@@ -780,8 +777,8 @@ def word_removal(writer: Writer, items: pd.DataFrame) -> pd.DataFrame:
     Ask greedily (temperature 0), as the paper does.  An empty answer removes everything and keeps nothing.
     """
     drafts = writer(list(items["prompt"]), 1, 0)
-    answers = [f"You are{row[0].text.splitlines()[0] if row[0].text else ''}" for row in drafts]
-    answers = [" ".join(a.split()) for a in answers]
+    first_lines = [row[0].text.split("\n")[0] for row in drafts]
+    answers = [" ".join(encoding.join_texts("You are", line).split()) for line in first_lines]
 
     def share(answer, names, wanted):
         held = set(scoring.words(answer))

@@ -32,7 +32,7 @@ from scipy.special import expit
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from lib import assets, encoding, generation, models, runtime
+from lib import assets, encoding, models, runtime
 
 CHUNK = 2048  # texts in work at a time: peak memory does not depend on their number
 LOGIT_CLIP = 6.0  # log-odds beyond +-6 (p < 0.0025 or > 0.9975) are held there
@@ -304,7 +304,7 @@ class ClassifierScorer(Scorer):
             first_token(self.model),
         ):
             for batch in batches:
-                pad = self.tokenizer.pad_token_id or 0
+                pad = encoding.pad_id(self.tokenizer)
                 rows, mask = encoding.pad_rows([ids[i] for i in batch], pad, "right")
                 logits = self._logits(rows.to(device), mask.to(device))
                 scores[batch] = self._probability(logits.double()).cpu().numpy()
@@ -613,25 +613,6 @@ def _forward(model, prompts, responses):
     return model(input_ids=ids, attention_mask=mask, logits_to_keep=keep, use_cache=False, **extra)
 
 
-def encode_pair(tokenizer, context: str, continuation: str) -> tuple[list[int], list[int]]:
-    """Token ids of context + continuation, split where the context's own tokens end.
-
-    A token that joins the end of the one with the start of the other counts as continuation.  A
-    start token comes first where the tokenizer sets one, or where nothing else precedes.
-    """
-    whole, alone = (
-        tokenizer(text, add_special_tokens=False)["input_ids"]
-        for text in (context + continuation, context)
-    )
-    shared = 0
-    while shared < min(len(whole), len(alone)) and whole[shared] == alone[shared]:
-        shared += 1
-    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    sets_one = bool(start) and tokenizer("a")["input_ids"][:1] == start
-    lead = start if sets_one or not shared else []
-    return lead + whole[:shared], whole[shared:]
-
-
 def perplexity(
     model: transformers.PreTrainedModel, tokenizer: transformers.PreTrainedTokenizerBase,
     contexts: Sequence[str] | Sequence[list[int]], continuations: Sequence[str] | Sequence[list[int]],
@@ -642,7 +623,7 @@ def perplexity(
     continuation has 0 tokens and NaN.  Raises ValueError for an empty context without a start token.
     """
     pairs = [
-        encode_pair(tokenizer, a, b) if isinstance(b, str) else (a, b)
+        encoding.encode(tokenizer, a, b, joined=True) if isinstance(b, str) else (a, b)
         for a, b in zip(contexts, continuations, strict=True)
     ]
     scores = token_log_probs(model, [p for p, _ in pairs], [r for _, r in pairs])

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lib import __main__ as command
-from lib import bench, encoding, generation, scoring
+from lib import bench, encoding, scoring
 
 ROOT = Path(__file__).parents[1]
 

@@ -645,22 +645,22 @@ def bpe_tokenizer(**special) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=core, **special)
 
 
-def test_encode_pair_counts_a_joining_token_as_continuation():
+def test_encode_counts_a_joining_token_as_continuation():
     tokenizer = bpe_tokenizer()
-    assert scoring.encode_pair(tokenizer, "ca", "bc") == ([2], [3, 2])
-    assert scoring.encode_pair(tokenizer, "c", "abc") == ([2], [3, 2])
-    assert scoring.encode_pair(tokenizer, "cab", "") == ([2, 3], [])
+    assert encoding.encode(tokenizer, "ca", "bc", joined=True) == ([2], [3, 2])
+    assert encoding.encode(tokenizer, "c", "abc", joined=True) == ([2], [3, 2])
+    assert encoding.encode(tokenizer, "cab", "", joined=True) == ([2, 3], [])
     with_start = bpe_tokenizer(bos_token="<s>")
-    assert scoring.encode_pair(with_start, "a", "b") == ([4], [3])
-    assert scoring.encode_pair(with_start, "", "ab") == ([4], [3])
-    assert scoring.encode_pair(with_start, "c", "ab") == ([2], [3])
+    assert encoding.encode(with_start, "a", "b", joined=True) == ([4], [3])
+    assert encoding.encode(with_start, "", "ab", joined=True) == ([4], [3])
+    assert encoding.encode(with_start, "c", "ab", joined=True) == ([2], [3])
 
 
 @properties
 @given(st.text("abc", max_size=12), st.text("abc", min_size=1, max_size=12))
-def test_encode_pair_gives_the_tokens_of_the_whole_text(context, continuation):
+def test_encode_gives_the_tokens_of_the_whole_text(context, continuation):
     tokenizer = bpe_tokenizer()
-    prompt, response = scoring.encode_pair(tokenizer, context, continuation)
+    prompt, response = encoding.encode(tokenizer, context, continuation, joined=True)
     assert prompt + response == tokenizer(context + continuation)["input_ids"]
     assert response
 
