@@ -9,6 +9,7 @@ Encoder-decoder models, which SFTTrainer does not take, go through its parent, `
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 import tempfile
 from collections.abc import Sequence
@@ -228,7 +229,12 @@ def _trainer(model, tokenizer, train, test, **arguments):
     fixed["bf16"] = device == "cuda" and torch.cuda.is_bf16_supported()
     data = dict(model=model, processing_class=tokenizer, train_dataset=train, eval_dataset=test)
     if model.config.is_encoder_decoder:
-        collator = transformers.DataCollatorForSeq2Seq(tokenizer, model)
+        padding = copy.copy(
+            tokenizer
+        )  # on the right: the decoder reads what it is shown from its start
+        padding.padding_side = "right"
+        padding.pad_token_id = encoding.pad_id(tokenizer)
+        collator = transformers.DataCollatorForSeq2Seq(padding, model)
         settings = transformers.TrainingArguments(**fixed, **arguments)
         trainer = transformers.Trainer(args=settings, data_collator=collator, **data)
     else:

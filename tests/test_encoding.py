@@ -1,5 +1,7 @@
 """One encoder for every reader of a prompt, one definition of the end, and tokenizers with gaps."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -16,6 +18,7 @@ from lib import (
     data,
     encoding,
     generation,
+    models,
     ppo,
     refinement,
     reward_models,
@@ -303,6 +306,24 @@ def test_a_tokenizer_without_a_pad_token_works_everywhere():
     config = ppo.PPOConfig(steps=1, prompts_per_step=2, minibatch_size=2, max_new_tokens=3)
     history = ppo.train_ppo(model, tokenizer, prompts, lambda s: [0.0, 1.0], config)
     assert np.isfinite(history["policy_loss"]).all()
+
+
+@pytest.mark.parametrize("pad", ["<pad>", None])
+def test_an_encoder_decoder_learns_short_answers_in_a_batch_as_alone(pad):
+    """Its decoder starts at the first token in training as in sampling, whatever the batch's other rows."""
+    model, tokenizer = models.build_tiny_model("tiny-encoder-decoder", words=WORDS)
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.pad_token = pad
+    rows = sft.encode_completions(tokenizer, ["the cat sat", "a"], ["yes", "no on a mat"])
+    total, count = 0.0, 0
+    for row in rows:
+        prompt = row["labels"].count(sft.NO_LOSS)
+        answer = row["labels"][prompt:]
+        log_probs = scoring.token_log_probs(model, [row["input_ids"][:prompt]], [answer])[0]
+        total, count = total - log_probs.sum(), count + len(answer)
+    how = dict(max_steps=1, learning_rate=1e-6, per_device_train_batch_size=2)
+    history = sft.train_sft(copy.deepcopy(model), tokenizer, rows, **how)
+    assert history["loss"][0] == pytest.approx(total / count, rel=1e-4)
 
 
 def test_conditional_training_without_a_pad_token():
