@@ -14,19 +14,18 @@ from tokenizers.processors import TemplateProcessing
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lib import (
-    conditioning,
     data,
     encoding,
     generation,
+    logprobs,
     models,
     ppo,
-    refinement,
     reward_models,
     rewards,
     rloo,
-    scoring,
     sft,
 )
+from lib.papers.alt import conditions, critics, labels, training
 
 WORDS = [
     "the",
@@ -90,14 +89,14 @@ def readers(tokenizer, prompt):
     model = llama()
     row = sft.encode_completions(tokenizer, [prompt], ["yes"])[0]
     judge = reward_models.RewardModel(llama().model, tokenizer)
-    conditioner = conditioning.Conditioner(tokenizer)
+    conditioner = conditions.Conditioner(tokenizer)
     asked = conditioner.build(prompt, ("cat",))
     return {
         "sampling": generation.sample(model, tokenizer, [prompt], max_new_tokens=1).prompt_ids[0],
         "encode": encoding.encode(tokenizer, prompt, " yes").prompt,
         "encode, joined": encoding.encode(tokenizer, prompt, " yes", joined=True).prompt,
         "fine-tuning": row["input_ids"][: row["labels"].count(sft.NO_LOSS)],
-        "answers": refinement.split_answers(tokenizer, prompt, (" yes", " no"))[0],
+        "answers": logprobs.split_answers(tokenizer, prompt, (" yes", " no"))[0],
         "reward model": judge.encode([prompt], ["yes"])[0][0],
         "no condition": conditioner.build(prompt).ids,
         "condition taken off": conditioner.raw_ids(asked),
@@ -298,7 +297,7 @@ def test_a_tokenizer_without_a_pad_token_works_everywhere():
     assert encoding.pad_id(word_tokenizer(pad=None, end=None)) == 0
     both = [generation.sample(model, t, prompts, n=3, max_new_tokens=6) for t in (tokenizer, other)]
     assert both[0].response_ids == both[1].response_ids
-    tables = [scoring.perplexity(model, t, prompts, replies) for t in (tokenizer, other)]
+    tables = [logprobs.perplexity(model, t, prompts, replies) for t in (tokenizer, other)]
     np.testing.assert_allclose(tables[0], tables[1], rtol=1e-5)
     judges = [reward_models.RewardModel(model.model, t) for t in (tokenizer, other)]
     scores = [judge.features(prompts, replies) for judge in judges]
@@ -319,7 +318,7 @@ def test_an_encoder_decoder_learns_short_answers_in_a_batch_as_alone(pad):
     for row in rows:
         prompt = row["labels"].count(sft.NO_LOSS)
         answer = row["labels"][prompt:]
-        log_probs = scoring.token_log_probs(model, [row["input_ids"][:prompt]], [answer])[0]
+        log_probs = logprobs.token_log_probs(model, [row["input_ids"][:prompt]], [answer])[0]
         total, count = total - log_probs.sum(), count + len(answer)
     how = dict(max_steps=1, learning_rate=1e-6, per_device_train_batch_size=2)
     history = sft.train_sft(copy.deepcopy(model), tokenizer, rows, **how)
@@ -328,13 +327,13 @@ def test_an_encoder_decoder_learns_short_answers_in_a_batch_as_alone(pad):
 
 def test_conditional_training_without_a_pad_token():
     tokenizer, tags = word_tokenizer(pad=None), ("yes", "no")
-    config = conditioning.ConditioningConfig(
+    config = training.ConditioningConfig(
         iterations=1, steps=1, batch_size=2, max_new_tokens=3, samples_per_prompt=2
     )
-    history = conditioning.ConditionalTraining(
+    history = training.ConditionalTraining(
         llama(), tokenizer, ["the cat", "a mat on a mat"],
-        conditioning.scored(lambda prompts, responses: [float(len(r)) for r in responses]),
-        conditioning.Quantiles(tags), conditioning.Conditioner(tokenizer), config,
+        critics.scored(lambda prompts, responses: [float(len(r)) for r in responses]),
+        labels.Quantiles(tags), conditions.Conditioner(tokenizer), config,
     ).run()  # fmt: skip
     assert np.isfinite(history["loss"]).all()
 
