@@ -28,7 +28,7 @@ from accelerate.utils import gather_object
 from torch.nn.functional import cross_entropy, pad
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lib import generation, logprobs, losses, models, rewards, runtime, training
+from lib import encoding, generation, logprobs, losses, models, rewards, runtime, training
 from lib.policy import SharedTrunkPolicy, TokenBatch
 
 STAGES = ("sample", "score", "forward", "update")
@@ -303,9 +303,9 @@ def roll_out(learner: Learner, samples: generation.Samples) -> Rollout:
 def as_batch(learner: Learner, samples: generation.Samples) -> TokenBatch:
     """Prompts and responses as padded tensors on the learner's device."""
     side = "right" if learner.policy.config.is_encoder_decoder else "left"
-    fill, device = learner.tokenizer.pad_token_id, learner.policy.device
-    padded = generation.pad_rows(samples.prompt_ids, fill, side)
-    padded += generation.pad_rows(samples.response_ids, fill, "right")
+    fill, device = encoding.pad_id(learner.tokenizer), learner.policy.device
+    padded = encoding.pad_rows(samples.prompt_ids, fill, side)
+    padded += encoding.pad_rows(samples.response_ids, fill, "right")
     return TokenBatch(*(x.to(device) for x in padded))
 
 
