@@ -215,7 +215,13 @@ def make_learner(
     value_model: PreTrainedModel | None = None,
     accelerator: Accelerator | None = None,
 ) -> Learner:
-    """Choose what trains and make its optimizer.  Raises ValueError where processes do not divide rows."""
+    """Choose what trains and make its optimizer.
+
+    Raises ValueError where the processes do not divide the rows, and for a value model that cannot read
+    the policy's tokens.
+    """
+    if value_model is not None:
+        check_value_model(value_model, tokenizer)
     accelerator = accelerator or Accelerator(cpu=policy.device.type == "cpu")
     world = accelerator.num_processes
     if config.minibatch_size % world or config.prompts_per_step % world:
@@ -235,6 +241,21 @@ def make_learner(
     optimizer = torch.optim.Adam(groups, eps=config.adam_eps, fused=True)
     network, optimizer = accelerator.prepare(shared, optimizer)
     return Learner(policy, tokenizer, config, shared, network, optimizer, accelerator)
+
+
+def check_value_model(value_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise ValueError unless this is a language model over the tokenizer's tokens."""
+    if value_model.get_output_embeddings() is None:
+        raise ValueError(
+            f"value_model is a {type(value_model).__name__}, which has no output layer; give a language "
+            "model of the policy's tokenizer, as `models.load_policy` loads it."
+        )
+    known = value_model.get_input_embeddings().weight.shape[0]
+    if known < len(tokenizer):
+        raise ValueError(
+            f"value_model knows {known} tokens, the policy's tokenizer {len(tokenizer)}; give a model that "
+            "was made for the same tokenizer."
+        )
 
 
 # --- 1 sample ------------------------------------------------------------------------------------
@@ -311,10 +332,10 @@ def as_batch(learner: Learner, samples: generation.Samples) -> TokenBatch:
 
 def evaluate(
     learner: Learner, tokens: TokenBatch, reference: bool = False
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """Log-probabilities of the response tokens, values, entropies, (batch, time); used everywhere.
 
-    Entropies are None where nobody reads them: for the reference, and in an update without a bonus.
+    The reference has no values and no entropies; an update without a bonus has no entropies.
     """
     config = learner.config
     wanted = not reference and (config.entropy_coef > 0 or not torch.is_grad_enabled())
@@ -326,8 +347,8 @@ def evaluate(
         logits = logits / config.temperature if config.temperature != 1 else logits
         log_probs = -cross_entropy(logits, chosen, reduction="none")
         entropy = losses.entropy(logits) if wanted else None
-    entropy = None if entropy is None else tokens.spread(entropy)
-    return tokens.spread(log_probs), tokens.spread(values), entropy
+    parts = (log_probs, values, entropy)
+    return tuple(None if part is None else tokens.spread(part) for part in parts)
 
 
 def _from_states(learner, tokens, chosen, reference, entropy):

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import transformers
 
 from lib import generation, losses, models, policy, ppo, rewards, rloo, training
 
@@ -113,6 +114,60 @@ def test_a_separate_value_model_learns_what_the_prompt_tells():
     )
     history = train(config, paid_for_the_prompt, value_model=value_model)
     assert history["explained_variance"].tail(5).mean() > 0.5
+
+
+def other_value_model(kind):
+    """A value model of another width or class than the policy, over the same tokens."""
+    if kind == "T5 base":  # fine-grained RLHF: T5-base beside T5-large
+        return models.build_tiny_model("tiny-encoder-decoder", words=WORDS, seed=3, d_model=32)[0]
+    if kind == "small Llama":
+        return models.build_tiny_model("tiny", words=WORDS, seed=3, hidden_size=32)[0]
+    sizes = {"vocab_size": 14, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 1}
+    if kind == "GPT-2":
+        config = transformers.GPT2Config(n_embd=48, n_layer=2, n_head=4, **sizes)
+        return transformers.GPT2LMHeadModel(config)
+    config = transformers.OPTConfig(  # what its output layer reads is narrower than its layers
+        hidden_size=32, word_embed_proj_dim=16, ffn_dim=32, num_hidden_layers=1, num_attention_heads=2,
+        do_layer_norm_before=False, **sizes,
+    )  # fmt: skip
+    return transformers.OPTForCausalLM(config)
+
+
+@pytest.mark.parametrize("kind", ["T5 base", "small Llama", "GPT-2", "OPT"])
+@pytest.mark.parametrize("name", ["tiny", "tiny-encoder-decoder"])
+def test_a_value_model_may_have_another_size_and_class(name, kind):
+    value_model = other_value_model(kind)
+    learner, _, _ = started(SHORT, name, value_model=value_model)
+    torch.nn.init.normal_(learner.shared.value_head[-1].weight)
+    prompts = ["a", "a b c d e", "yes", "no yes a", "a b", "b", "c", "a b c"]
+    samples = generation.sample(
+        learner.policy, learner.tokenizer, prompts, seed=0, max_new_tokens=8
+    )
+    together = ppo.roll_out(learner, samples)
+    alone = [ppo.evaluate(learner, together.tokens.rows(torch.tensor([i])))[1] for i in range(8)]
+    mask = together.mask
+    torch.testing.assert_close(torch.cat(alone) * mask, together.values * mask, atol=1e-5, rtol=0)
+    assert (together.values * mask).std() > 0.1
+
+    before = {n: p.detach().clone() for n, p in value_model.named_parameters()}
+    history = ppo.train_ppo(
+        *toy(name),
+        PROMPTS,
+        share_of_yes,
+        dataclasses.replace(SHORT, steps=2),
+        value_model=value_model,
+    )
+    assert np.isfinite(history["value_loss"]).all()
+    learned = {n for n, p in value_model.named_parameters() if not torch.equal(p, before[n])}
+    assert len(learned) > len(before) / 2 and "lm_head.weight" not in learned
+
+
+def test_a_value_model_of_other_tokens_is_refused():
+    small = models.build_tiny_model("tiny", words=WORDS[:3])[0]
+    with pytest.raises(ValueError, match="value_model knows 9 tokens, the policy's tokenizer 14"):
+        train(SHORT, value_model=small)
+    with pytest.raises(ValueError, match="LlamaModel, which has no output layer"):
+        train(SHORT, value_model=toy()[0].model)
 
 
 # --- rewards -------------------------------------------------------------------------------------
