@@ -67,7 +67,7 @@ class TokenBatch:
         predicts the first response token is that of the last prompt column."""
         if model.config.is_encoder_decoder:
             return self
-        order = self.prompt_mask.argsort(1, stable=True)  # padding first, tokens as they stand
+        order = self.prompt_mask.argsort(dim=1, stable=True)  # padding first, tokens as they stand
         ids, mask = (x.gather(1, order) for x in (self.prompt_ids, self.prompt_mask))
         return TokenBatch(ids, mask, self.response_ids, self.response_mask)
 
