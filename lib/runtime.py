@@ -20,10 +20,13 @@ import time
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from tqdm import tqdm
+
+if TYPE_CHECKING:  # torch is loaded by what computes with it: tables and files do without
+    import torch
 
 # --- folders and settings ------------------------------------------------------------------------
 
@@ -73,6 +76,7 @@ def plain_mode() -> bool:
 
 def set_seed(seed: int) -> torch.Generator:
     """Seed python, numpy and torch; return a CPU generator with the same seed for samplers."""
+    import torch
     from transformers import set_seed as seed_everything
 
     seed_everything(seed)
@@ -84,6 +88,8 @@ def set_seed(seed: int) -> torch.Generator:
 
 def get_device(name: str | None = None) -> torch.device:
     """The device named, else CUDA, else Apple MPS, else CPU."""
+    import torch
+
     if name:
         return torch.device(name)
     if torch.cuda.is_available():
@@ -93,6 +99,8 @@ def get_device(name: str | None = None) -> torch.device:
 
 def describe_device(device: torch.device | None = None) -> str:
     """One line about the device, as stored with every result."""
+    import torch
+
     device = device or get_device()
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
@@ -105,6 +113,8 @@ def inference_dtype(device: torch.device | None = None) -> torch.dtype:
 
     CUDA with bf16 support is not measured: it is faster there.  `LIB_PLAIN=1` gives float32.
     """
+    import torch
+
     device = device or get_device()
     if plain_mode():
         return torch.float32
@@ -121,6 +131,8 @@ def inference_dtype(device: torch.device | None = None) -> torch.dtype:
 @contextlib.contextmanager
 def medium_precision() -> Iterator[None]:
     """Within: torch's float32 precision "medium", process-wide."""
+    import torch
+
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
     try:
@@ -136,6 +148,8 @@ def medium_is_exact() -> bool:
     There torch asks oneDNN in the place of MKL, which is slow on processors that Intel did not make
     (measured on an AMD EPYC: 2.2x).  Where oneDNN has bfloat16 units to use (AMX), it rounds: not exact.
     """
+    import torch
+
     errors, seconds = [], []
     try:
         torch.get_float32_matmul_precision()
@@ -152,6 +166,8 @@ def medium_is_exact() -> bool:
 
 
 def _matmul_seconds(dtype: torch.dtype, size: int = 512, repeats: int = 5) -> float:
+    import torch
+
     left, right = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
     left @ right  # warm-up
     times = []
@@ -168,6 +184,8 @@ def free_memory(*objects: object) -> None:
     Models given as arguments are moved to the meta device, which releases their weights even
     while a notebook variable still points at them.
     """
+    import torch
+
     for thing in objects:
         if isinstance(thing, torch.nn.Module):
             thing.to("meta")
@@ -217,13 +235,15 @@ def write_atomic(path: Path | str, content: str | bytes) -> Path:
 
 def to_json(value: object) -> str:
     """JSON with plain numbers: numpy scalars and arrays unpacked, NaN and infinities as null."""
+    torch = sys.modules.get("torch")  # whoever has a tensor has loaded it
+    scalars = (np.generic, torch.Tensor) if torch else (np.generic,)
 
     def plain(item):
         if isinstance(item, dict):
             return {str(k): plain(v) for k, v in item.items()}
         if isinstance(item, (list, tuple, set, np.ndarray)):
             return [plain(v) for v in item]
-        if isinstance(item, (np.generic, torch.Tensor)):
+        if isinstance(item, scalars):
             return plain(item.item())
         if isinstance(item, float) and not np.isfinite(item):
             return None

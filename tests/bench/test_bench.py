@@ -126,6 +126,12 @@ def test_the_command_keeps_records_and_refuses_unknown_names(tmp_path, capsys):
     assert command.main(["bench", "logprob", "--size", "tiny", "--rounds", "0"]) == 2
 
 
+def test_the_command_without_a_checkout_says_where_to_run_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(command, "CHECKOUT", tmp_path)
+    assert command.main(["bench", "logprob"]) == 2
+    assert "git clone" in capsys.readouterr().err
+
+
 def test_the_course_table_shows_finished_runs(tmp_path, monkeypatch):
     monkeypatch.setenv("FEEDBACK_ROOT", str(tmp_path))
     run = {"notebook": "10_x", "status": "finished", "wall_seconds": 90, "device": "CPU"}
