@@ -189,9 +189,14 @@ class RewardModel(torch.nn.Module):
         return self.head((features.float() - self.centre) / self.scale)
 
     def fit_scale(self, features: torch.Tensor) -> None:
-        """Centre and scale of the features, from training rows."""
+        """Centre and scale of the features, from training rows; 1 where a feature does not vary."""
         self.centre.copy_(features.mean(0))
-        self.scale.copy_(features.std(0).clamp(min=1e-6))
+        if len(features) < 2:
+            self.scale.fill_(1.0)
+            return
+        std = features.std(0)
+        varies = std > losses.rounding(features, dim=0)
+        self.scale.copy_(torch.where(varies, std, 1.0))
 
     def batch(self, rows: Sequence[tuple[list, list]]) -> dict[str, torch.Tensor]:
         """Encoded rows as input_ids, attention_mask and response_mask, each (rows, time)."""

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from lib import generation, segments
+from lib import generation, segments, stats
 from lib.text import is_empty, repetition_share, script_share
 
 RewardFunction = Callable[[generation.Samples], object]  # returns what `place_rewards` takes
@@ -94,7 +94,8 @@ class SegmentReward:
         Where all scores are alike the deviation counts as 1, and such scores pay nothing.
         """
         found = np.concatenate(self.score(prompts, responses))
-        return replace(self, mean=float(found.mean()), std=float(found.std()) or 1.0)
+        std = stats.spread(found, precision=np.float32) or 1.0
+        return replace(self, mean=float(found.mean()), std=std)
 
 
 def compose(parts: Sequence[SegmentReward], tokenizer: PreTrainedTokenizerBase) -> RewardFunction:

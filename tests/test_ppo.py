@@ -240,6 +240,20 @@ def test_dense_and_final_reward_of_the_same_total():
     assert (gradients[0] - gradients[1]).norm() > 0.1 * gradients[1].norm()
 
 
+def test_ppo_learns_nothing_from_equal_rewards():
+    """Neither from equal numbers nor from the rounding of their mean: the policy stands still."""
+    model, tokenizer = toy()
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    config = dataclasses.replace(
+        SHORT, steps=1, prompts_per_step=6, minibatch_size=3, max_new_tokens=1, lam=1.0, kl_coef=0.0,
+        epochs=1,
+    )  # fmt: skip
+    prompts = ["yes no"] * 6  # a value head that starts at 0 expects the same of each
+    ppo.train_ppo(model, tokenizer, prompts, lambda s: [77.7] * len(s), config)
+    moved = max((p - before[n]).abs().max().item() for n, p in model.named_parameters())
+    assert moved < 1e-5
+
+
 # --- the shared trunk ----------------------------------------------------------------------------
 
 KINDS = [
