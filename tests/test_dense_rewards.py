@@ -110,10 +110,10 @@ def test_a_response_without_a_token_is_paid_nothing_anywhere():
     samples = samples_of([5, 6, END], [END])
     samples.response_ids[1], samples.texts[1] = [], ""
     dense = rewards.compose([part("R", segments.Segmenter("sentence"), [2.0])], TOKENIZER)
-    numbers = lambda s: {
-        "whole": [1.0] * len(s),
-        "tokens": [[0.5] * len(x) for x in s.response_ids],
-    }  # noqa: E731
+
+    def numbers(s):
+        return {"whole": [1.0] * len(s), "tokens": [[0.5] * len(x) for x in s.response_ids]}
+
     for reward in (dense, rewards.at_end(dense), numbers, lambda s: np.array([1.0, 10.0])):
         for fn in (reward, rewards.shuffled(reward)):
             paid, sums = rewards.place_rewards(fn(samples), samples)

@@ -664,12 +664,14 @@ def test_two_processes_give_the_losses_of_one(tmp_path):
     pd.testing.assert_frame_equal(two, one, rtol=1e-4, atol=1e-4, check_dtype=False)
 
 
-def test_rloo_learns_from_the_same_reward_function():
+def test_rloo_learns_from_the_same_reward_function(tmp_path):
     config = dataclasses.replace(
         TOY, steps=12, prompts_per_step=4, samples_per_prompt=4, layers=2, learning_rate=3e-2
     )
     model, tokenizer = toy()
-    history = rloo.train_rloo(model, tokenizer, PROMPTS, share_of_yes, config)
+    history = rloo.train_rloo(model, tokenizer, PROMPTS, share_of_yes, config, folder=tmp_path)
+    on_disk = pd.read_csv(tmp_path / "history.csv").drop(columns="seconds_step")
+    pd.testing.assert_frame_equal(on_disk, history.drop(columns="seconds_step"), check_dtype=False)
     assert history["step"].tolist() == list(range(1, 13))
     assert history["reward"].tail(3).mean() > history["reward"].head(3).mean() + 0.05
     np.testing.assert_allclose(history["reward"], history["reward/yes"], rtol=1e-5)
