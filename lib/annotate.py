@@ -2,7 +2,7 @@
 
 `spans`: error spans, missing information and a corrected answer (feedback of the qa-feedback schema).
 `compare`: six preferences between four answers.  A page saves in the browser as one works, and exports
-records of exactly the schema that `qa_feedback.load_feedback` reads; an export of one page is the input
+records of exactly the schema that `schema.load_feedback` reads; an export of one page is the input
 of the other.  Texts are shown as text: they travel as JSON, are never parsed as markup, and the page's
 policy forbids every script but its own.
 
@@ -22,8 +22,9 @@ import numpy as np
 from IPython.display import HTML
 from markupsafe import Markup
 
-from lib import data, qa_feedback, runtime
-from lib.qa_feedback import CATEGORIES, PREDICTIONS
+from lib import data, runtime
+from lib.papers.fine_grained import schema
+from lib.papers.fine_grained.schema import CATEGORIES, PREDICTIONS
 
 LIB = Path(__file__).parent
 KINDS = {"spans": "feedback", "compare": "preference"}  # page -> the field it fills
@@ -61,9 +62,7 @@ def read_items(path: str | Path) -> list[dict]:
     """Items of a JSON file: qa-feedback records or {instruction, input, responses}; ValueError by line."""
     path, items = Path(path).expanduser(), []
     for line, item in data.json_records(path):
-        items.append(
-            qa_feedback.check_record(qa_feedback.to_record(item), f"{path.name}, line {line}")
-        )
+        items.append(schema.check_record(schema.to_record(item), f"{path.name}, line {line}"))
     return items
 
 
@@ -81,10 +80,10 @@ def display_order(record: dict) -> list[int]:
 def _page_items(items: Sequence[dict], kind: str) -> list[dict]:
     found = []
     for number, item in enumerate(items, 1):
-        record = qa_feedback.check_record(qa_feedback.to_record(item), f"item {number}")
+        record = schema.check_record(schema.to_record(item), f"item {number}")
         entry = {"id": record_id(record), "record": record, "texts": ["prediction 1"]}
         if kind == "spans":
-            entry["words"] = qa_feedback.word_spans(record["prediction 1"])
+            entry["words"] = schema.word_spans(record["prediction 1"])
         elif all(isinstance(record.get(name), str) for name in PREDICTIONS):
             entry |= {"texts": PREDICTIONS, "order": display_order(record)}
         else:
@@ -149,8 +148,8 @@ def import_annotations(path: str | Path, items: Sequence[dict], kind: str = "spa
     Consistent: corrected where something is labelled and only there; no conflicting triple.  Raises
     ValueError naming record and field.
     """
-    known = {record_id(qa_feedback.to_record(item)) for item in items}
-    records, seen = qa_feedback.load_feedback(path, needed=[KINDS[kind]]), set()
+    known = {record_id(schema.to_record(item)) for item in items}
+    records, seen = schema.load_feedback(path, needed=[KINDS[kind]]), set()
     for number, record in enumerate(records, 1):
         where, key = f"{Path(path).name}, record {number}", record_id(record)
         if key not in known or key in seen:
@@ -178,7 +177,7 @@ def inconsistencies(record: dict) -> list[str]:
         if labelled == (before == after):
             what = "labels but no correction" if labelled else "a correction but no labels"
             found.append(f"feedback: {what}")
-    for triple in qa_feedback.conflicts(record.get("preference") or [None] * 6):
+    for triple in schema.conflicts(record.get("preference") or [None] * 6):
         names = ", ".join(str(i + 1) for i in triple)
         found.append(f"preference: answers {names} contradict each other")
     return found

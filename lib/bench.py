@@ -43,10 +43,10 @@ from transformers import (
 )
 
 from lib import (
-    assets,
     data,
     feedback,
     generation,
+    logprobs,
     losses,
     models,
     plots,
@@ -54,9 +54,11 @@ from lib import (
     reward_models,
     rloo,
     runtime,
-    scoring,
+    scorers,
     sft,
 )
+from lib.course import assets
+from lib.course.record import SHOWN_PACKAGES
 
 SIZES = ("real", "tiny")  # "tiny": random models and few rows, to test the machinery
 SAMPLES, NEW_TOKENS = 8, 48
@@ -175,7 +177,7 @@ def measure(name: str, benchmark: Benchmark, rounds: int = ROUNDS) -> dict:
     growth = [{"size": size, **_run(thunk)} for size, thunk in benchmark.growth.items()]
     record = {"name": name, "unit": benchmark.unit, "goal": benchmark.goal, "what": benchmark.what}
     record |= {"limit": benchmark.limit, "dtype": str(benchmark.dtype).removeprefix("torch.")}
-    packages = {p: metadata.version(p) for p in runtime.SHOWN_PACKAGES}
+    packages = {p: metadata.version(p) for p in SHOWN_PACKAGES}
     record |= {"device": runtime.describe_device(), "versions": packages, "ceilings": top}
     record |= {"commit": runtime.git_commit(), "plain": runtime.plain_mode(), "growth": growth}
     record |= {"grows": benchmark.grows}
@@ -349,7 +351,7 @@ def _trl_log_probs(model, pad_id: int, prompts, responses, at_once: int) -> list
 
 
 def logprob_benchmark(size: str) -> Benchmark:
-    """`scoring.token_log_probs` and TRL's log-probability pass (its chunked output layer)."""
+    """`logprobs.token_log_probs` and TRL's log-probability pass (its chunked output layer)."""
     from trl.trainer.utils import add_fused_lm_head
 
     model, tokenizer = load(size)
@@ -364,7 +366,7 @@ def logprob_benchmark(size: str) -> Benchmark:
     work = model_work(model, units, sum(map(len, prompts)) + units, units)
 
     def ours() -> Work:
-        scoring.token_log_probs(model, prompts, responses)
+        logprobs.token_log_probs(model, prompts, responses)
         return work
 
     def peer(at_once: int) -> Work:
@@ -403,7 +405,7 @@ def score_benchmark(size: str) -> Benchmark:
         model, tokenizer = _classifier(size)
     count, more = (5_000, 100_000) if size == "real" else (40, 800)
     texts, longest = articles(count, size), min(tokenizer.model_max_length, 512)
-    scorer = scoring.ClassifierScorer(model, tokenizer, name="bench")
+    scorer = scorers.ClassifierScorer(model, tokenizer, name="bench")
     pipe = pipeline("text-classification", model=model, tokenizer=tokenizer, batch_size=32)
     layers = sum(p.numel() for n, p in model.named_parameters() if "embeddings" not in n)
     tokens = sum(map(len, tokenizer(texts, truncation=True, max_length=longest)["input_ids"]))

@@ -41,7 +41,8 @@ import numpy as np
 import openai
 import pandas as pd
 
-from lib import assets, data, preferences, runtime, scoring
+from lib import data, preferences, runtime
+from lib.course import assets
 
 try:
     import fcntl
@@ -543,7 +544,7 @@ class _Run:
         said = f"HTTP {status}: {str(error.message)[:300]}".replace(self.secret, "***")
         broke = getattr(error, "code", None) == "insufficient_quota"
         if not broke and (status in (408, 409, 425, 429) or status >= 500):
-            wait = scoring.retry_after(headers.get("retry-after"))
+            wait = runtime.retry_after(headers.get("retry-after"))
             with contextlib.suppress(TypeError, ValueError):
                 wait = max(0.0, float(headers.get("retry-after-ms")) / 1000)
             return _PassingError(said, wait, throttled=status == 429)

@@ -21,8 +21,9 @@ import filelock
 import torch
 from safetensors.torch import save_file
 
-from lib import assets, runtime
-from lib.assets import AssetError
+from lib import runtime
+from lib.course import assets
+from lib.course.assets import AssetError
 
 MODEL_ASSETS = ("policy", "encoder")
 TOKENIZER_FILES = ["*.json", "*.txt", "*.jinja", "*.model"]

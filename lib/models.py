@@ -12,12 +12,10 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import inspect
 import json
 import logging
 import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
@@ -36,9 +34,9 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
-from transformers.modeling_outputs import BaseModelOutput
 
-from lib import assets, runtime
+from lib import runtime
+from lib.course import assets
 
 PACKED_BYTES = 2**30
 # values of a matrix (measured: oneDNN is the faster one from 128 x 512, the slower below 64 x 128)
@@ -309,192 +307,6 @@ def _add_lora(model, layers, rank: int) -> None:
         torch.manual_seed(0)  # an adapter's first factor is random, its second zero
         inject_adapter_in_model(lora_config(model, layers, rank), model)
     model.adapter_size = size
-
-
-@dataclass
-class TokenBatch:
-    """Prompts and responses as tensors.  Decoder-only prompts are padded on the left, the rest right."""
-
-    prompt_ids: torch.Tensor  # (batch, prompt)
-    prompt_mask: torch.Tensor  # (batch, prompt), 1 = real token
-    response_ids: torch.Tensor  # (batch, time)
-    response_mask: torch.Tensor  # (batch, time), 1 = real token
-    trunk: torch.Tensor | None = None  # hidden states on top of the frozen trunk
-
-    @property
-    def places(self) -> torch.Tensor:
-        """Response positions that are computed, (batch, time): the real ones; all with LIB_PLAIN=1."""
-        real = self.response_mask.bool()
-        return torch.ones_like(real) if runtime.plain_mode() else real
-
-    def spread(self, values: torch.Tensor) -> torch.Tensor:
-        """(places, ...) -> (batch, time, ...), 0 elsewhere."""
-        whole = values.new_zeros(*self.places.shape, *values.shape[1:])
-        whole[self.places] = values
-        return whole
-
-    def rows(self, index: torch.Tensor) -> TokenBatch:
-        """The same for some of the rows, without prompt columns in which all of them have padding."""
-        left, right = self._padding(index)
-        columns = slice(left, self.prompt_ids.shape[1] - right)
-        trunk = self.trunk
-        if trunk is not None:
-            trunk = trunk[index, left : trunk.shape[1] - right]
-        prompts = (self.prompt_ids[index, columns], self.prompt_mask[index, columns])
-        return TokenBatch(*prompts, self.response_ids[index], self.response_mask[index], trunk)
-
-    def keep_trunk(self, index: torch.Tensor, part: TokenBatch) -> None:
-        """Take over the trunk's states that were computed for some of the rows."""
-        left, right = self._padding(index)
-        width = left + part.trunk.shape[1] + right
-        if self.trunk is None:
-            self.trunk = part.trunk.new_zeros(len(self.prompt_ids), width, part.trunk.shape[2])
-        self.trunk[index, left : width - right] = part.trunk
-
-    def _padding(self, index) -> tuple[int, int]:
-        """Numbers of prompt columns, from the left and from the right, that are padding in these rows."""
-        used = self.prompt_mask[index].any(0).nonzero()[:, 0]
-        if runtime.plain_mode() or not len(used):
-            return 0, 0
-        return int(used[0]), self.prompt_mask.shape[1] - 1 - int(used[-1])
-
-    def inputs(self, model: PreTrainedModel) -> dict:
-        """Arguments with which `model` predicts every response token."""
-        if model.config.is_encoder_decoder:
-            start = model.config.decoder_start_token_id
-            shifted = torch.nn.functional.pad(self.response_ids[:, :-1], (1, 0), value=start)
-            prompt = {"input_ids": self.prompt_ids, "attention_mask": self.prompt_mask}
-            return {**prompt, "decoder_input_ids": shifted, "use_cache": False}
-        ids = torch.cat([self.prompt_ids, self.response_ids[:, :-1]], 1)
-        seen = torch.ones_like(self.response_ids[:, :-1])  # padding after the end is read by nobody
-        mask = torch.cat([self.prompt_mask, seen], 1)
-        inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
-        if "position_ids" in inspect.signature(type(model).forward).parameters:
-            inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
-        return {**inputs, "logits_to_keep": self.response_ids.shape[1]}
-
-
-class SharedTrunkPolicy(torch.nn.Module):
-    """Policy, reference and value on one network whose lower part is frozen and computed once.
-
-    The trunk is what `set_trainable` froze: the lowest layers of a decoder-only model, or the encoder
-    of an encoder-decoder.  The reference is the same network with the trainable parameters at their
-    initial values.  Values are read by a two-layer head from the hidden state that predicts the
-    token, and send no gradient into the policy; or from `value_model`, a language model over the same
-    tokens that is trained whole (its output layer is taken off).  Dropout is off everywhere.
-    """
-
-    def __init__(
-        self, model: PreTrainedModel, frozen: int, value_model: PreTrainedModel | None = None
-    ):
-        super().__init__()
-        self.model, self.value_model = model.eval(), value_model
-        self.trunk_layers = (
-            [] if model.config.is_encoder_decoder else [*decoder_layers(model)[:frozen]]
-        )
-        trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        self.initial = {name: parameter.detach().clone() for name, parameter in trainable.items()}
-        if value_model is not None:
-            value_model.float().requires_grad_(True).eval()
-            value_model.set_output_embeddings(torch.nn.Identity())
-        self.value_head = _value_head((value_model or model).config.hidden_size).to(model.device)
-
-    def parameter_groups(self) -> tuple[list[torch.nn.Parameter], list[torch.nn.Parameter]]:
-        """Trainable parameters of the policy, and of the value function."""
-        policy = [p for p in self.model.parameters() if p.requires_grad]
-        value = [p for n, p in self.named_parameters() if n.startswith("value_")]
-        return policy, value
-
-    def forward(
-        self, batch: TokenBatch, reference: bool = False, logits: bool = True
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits (tokens, vocabulary) that predict the response, values (tokens,) before each token.
-
-        Tokens are `batch.places`, row by row; `batch.spread` puts them back.  Without `logits` what the
-        output layer reads, (tokens, width), takes their place.  Fills `batch.trunk` where it is empty and
-        takes it from there otherwise.
-        """
-        places, inputs, seen = batch.places, batch.inputs(self.model), []
-        with self._trunk(batch, inputs), _flat_input(self.model, places, seen, logits):
-            if reference:
-                output = torch.func.functional_call(self.model, self.initial, (), inputs)
-            else:
-                output = self.model(**inputs)
-        if self.model.config.is_encoder_decoder and not self._encoder_trains():
-            batch.trunk = output.encoder_last_hidden_state
-        hidden = seen[0].detach()
-        if self.value_model is not None and not reference:
-            states = self.value_model(**batch.inputs(self.value_model)).logits
-            hidden = states[:, -places.shape[1] :][places]
-        found = output.logits.float() if logits else seen[0]
-        return found, self.value_head(hidden.float())[:, 0]
-
-    def _encoder_trains(self) -> bool:
-        return any(p.requires_grad for p in self.model.get_encoder().parameters())
-
-    @contextlib.contextmanager
-    def _trunk(self, batch: TokenBatch, inputs: dict):
-        """Within: the trunk's layers hand on `batch.trunk`, or store there what they compute."""
-        if self.model.config.is_encoder_decoder and batch.trunk is not None:
-            inputs["encoder_outputs"] = BaseModelOutput(batch.trunk)
-            del inputs["input_ids"]
-        hook = None
-        if batch.trunk is None and self.trunk_layers:
-            store = lambda layer, args, output: setattr(batch, "trunk", output.detach())  # noqa: E731
-            hook = self.trunk_layers[-1].register_forward_hook(store)
-        skipped = self.trunk_layers if hook is None else []
-        for layer in skipped:
-            layer.forward = lambda hidden, *args, **kwargs: batch.trunk
-        try:
-            yield
-        finally:
-            for layer in skipped:
-                del layer.forward
-            if hook is not None:
-                hook.remove()
-
-
-@contextlib.contextmanager
-def _flat_input(model: PreTrainedModel, places: torch.Tensor, seen: list, logits: bool):
-    """Within: the output layer sees the last states at `places` as one matrix, which is kept in `seen`.
-
-    One matrix product instead of a batch of them (1.5 times as fast on a CPU), and none for padding, nor
-    any without `logits`.
-    """
-
-    def flatten(_, args):
-        seen.append(args[0][:, -places.shape[1] :][places])
-        return (seen[-1] if logits else seen[-1][:0],)
-
-    hook = model.get_output_embeddings().register_forward_pre_hook(flatten)
-    try:
-        yield
-    finally:
-        hook.remove()
-
-
-def output_layer_input(model: PreTrainedModel, forward: Callable[[], object]) -> torch.Tensor:
-    """What the model's output layer reads in `forward()`, (rows, time, width); no logits are computed."""
-    seen = []
-    hook = model.get_output_embeddings().register_forward_pre_hook(
-        lambda _, args: seen.append(args[0]) or (args[0][:, :0],)
-    )
-    try:
-        forward()
-    finally:
-        hook.remove()
-    return seen[0]
-
-
-def _value_head(width: int) -> torch.nn.Module:
-    """hidden state -> scalar; starts at 0 everywhere."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        inner = [torch.nn.LayerNorm(width, elementwise_affine=False), torch.nn.Linear(width, width)]
-        last = torch.nn.Linear(width, 1)
-    torch.nn.init.zeros_(last.weight)
-    torch.nn.init.zeros_(last.bias)
-    return torch.nn.Sequential(*inner, torch.nn.GELU(), last)
 
 
 # --- tiny models ---------------------------------------------------------------------------------

@@ -28,7 +28,8 @@ from accelerate.utils import gather_object
 from torch.nn.functional import cross_entropy, pad
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lib import generation, losses, models, rewards, runtime, scoring
+from lib import generation, logprobs, losses, models, rewards, runtime
+from lib.policy import SharedTrunkPolicy, TokenBatch
 
 STAGES = ("sample", "score", "forward", "update")
 MAY_BE_ZERO = {"top_k", "warmup_steps", "gamma", "lam", "entropy_coef", "kl_coef", "seed"}
@@ -172,7 +173,7 @@ def before_update(
 class Rollout:
     """One process's episodes of a step; every tensor is (batch, time)."""
 
-    tokens: models.TokenBatch
+    tokens: TokenBatch
     mask: torch.Tensor
     rewards: torch.Tensor  # as scored, without the KL penalty
     log_probs: torch.Tensor
@@ -202,7 +203,7 @@ class PPO:
         policy.to(self.accelerator.device)
         size = {"layers": config.layers, "lora_rank": config.lora_rank}
         frozen = models.set_trainable(policy, config.train, **size)
-        self.shared = models.SharedTrunkPolicy(policy, frozen, value_model)
+        self.shared = SharedTrunkPolicy(policy, frozen, value_model)
         rates = (config.learning_rate, config.value_learning_rate)
         groups = zip(self.shared.parameter_groups(), rates, strict=True)
         groups = [{"params": p, "lr": rate, "peak": rate} for p, rate in groups]
@@ -278,7 +279,7 @@ class PPO:
         padded = generation.pad_rows(samples.prompt_ids, fill, side)
         padded += generation.pad_rows(samples.response_ids, fill, "right")
         prompt_ids, prompt_mask, response_ids, mask = (x.to(device) for x in padded)
-        tokens = models.TokenBatch(prompt_ids, prompt_mask, response_ids, mask)
+        tokens = TokenBatch(prompt_ids, prompt_mask, response_ids, mask)
         done, parts = [], []
         # prompts of like length need little padding
         order = prompt_mask.sum(1).argsort(stable=True)
@@ -295,7 +296,7 @@ class PPO:
         return Rollout(tokens, mask.float(), paid.to(device), *joined)
 
     def evaluate(
-        self, tokens: models.TokenBatch, reference: bool = False
+        self, tokens: TokenBatch, reference: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Log-probabilities of the response tokens, values, entropies, (batch, time); used everywhere."""
         wanted = not reference and (self.config.entropy_coef > 0 or not torch.is_grad_enabled())
@@ -316,7 +317,7 @@ class PPO:
         """Whether logits are no more than a fixed matrix times what the output layer reads (measured on
         CPUs only, so elsewhere they are computed)."""
         head, learns = self.policy.get_output_embeddings(), entropy and torch.is_grad_enabled()
-        plain = learns or runtime.plain_mode() or scoring.changes_logits(self.policy)
+        plain = learns or runtime.plain_mode() or logprobs.changes_logits(self.policy)
         if plain or type(head) is not torch.nn.Linear or head.bias is not None:
             return False
         weight = head.weight

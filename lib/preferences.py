@@ -25,8 +25,9 @@ import pandas as pd
 from scipy import optimize, stats
 from sklearn.metrics import cohen_kappa_score
 
-from lib import data, metrics, runtime, scoring
-from lib.metrics import Interval
+from lib import data, runtime
+from lib.stats import Interval, bootstrap, proportion
+from lib.text import words
 
 VERDICTS = ("(a)", "equal", "(b)")  # the order of rows and columns in tables
 SCALE = (1, 7)
@@ -299,7 +300,7 @@ def agreement(rows: pd.DataFrame, seed: int = 0) -> dict[str, Interval]:
     codes = (_code(rows["derived"]), _code(rows["direct"]))
     clusters = rows["prompt"].to_numpy()
     return {
-        name: metrics.bootstrap(codes, statistic, clusters=clusters, seed=seed)
+        name: bootstrap(codes, statistic, clusters=clusters, seed=seed)
         for name, statistic in AGREEMENT.items()
     }
 
@@ -313,9 +314,9 @@ def consistency_by_gap(rows: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     found = []
     for gap, part in rows.groupby("gap"):
         same = (part["derived"] == part["direct"]).to_numpy()
-        interval = metrics.bootstrap(same, clusters=part["prompt"].to_numpy(), seed=seed)
+        interval = bootstrap(same, clusters=part["prompt"].to_numpy(), seed=seed)
         if interval.value in (0, 1):
-            interval = metrics.proportion(round(interval.value * interval.n), interval.n)
+            interval = proportion(round(interval.value * interval.n), interval.n)
         found.append({"gap": int(gap), **interval._asdict()})
         found[-1] |= {"agree": int(same.sum()), "pairs": len(same)}
     return pd.DataFrame(found)
@@ -351,8 +352,8 @@ def preferred_against_other(rows: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     """
     counts = {
         "characters": len,
-        "words": lambda text: len(scoring.words(text)),
-        "distinct words": lambda text: len(set(scoring.words(text))),
+        "words": lambda text: len(words(text)),
+        "distinct words": lambda text: len(set(words(text))),
     }
     found = []
     for protocol, column in (("rankings", "direct"), ("ratings", "derived")):
@@ -361,10 +362,8 @@ def preferred_against_other(rows: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
             size1, size2 = (decided[r].map(count).to_numpy() for r in ("response1", "response2"))
             more = np.where(decided[column] == "(a)", size1 - size2, size2 - size1).astype(float)
             prompts, differ = decided["prompt"].to_numpy(), more != 0
-            interval = metrics.bootstrap(more, clusters=prompts, seed=seed)
-            longer = metrics.bootstrap(
-                100.0 * (more > 0)[differ], clusters=prompts[differ], seed=seed
-            )
+            interval = bootstrap(more, clusters=prompts, seed=seed)
+            longer = bootstrap(100.0 * (more > 0)[differ], clusters=prompts[differ], seed=seed)
             found.append({"protocol": protocol, "measure": measure, **interval._asdict()})
             found[-1] |= {"mean": (size1.mean() + size2.mean()) / 2, "pairs": int(differ.sum())}
             names = ("longer_pct", "longer_low", "longer_high", "longer_n")
@@ -466,14 +465,14 @@ def test_retest(table: pd.DataFrame, seed: int = 0) -> dict[str, Interval]:
     groups = {k: g.tolist()[:2] for k, g in table[column].groupby(keys, sort=False) if len(g) > 1}
     items = pd.factorize(pd.Series([key[:2] for key in groups], dtype=object))[0]
     first, second = (np.array([pair[k] for pair in groups.values()]) for k in (0, 1))
-    found = {"same": metrics.bootstrap(first == second, clusters=items, seed=seed)}
+    found = {"same": bootstrap(first == second, clusters=items, seed=seed)}
     if column == "score":
-        found["gap"] = metrics.bootstrap(np.abs(first - second), clusters=items, seed=seed)
+        found["gap"] = bootstrap(np.abs(first - second), clusters=items, seed=seed)
         rows = [itertools.combinations(np.flatnonzero(items == i), 2) for i in np.unique(items)]
         left, right = np.array([*itertools.chain(*rows)], dtype=int).reshape(-1, 2).T
         implied = [np.sign(scores[left] - scores[right]) for scores in (first, second)]
         same = implied[0] == implied[1]
-        found["verdict"] = metrics.bootstrap(same, clusters=items[left], seed=seed)
+        found["verdict"] = bootstrap(same, clusters=items[left], seed=seed)
     return found
 
 
@@ -527,7 +526,7 @@ def win_rate(points: Sequence[float]) -> WinRate:
     counts = [int((points == value).sum()) for value in (1, 0.5, 0)]
     error = points.std(ddof=1) / np.sqrt(n) if n > 1 else np.nan
     mean = points.mean() if n else np.nan
-    decided = metrics.proportion(counts[0], counts[0] + counts[2])
+    decided = proportion(counts[0], counts[0] + counts[2])
     return WinRate(100 * float(mean), 196 * float(error), n, *counts, decided)
 
 
@@ -554,9 +553,7 @@ def length_controlled(rows: pd.DataFrame, seed: int = 0, resamples: int = 200) -
     P(policy wins) = sigmoid(a + b x), x = difference in words over its standard deviation; a tie counts as
     half a win and half a loss; a small ridge on b (0.01) keeps separable data finite.  Value: sigmoid(a).
     """
-    sizes = [
-        rows[name].map(lambda text: len(scoring.words(text))) for name in ("response1", "response2")
-    ]
+    sizes = [rows[name].map(lambda text: len(words(text))) for name in ("response1", "response2")]
     x, y = (sizes[1] - sizes[0]).to_numpy(float), rows["points"].to_numpy(float)
     x = x / (x.std() or 1.0)
 
@@ -568,6 +565,4 @@ def length_controlled(rows: pd.DataFrame, seed: int = 0, resamples: int = 200) -
         return 1 / (1 + np.exp(-optimize.minimize(loss, np.zeros(2)).x[0]))
 
     clusters = rows["instruction"].to_numpy()
-    return metrics.bootstrap(
-        (x, y), at_equal_length, clusters=clusters, seed=seed, resamples=resamples
-    )
+    return bootstrap((x, y), at_equal_length, clusters=clusters, seed=seed, resamples=resamples)

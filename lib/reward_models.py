@@ -32,8 +32,10 @@ import transformers
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from lib import assets, generation, losses, metrics, models, preferences, runtime, scoring, sft
-from lib.metrics import Interval
+from lib import generation, losses, models, preferences, runtime, sft, stats
+from lib.course import assets
+from lib.stats import Interval
+from lib.text import check_texts
 
 POOLINGS = ("mean", "last")
 MAX_LENGTH = 512  # tokens, as in the reference
@@ -120,7 +122,7 @@ class RewardModel(torch.nn.Module):
         Encoders: [CLS] prompt [SEP] | response [SEP].  Decoders: prompt | response and end token.
         """
         tokenizer, known = self.tokenizer, {}
-        scoring.check_texts(prompts), scoring.check_texts(responses)
+        check_texts(prompts), check_texts(responses)
         pair = self._pair
         start = [tokenizer.cls_token_id if pair else tokenizer.bos_token_id]
         start, end = [t for t in start if t is not None], tokenizer.eos_token_id
@@ -536,7 +538,7 @@ def pair_margins(rankings: pd.DataFrame, z1: np.ndarray, z2: np.ndarray) -> pd.D
 def pairwise_accuracy(pairs: pd.DataFrame, seed: int = 0) -> Interval:
     """Share of decided pairs ordered as the annotator did, equal scores one half; prompts resampled."""
     right = np.where(pairs["margin"] == 0, 0.5, (pairs["margin"] > 0) == (pairs["won"] == 1))
-    return metrics.bootstrap(right, clusters=pairs["prompt"].to_numpy(), seed=seed)
+    return stats.bootstrap(right, clusters=pairs["prompt"].to_numpy(), seed=seed)
 
 
 def rank_correlation(
@@ -549,8 +551,8 @@ def rank_correlation(
     """
     table = pd.DataFrame({"z": np.asarray(z), "score": np.asarray(scores)})
     ranks = table.groupby(np.asarray(prompts), sort=False)
-    found = [metrics.correlation(*t.rank().to_numpy().T) for _, t in ranks]
-    return metrics.bootstrap(found, seed=seed)
+    found = [stats.correlation(*t.rank().to_numpy().T) for _, t in ranks]
+    return stats.bootstrap(found, seed=seed)
 
 
 def calibration(pairs: pd.DataFrame, bins: int = 5) -> pd.DataFrame:
@@ -567,7 +569,7 @@ def calibration(pairs: pd.DataFrame, bins: int = 5) -> pd.DataFrame:
     for part in np.array_split(np.argsort(both, kind="stable"), min(bins, len(both))):
         n = max(1, len(part) // 2)
         share = outcome[part].mean()
-        interval = metrics.proportion(round(share * n), n)
+        interval = stats.proportion(round(share * n), n)
         row = {"predicted": both[part].mean(), "value": share}
         found.append(row | {"low": interval.low, "high": interval.high, "n": n})
     table = pd.DataFrame(found)

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from lib import generation, scoring, segments
+from lib import generation, segments
+from lib.text import is_empty, repetition_share, script_share
 
 RewardFunction = Callable[[generation.Samples], object]  # returns what `place_rewards` takes
 
@@ -93,46 +94,6 @@ class SegmentReward:
         return replace(self, mean=float(found.mean()), std=float(found.std()) or 1.0)
 
 
-class ToxicityDrops:
-    """`SegmentReward.score` of detoxification (section 3): toxicity(y_1..y_j-1) - toxicity(y_1..y_j).
-
-    The drops of a response telescope to toxicity("") - toxicity(y), the holistic reward up to a constant.
-    Toxicity is the scorer's probability, or with `logit` its log-odds held within +-6.  `start` is
-    toxicity(""), in the same unit; None stands for a probability of 0, which in log-odds is -6: far below
-    usual texts, so that every first segment is charged.  Where a prefix has no score (NaN), it counts as
-    the one before.
-    """
-
-    def __init__(
-        self,
-        scorer: scoring.Scorer,
-        segmenter: segments.Segmenter,
-        logit: bool = False,
-        start: float | None = None,
-    ):
-        self.scorer, self.segmenter, self.logit = scorer, segmenter, logit
-        self.start = float(self._measured(np.zeros(1))[0]) if start is None else start
-        self.calls = 0  # texts scored so far
-
-    def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[np.ndarray]:
-        """(segments,) drops of each response; prompts are not scored."""
-        ends = [[end for _, end in self.segmenter.spans(text)] for text in responses]
-        prefixes = [t[:end] for t, row in zip(responses, ends, strict=True) for end in row]
-        self.calls += len(prefixes)
-        found = self.scorer.score(prefixes) if prefixes else np.zeros(0)
-        parts = np.split(self._measured(found), np.cumsum([len(row) for row in ends])[:-1])
-        return [-np.diff(_filled(np.append(self.start, part))) for part in parts]
-
-    def _measured(self, scores: np.ndarray) -> np.ndarray:
-        return scoring.log_odds(scores) if self.logit else scores
-
-
-def _filled(values: np.ndarray) -> np.ndarray:
-    """Values, (n,), with every NaN after the first replaced by the value before it."""
-    known = np.maximum.accumulate(np.where(np.isnan(values), 0, np.arange(len(values))))
-    return values[known]
-
-
 def compose(parts: Sequence[SegmentReward], tokenizer: PreTrainedTokenizerBase) -> RewardFunction:
     """A dense reward for `ppo.train_ppo`: a component for each part, paid at its segments' last tokens.
 
@@ -180,27 +141,12 @@ def shuffled(reward_fn: RewardFunction) -> RewardFunction:
     return control
 
 
-class CleanTextReward:
-    """R(y) = -logit p(toxic) - penalty ([empty] + repetition + non-Latin share), each term by name.
-
-    The logit is held within +-6 (`scoring.Scorer.logit`); repetition is the share of repeated word
-    3-grams.  Answers the defects listed in the RewardLM notes, section 5: sign, saturation, drift.
-    """
-
-    def __init__(self, scorer: scoring.Scorer, penalty: float = 4.0):
-        self.scorer, self.penalty = scorer, penalty
-
-    def __call__(self, samples: generation.Samples) -> dict[str, np.ndarray]:
-        """Components (rows,) of each sample's reward; their sum is the reward."""
-        return {"clean": -self.scorer.logit(samples.texts)} | fault_penalties(samples, self.penalty)
-
-
 def fault_penalties(samples: generation.Samples, penalty: float = 4.0) -> dict[str, np.ndarray]:
     """-penalty x (empty, share of repeated word 3-grams, share of non-Latin letters), each (rows,)."""
-    repetition = [scoring.repetition_share(text) for text in samples.texts]
+    repetition = [repetition_share(text) for text in samples.texts]
     faults = {
-        "empty": np.array([scoring.is_empty(text) for text in samples.texts], dtype=float),
+        "empty": np.array([is_empty(text) for text in samples.texts], dtype=float),
         "repetition": np.nan_to_num(repetition),
-        "non_latin": scoring.script_share(samples.texts),
+        "non_latin": script_share(samples.texts),
     }
     return {name: -penalty * share for name, share in faults.items()}

@@ -11,7 +11,8 @@ import hypothesis
 import pytest
 import torch
 
-from lib import assets, models
+from lib import models
+from lib.course import assets
 
 # A busy core is no failure: examples have no time limit of their own.
 hypothesis.settings.register_profile("no deadline", deadline=None)

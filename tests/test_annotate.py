@@ -8,9 +8,9 @@ import shutil
 
 import pytest
 
-from lib import __main__ as command_line
 from lib import annotate, runtime, sft
-from lib import qa_feedback as qa
+from lib.course import cli as command_line
+from lib.papers.fine_grained import schema as qa
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
 FLAGS = [

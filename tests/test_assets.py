@@ -20,9 +20,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lib import assets
+from lib.course import assets
 
-ROOT = Path(assets.__file__).resolve().parents[1]
+ROOT = Path(assets.__file__).resolve().parents[2]
 MEMBER = "tiny_asset/data/words.txt"
 CONTENT = np.random.default_rng(0).bytes(3_000_000)  # does not compress
 
@@ -262,7 +262,7 @@ def test_failing_conversion_leaves_nothing(index, tmp_path, monkeypatch):
 
 CHILD = """
 import sys
-from lib import assets
+from lib.course import assets
 asset = assets.Asset("tiny", "tiny-asset", "1.0", sys.argv[1], 3.0, {sys.argv[2]: "words.txt"}, "", "", "")
 assets.ASSETS["tiny"] = asset
 print(assets.fetch("tiny"))
@@ -452,7 +452,7 @@ def test_policy_loads_plainly_and_predicts_english():
 def test_profanity_arrays_give_the_pickled_models_probabilities(wheels, tmp_path):
     import joblib
 
-    from lib import scoring
+    from lib import scorers
 
     with zipfile.ZipFile(wheels("profanity")) as archive, warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -467,7 +467,7 @@ def test_profanity_arrays_give_the_pickled_models_probabilities(wheels, tmp_path
     texts += ["You STUPID idiot!", "a", "the", "have a nice day", "x" * 3000, "fuck", "Shit happens.",
               "it is", "zzzz qqqq", "don't"]  # fmt: skip
     wanted = model.predict_proba(vectorizer.transform(texts))[:, 1]
-    found = scoring.load_scorer("profanity").score(texts)
+    found = scorers.load_scorer("profanity").score(texts)
     assert len(texts) == 200 and wanted.std() > 0.1
     np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-9)
 

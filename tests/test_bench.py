@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from lib import __main__ as command
-from lib import bench, generation, scoring
+from lib import bench, generation, logprobs
+from lib.course import cli as command
 
 ROOT = Path(__file__).parents[1]
 
@@ -82,7 +82,7 @@ def test_the_peer_of_logprob_computes_the_same_numbers():
     prompts, responses = (
         [rng.integers(6, 90, n).tolist() for n in sizes] for sizes in ([3, 9, 1], [5, 2, 30])
     )
-    ours = scoring.token_log_probs(model, prompts, responses)
+    ours = logprobs.token_log_probs(model, prompts, responses)
     add_fused_lm_head(model)
     theirs = bench._trl_log_probs(model, tokenizer.pad_token_id, prompts, responses, 2)
     for a, b in zip(ours, theirs, strict=True):

@@ -10,8 +10,25 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lib import conditioning, feedback, models, rubric
-from lib.conditioning import Conditioner, DataPool, FreeText, Item, Product, Quantiles
+from lib import annotator, feedback, models, policy
+from lib.papers.alt import conditions, critics
+from lib.papers.alt.conditions import Conditioner
+from lib.papers.alt.labels import (
+    DataPool,
+    FreeText,
+    Item,
+    Product,
+    Quantiles,
+    parse_category,
+    quantile_labels,
+)
+from lib.papers.alt.training import (
+    ConditionalTraining,
+    ConditioningConfig,
+    _Rows,
+    conditional_loss,
+    token_weights,
+)
 from tests.conftest import WORDS
 
 TAGS = ("Excellent.", "Good.", "Mediocre.", "Bad.", "Horrible.")
@@ -36,7 +53,7 @@ def item_lists(draw, scores=SCORES):
 
 @given(st.lists(st.floats(-5, 5) | st.sampled_from([0.0, 1.0]), max_size=60), st.integers(2, 6))
 def test_quantiles_have_equal_sizes_and_the_worst_takes_the_remainder(scores, k):
-    counts = collections.Counter(conditioning.quantile_labels(scores, k))
+    counts = collections.Counter(quantile_labels(scores, k))
     size = len(scores) // k
     assert all(counts[label] == size for label in range(k - 1))
     assert counts[k - 1] == len(scores) - (k - 1) * size
@@ -48,7 +65,7 @@ def test_quantiles_have_equal_sizes_and_the_worst_takes_the_remainder(scores, k)
     st.sampled_from(["split", "share"]),
 )
 def test_reward_never_rises_with_the_label(scores, k, ties):
-    labels = conditioning.quantile_labels(scores, k, ties=ties)
+    labels = quantile_labels(scores, k, ties=ties)
     for label in range(k - 1):
         here = [s for s, found in zip(scores, labels, strict=True) if found == label]
         worse = [s for s, found in zip(scores, labels, strict=True) if found > label]
@@ -57,14 +74,14 @@ def test_reward_never_rises_with_the_label(scores, k, ties):
 
 @given(st.lists(st.integers(0, 3).map(float), min_size=1, max_size=40), st.integers(2, 6))
 def test_shared_ties_give_equal_scores_one_label(scores, k):
-    labels = conditioning.quantile_labels(scores, k, ties="share")
+    labels = quantile_labels(scores, k, ties="share")
     assert len(set(zip(scores, labels, strict=True))) == len(set(scores))
 
 
 def test_split_ties_do_separate_equal_scores():
-    assert conditioning.quantile_labels([1.0] * 5, 5) == [0, 1, 2, 3, 4]
-    assert conditioning.quantile_labels([1.0] * 5, 5, ties="share") == [2] * 5
-    assert conditioning.quantile_labels([3.0, 1.0], 5) == [4, 4]  # fewer than k: all remainder
+    assert quantile_labels([1.0] * 5, 5) == [0, 1, 2, 3, 4]
+    assert quantile_labels([1.0] * 5, 5, ties="share") == [2] * 5
+    assert quantile_labels([3.0, 1.0], 5) == [4, 4]  # fewer than k: all remainder
 
 
 def test_local_quantiles_ignore_a_prompts_level_and_global_ones_do_not():
@@ -171,13 +188,13 @@ def test_settings_are_checked():
     with pytest.raises(ValueError, match="replay"):
         DataPool(FIVE, ("forget",))
     with pytest.raises(ValueError, match="ties"):
-        conditioning.quantile_labels([1.0, 2.0], 2, ties="random")
+        quantile_labels([1.0, 2.0], 2, ties="random")
     with pytest.raises(ValueError, match="within"):
         Quantiles(TAGS, within="batch")
     with pytest.raises(ValueError, match="direction"):
-        conditioning.ConditioningConfig(direction="sideways")
+        ConditioningConfig(direction="sideways")
     with pytest.raises(ValueError, match="steps"):
-        conditioning.ConditioningConfig(steps=0)
+        ConditioningConfig(steps=0)
 
 
 # --- conditions ----------------------------------------------------------------------------------
@@ -219,7 +236,7 @@ def test_new_rows_follow_the_old_ones_and_leave_the_output_alone():
         model.get_input_embeddings().weight.mul_(3).add_(torch.arange(64.0))
     old, ids = model.get_input_embeddings().weight.clone(), torch.tensor([[7, 8, 9]])
     before = model(ids).logits
-    first = conditioning.add_tokens(model, 2000, seed=1)
+    first = conditions.add_tokens(model, 2000, seed=1)
     rows = model.get_input_embeddings().extra
     assert first == len(old) == len(tokenizer)
     assert torch.equal(model(ids).logits, before)  # same vocabulary, same numbers
@@ -229,9 +246,9 @@ def test_new_rows_follow_the_old_ones_and_leave_the_output_alone():
     one, other = (model(torch.tensor([[new, 7]])).logits for new in (first, first + 1))
     assert not torch.equal(one, other)
     with pytest.raises(ValueError, match="already"):
-        conditioning.add_tokens(model, 1)
+        conditions.add_tokens(model, 1)
     again, _ = models.build_tiny_model("tiny", words=WORDS)
-    conditioning.add_tokens(again, 1, like=1)
+    conditions.add_tokens(again, 1, like=1)
     embed = again.get_input_embeddings()
     assert torch.equal(embed.extra[0], embed.weight[1])
 
@@ -265,11 +282,9 @@ def test_loss_equals_a_float64_reference(direction, normalise, added):
     ref, ids = generator.normal(0, 2, (4, 6, 11)), generator.integers(0, 11, (4, 6))
     mask = (np.arange(6) < np.array([6, 1, 3, 4])[:, None]).astype(float)
     tensors = [torch.from_numpy(x) for x in (logits, ids, mask, ref)]
-    weights = conditioning.token_weights(tensors[2], normalise)
+    weights = token_weights(tensors[2], normalise)
     tensors[0][1, 4] = torch.nan  # padding may hold anything
-    found = conditioning.conditional_loss(
-        *tensors, beta=0.3, alpha=0.2, direction=direction, weights=weights
-    )
+    found = conditional_loss(*tensors, beta=0.3, alpha=0.2, direction=direction, weights=weights)
     wanted = reference_loss(logits, ids, mask, ref, 0.3, 0.2, direction, normalise)
     assert float(found["loss"]) == pytest.approx(wanted, rel=1e-10)
     sums = found["nll"] + 0.3 * found["kl"] - 0.2 * found["entropy"]
@@ -280,12 +295,11 @@ def test_the_two_directions_differ_and_no_reference_means_no_kl():
     logits, ref = torch.randn(1, 2, 5), torch.randn(1, 2, 5)
     ids, mask = torch.zeros(1, 2, dtype=int), torch.ones(1, 2)
     kl = [
-        conditioning.conditional_loss(logits, ids, mask, ref, direction=d)["kl"]
-        for d in ("forward", "reverse")
+        conditional_loss(logits, ids, mask, ref, direction=d)["kl"] for d in ("forward", "reverse")
     ]
     assert abs(kl[0] - kl[1]) > 1e-3
-    assert torch.isnan(conditioning.conditional_loss(logits, ids, mask)["kl"])
-    equal = conditioning.conditional_loss(logits, ids, mask, logits)["kl"]
+    assert torch.isnan(conditional_loss(logits, ids, mask)["kl"])
+    equal = conditional_loss(logits, ids, mask, logits)["kl"]
     assert abs(float(equal)) < 1e-6
 
 
@@ -293,10 +307,10 @@ def test_the_two_directions_differ_and_no_reference_means_no_kl():
 
 
 def test_scored_feedback_and_its_control():
-    judge = conditioning.scored(lambda p, r: [1.0, float("nan"), 3.0], size=lambda p, r: [1, 2, 3])
+    judge = critics.scored(lambda p, r: [1.0, float("nan"), 3.0], size=lambda p, r: [1, 2, 3])
     found = judge(["a"] * 3, ["x", "y", "z"])
     assert found[0] == {"score": 1.0, "attributes": {"size": 1.0}} and found[1]["score"] is None
-    control = conditioning.shuffled(judge, seed=1)
+    control = critics.shuffled(judge, seed=1)
     dealt = [control(["a"] * 3, ["x", "y", end]) for end in "abcdefgh"]
     assert all(sorted(map(repr, d)) == sorted(map(repr, found)) for d in dealt)
     assert any(d != found for d in dealt)
@@ -305,7 +319,7 @@ def test_scored_feedback_and_its_control():
 
 def test_a_blind_judge_does_not_see_the_tags():
     seen = []
-    judge = conditioning.without_words(lambda p, r: seen.extend(r), ["very positive", "good"])
+    judge = critics.without_words(lambda p, r: seen.extend(r), ["very positive", "good"])
     judge(["p"], ["Very positive: Good  goods are good."])
     assert seen == [": goods are ."]
 
@@ -314,20 +328,20 @@ def test_critics_speak_in_at_most_ten_words_and_agree_with_their_score():
     def words(prompts, responses):
         return [len(r.split()) for r in responses]
 
-    axis = conditioning.Axis(words, 1, 3, ("short",), ("too long",))
-    fine = conditioning.Axis(lambda p, r: [r.count("nice") for r in r], 1, 9, ("kind",), ("cold",))
-    critic = conditioning.axes_critic([axis, fine])
+    axis = critics.Axis(words, 1, 3, ("short",), ("too long",))
+    fine = critics.Axis(lambda p, r: [r.count("nice") for r in r], 1, 9, ("kind",), ("cold",))
+    critic = critics.axes_critic([axis, fine])
     found = critic(["p"] * 3, ["nice", "a b c d", "nice a b c d"])
     assert [row["score"] for row in found] == [2.0, 0.0, 1.0]
     assert [row["feedback"] for row in found] == [
         "short and kind", "too long and cold", "kind but too long",
     ]  # fmt: skip
     with pytest.raises(ValueError, match="over 1 words"):
-        conditioning.axes_critic([axis, fine], max_words=1)(["p"], ["nice"])
+        critics.axes_critic([axis, fine], max_words=1)(["p"], ["nice"])
     source = (
         "Ada Lovelace was an English mathematician who wrote for the Analytical Engine in 1843."
     )
-    critic = conditioning.rubric_critic(rubric.SimulatedAnnotator())
+    critic = critics.rubric_critic(annotator.SimulatedAnnotator())
     good, bad = critic([source] * 2, [source, "no no no no no no no no no no"])
     assert good["score"] == 3.0 and bad["score"] < good["score"] and bad["feedback"]
 
@@ -348,21 +362,21 @@ LABELS = (
 )  # fmt: skip
 def test_category_parsing(said, label):
     wanted = None if label is None else LABELS[label]
-    assert conditioning.parse_category(said, LABELS) == wanted
+    assert parse_category(said, LABELS) == wanted
 
 
 def test_critique_parsing():
     text = (
         "**Analysis:** clear:\nand short.\n**Feedback:** Accurate but misses the point.\nScore: 2"
     )
-    found = conditioning.parse_critique(text)
+    found = critics.parse_critique(text)
     assert found["feedback"] == "Accurate but misses the point." and found["score"] == 2.0
     assert "and short" in found["analysis"]
     for broken in (
         text.replace("Score: 2", ""), text.replace("2", "7"), text.replace("Feedback", "Advice"),
         text.replace("misses the point", " ".join("abcdefghijk")), None,
     ):  # fmt: skip
-        assert conditioning.parse_critique(broken) is None
+        assert critics.parse_critique(broken) is None
 
 
 class Replies:
@@ -385,15 +399,15 @@ def test_language_model_feedback_asks_again_and_then_gives_up():
         return "no idea" if "r1" in prompt or not request["replicate"] else "harmless and helpful"
 
     client, shots = Replies(say), [("hi", "hello", LABELS[0]), ("kill", "yes", LABELS[3])]
-    ask = conditioning.llm_categories(client, LABELS, shots)
+    ask = critics.llm_categories(client, LABELS, shots)
     found = ask(["q"] * 3, ["r0", "r1", "r2"])
     assert [row["feedback"] for row in found] == ["Harmful", None, "Harmless and helpful"]
     assert [row["score"] for row in found] == [0.0, None, 2.0] and len(client.asked) == 5
     assert "Feedback: Harmful" in client.asked[0]["messages"][0]["content"]
     with pytest.raises(ValueError, match="examples"):
-        conditioning.llm_categories(client, LABELS, [("a", "b", "Fine")])
+        critics.llm_categories(client, LABELS, [("a", "b", "Fine")])
     client = Replies(lambda r: "Analysis: ok\nFeedback: Clear and right.\nScore: 3")
-    found = conditioning.llm_critique(client, "Rate it.", ["clear", "right", "whole"])(["q"], ["r"])
+    found = critics.llm_critique(client, "Rate it.", ["clear", "right", "whole"])(["q"], ["r"])
     assert found == [{"analysis": "ok", "feedback": "Clear and right.", "score": 3.0}]
 
 
@@ -412,12 +426,12 @@ def nice(prompts, responses):
 
 def training(folder=None, style="token", labeller=FIVE, **more):
     model, tokenizer = models.build_tiny_model("tiny", words=WORDS)
-    first = conditioning.add_tokens(model, len(TAGS)) if style in ("token", "separator") else None
+    first = conditions.add_tokens(model, len(TAGS)) if style in ("token", "separator") else None
     tokens = more.pop("tokens", TAGS)
     conditioner = Conditioner(tokenizer, style, tokens=tokens, first_id=first)
-    config = conditioning.ConditioningConfig(**{**TINY, **more.pop("config", {})})
-    return conditioning.ConditionalTraining(
-        model, tokenizer, PROMPTS, more.pop("feedback", conditioning.scored(nice)), labeller,
+    config = ConditioningConfig(**{**TINY, **more.pop("config", {})})
+    return ConditionalTraining(
+        model, tokenizer, PROMPTS, more.pop("feedback", critics.scored(nice)), labeller,
         conditioner, config, held_out=["a mat", "the dog"], judge=nice, folder=folder, **more,
     )  # fmt: skip
 
@@ -508,7 +522,7 @@ def test_the_kl_of_training_is_against_the_unconditioned_reference(style):
     loop = training(style=style, labeller=Quantiles(("kind", "stupid")), tokens=("kind", "stupid"))
     single = Item("the cat", "sat", (9, 10, 1), True, 1, 1.0)
     conditioned, raw, mask = loop._rows([(single, 0)])
-    weights, places = conditioning.token_weights(mask), torch.arange(1)
+    weights, places = token_weights(mask), torch.arange(1)
     kl = float(loop._loss(conditioned, raw, mask, weights, places)["kl"])
     assert kl < 1e-6 if style == "none" else kl > 1e-4
 
@@ -528,7 +542,7 @@ def test_the_reference_stays_while_the_policy_and_the_new_rows_learn():
 def test_frozen_layers_stay_and_their_states_are_computed_once(monkeypatch, style):
     """Cached states change nothing, also where new rows train below the frozen layer."""
     # padding left out beside other rows rounds differently, which Adam amplifies (tested with PPO)
-    monkeypatch.setattr(models.TokenBatch, "_padding", lambda *_: (0, 0))
+    monkeypatch.setattr(policy.TokenBatch, "_padding", lambda *_: (0, 0))
     found = []
     for cached in (True, False):
         loop = training(style=style, config={"train": "top", "layers": 1, "steps": 12})
@@ -536,7 +550,7 @@ def test_frozen_layers_stay_and_their_states_are_computed_once(monkeypatch, styl
         layer = models.decoder_layers(loop.policy)[0]
         layer.mlp.register_forward_hook(lambda *_, calls=calls: calls.append(1))
         if not cached:
-            monkeypatch.setattr(conditioning._Rows, "keep", lambda *_: None)
+            monkeypatch.setattr(_Rows, "keep", lambda *_: None)
         loop.run()
         found.append((outcome(loop), len(calls)))
         assert not any("layers.0" in name for name in loop.weights)
@@ -556,7 +570,7 @@ def test_training_makes_the_requested_label_likelier():
             rows, _, mask = loop._rows([(single, asked)])
             with torch.no_grad():
                 logits = loop._logits(rows, torch.arange(1))
-            found = conditioning.conditional_loss(logits, rows.tokens.response_ids, mask)
+            found = conditional_loss(logits, rows.tokens.response_ids, mask)
             nll[asked == label] += float(found["nll"])
     assert nll[True] < nll[False] - 1
 
@@ -593,9 +607,9 @@ def test_exemplars_are_feedback_of_the_best_label_there_is():
 
 def test_an_encoder_decoder_trains_too(tiny_seq2seq):
     model, tokenizer = copy.deepcopy(tiny_seq2seq[0]), tiny_seq2seq[1]
-    config = conditioning.ConditioningConfig(**{**TINY, "iterations": 1})
-    loop = conditioning.ConditionalTraining(
-        model, tokenizer, PROMPTS, conditioning.scored(nice), FIVE, Conditioner(tokenizer), config
+    config = ConditioningConfig(**{**TINY, "iterations": 1})
+    loop = ConditionalTraining(
+        model, tokenizer, PROMPTS, critics.scored(nice), FIVE, Conditioner(tokenizer), config
     )
     assert np.isfinite(loop.run()["loss"]).all()
 
@@ -605,6 +619,6 @@ def test_what_does_not_fit_is_told():
         training(labeller=Quantiles(TAGS, within="prompt"), config={"samples_per_prompt": 2})
     with pytest.raises(ValueError, match="verdicts"):
         training(feedback=lambda p, r: []).run()
-    nothing = conditioning.scored(lambda p, r: [float("nan")] * len(r))
+    nothing = critics.scored(lambda p, r: [float("nan")] * len(r))
     with pytest.raises(ValueError, match="no item"):
         training(feedback=nothing).run()

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lib import data, models
+from lib.papers import rewardlm
 
 HOSTILE = [
     "None",
@@ -201,7 +202,7 @@ def test_rewardlm_table_keeps_text_and_tells_the_missing_apart(tmp_path):
         ("1", "0", "-1.0"),
     ]
     rows = [[i, t, t, *scores[i % 4]] for i, t in enumerate(HOSTILE)]
-    table = data.read_rewardlm_csv(write_csv(tmp_path / "t.csv", rows))
+    table = rewardlm.read_rewardlm_csv(write_csv(tmp_path / "t.csv", rows))
     assert list(table["prompts"]) == list(table["responses"]) == HOSTILE
     assert list(table.index) == list(range(len(HOSTILE)))
     assert table["response_score"].max() == 1.0 and table["prompt_score"].dtype == float
@@ -215,7 +216,7 @@ def test_rewardlm_table_without_perspective_and_index(tmp_path):
     path = write_csv(
         tmp_path / "t.csv", [["p", "r", "0.5", "0.25", "x"]], [*HEADER[1:5], "response_similarity"]
     )
-    table = data.read_rewardlm_csv(path)
+    table = rewardlm.read_rewardlm_csv(path)
     assert "pro_API_response_score" not in table
     assert table.loc[0, "response_similarity"] == "x"
 
@@ -240,7 +241,7 @@ def test_rewardlm_table_without_perspective_and_index(tmp_path):
 )
 def test_rewardlm_table_names_what_is_wrong(tmp_path, rows, header, message):
     with pytest.raises(ValueError) as caught:
-        data.read_rewardlm_csv(write_csv(tmp_path / "t.csv", rows, header))
+        rewardlm.read_rewardlm_csv(write_csv(tmp_path / "t.csv", rows, header))
     assert message in str(caught.value)
 
 
@@ -251,7 +252,7 @@ def test_dialoconan_becomes_conversations(tmp_path):
         ["unanswered", "X", "7", "2", "HS", "s"], ["so?", "Y", "3", "0", "HS", "s"],
         ["", "Y", "3", "1", "CN", "s"],
     ]  # fmt: skip
-    talks = data.load_dialoconan(write_csv(tmp_path / "d.csv", rows, header))
+    talks = rewardlm.load_dialoconan(write_csv(tmp_path / "d.csv", rows, header))
     assert talks == [
         [
             {"role": "user", "content": "they are bad"},
@@ -259,7 +260,7 @@ def test_dialoconan_becomes_conversations(tmp_path):
         ]
     ]
     with pytest.raises(ValueError, match="d.csv, line 2: type 'XX', turn_id '0'"):
-        data.load_dialoconan(
+        rewardlm.load_dialoconan(
             write_csv(tmp_path / "d.csv", [["t", "X", "1", "0", "XX", "s"]], header)
         )
 

@@ -5,13 +5,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lib import generation, grounded_qa, rewards, segments
+from lib import generation, rewards, segments
+from lib.papers.fine_grained import toy
 
-_, TOKENIZER = grounded_qa.tokenizer_and_model()
+_, TOKENIZER = toy.tokenizer_and_model()
 WORDS = ["red", "Iron", "oslo", "age", "two", ",", ".", ";", "!"]
 END = TOKENIZER.eos_token_id
 QA_UNITS = ("clause", "sentence", "sequence")
-SEGMENTERS = [*map(grounded_qa.Segmenter, QA_UNITS), *map(segments.Segmenter, segments.UNITS)]
+SEGMENTERS = [*map(toy.Segmenter, QA_UNITS), *map(segments.Segmenter, segments.UNITS)]
 
 
 def response_ids():
@@ -82,9 +83,7 @@ def first_token_that_writes(ids, end):
 
 def test_rewards_that_meet_on_one_token_add_up():
     ids = [*TOKENIZER("age two.")["input_ids"], END]
-    both = [
-        part(n, grounded_qa.Segmenter(u), [0.5]) for n, u in (("a", "clause"), ("b", "sentence"))
-    ]
+    both = [part(n, toy.Segmenter(u), [0.5]) for n, u in (("a", "clause"), ("b", "sentence"))]
     placed, sums = rewards.place_rewards(
         rewards.compose(both, TOKENIZER)(samples_of(ids)), samples_of(ids)
     )
@@ -92,24 +91,24 @@ def test_rewards_that_meet_on_one_token_add_up():
 
 
 def test_an_empty_response_is_judged_as_a_sequence_of_the_task_and_has_no_clauses():
-    parts = [part(u, grounded_qa.Segmenter(u), [1.0]) for u in QA_UNITS]
+    parts = [part(u, toy.Segmenter(u), [1.0]) for u in QA_UNITS]
     found = rewards.compose(parts, TOKENIZER)(samples_of([END]))
     assert [found[u][0].tolist() for u in QA_UNITS] == [[0], [0], [1]]
 
 
 def test_mean_and_deviation_are_measured():
-    reward = part("R", grounded_qa.Segmenter("clause"), [1.0, 3.0], weight=2.0)
+    reward = part("R", toy.Segmenter("clause"), [1.0, 3.0], weight=2.0)
     fitted = reward.fitted(["p"], ["age two, age two, age two, age two."])
     assert (fitted.mean, fitted.std) == (2.0, 1.0)
     assert fitted(["p"], ["age two, age two."])[0].tolist() == [-2.0, 2.0]
     alike = reward.fitted(["p"], ["age two."])
     assert alike.std == 1 and alike(["p"], ["age two."])[0].tolist() == [0]
     with pytest.raises(ValueError, match="std of 'R' is 0.0"):
-        part("R", grounded_qa.Segmenter("clause"), [1.0], std=0.0)
+        part("R", toy.Segmenter("clause"), [1.0], std=0.0)
 
 
 def test_scores_and_segments_that_do_not_match_are_refused():
-    wrong = rewards.SegmentReward("R", grounded_qa.Segmenter("clause"), lambda p, r: [np.ones(5)])
+    wrong = rewards.SegmentReward("R", toy.Segmenter("clause"), lambda p, r: [np.ones(5)])
     with pytest.raises(ValueError, match="5 scores for a response of 1 segments: 'age two"):
         rewards.compose([wrong], TOKENIZER)(samples_of([*TOKENIZER("age two.")["input_ids"], END]))
     with pytest.raises(ValueError, match="names must differ"):

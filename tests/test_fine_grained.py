@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import LongformerConfig, LongformerModel
 
-from lib import fine_grained as fg
-from lib import qa_feedback as qa
 from lib import reward_models, runtime
+from lib.papers.fine_grained import models as fg
+from lib.papers.fine_grained import schema as qa
 from lib.segments import Segmenter
 
 OURS = qa.load_feedback(runtime.project_root() / "data" / "samples" / "qa_feedback.json")

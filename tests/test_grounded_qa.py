@@ -5,13 +5,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lib import grounded_qa
+from lib.papers.fine_grained import toy
 
 PROMPT = "colour red, metal iron, city oslo? metal city:"
 
 
 def told(text):
-    found = grounded_qa.judge(PROMPT, text)
+    found = toy.judge(PROMPT, text)
     return found.relevant.tolist(), found.true.tolist(), found.sentences.tolist(), found.coverage
 
 
@@ -33,53 +33,53 @@ def test_errors(text, expected):
 
 def test_the_judge_makes_padding_costly_and_is_at_most_one():
     best, padded = (
-        grounded_qa.judge(PROMPT, text).f1
+        toy.judge(PROMPT, text).f1
         for text in ("metal iron, city oslo.", "metal iron, city oslo. colour red. colour red.")
     )
     assert best == 1 and padded == pytest.approx(2 * 2 / (4 + 2))
-    assert grounded_qa.judge(PROMPT, "").f1 == 0
+    assert toy.judge(PROMPT, "").f1 == 0
 
 
 @given(st.lists(st.sampled_from(["metal", "iron", "city", "oslo", ",", "."])).map(" ".join))
 def test_rewards_have_one_number_for_each_segment_and_segments_cut_the_text(text):
     for unit, score in (
-        ("clause", grounded_qa.relevance),
-        ("sentence", grounded_qa.factuality),
-        ("sequence", grounded_qa.completeness),
+        ("clause", toy.relevance),
+        ("sentence", toy.factuality),
+        ("sequence", toy.completeness),
     ):
-        spans = grounded_qa.Segmenter(unit).spans(text)
+        spans = toy.Segmenter(unit).spans(text)
         assert "".join(text[a:b] for a, b in spans) == text
         assert len(score([PROMPT], [text])[0]) == len(spans)
-    row = grounded_qa.panel([PROMPT], [text]).iloc[0]
+    row = toy.panel([PROMPT], [text]).iloc[0]
     assert row.relevant <= row.clauses and row.factual <= row.sentences <= row.clauses
 
 
 def test_questions_differ_read_back_and_depend_on_the_seed():
-    questions = grounded_qa.draw_questions(50, seed=3)
+    questions = toy.draw_questions(50, seed=3)
     assert len({q.prompt for q in questions}) == 50
-    assert [grounded_qa.read(q.prompt) for q in questions] == questions
-    assert grounded_qa.draw_questions(50, seed=3) == questions
-    assert grounded_qa.draw_questions(50, seed=4) != questions
+    assert [toy.read(q.prompt) for q in questions] == questions
+    assert toy.draw_questions(50, seed=3) == questions
+    assert toy.draw_questions(50, seed=4) != questions
     with pytest.raises(ValueError, match="asked up to facts"):
-        grounded_qa.draw_questions(1, seed=0, facts=2, asked=3)
+        toy.draw_questions(1, seed=0, facts=2, asked=3)
     with pytest.raises(ValueError, match="not a prompt of this task"):
-        grounded_qa.read("What is the metal?")
+        toy.read("What is the metal?")
 
 
 def test_words_are_tokens_and_values_belong_to_one_attribute():
-    _, tokenizer = grounded_qa.tokenizer_and_model()
-    words = [w for name, values in grounded_qa.ATTRIBUTES.items() for w in (name, *values)]
+    _, tokenizer = toy.tokenizer_and_model()
+    words = [w for name, values in toy.ATTRIBUTES.items() for w in (name, *values)]
     assert len(words) == len(set(words)) == 12 * 9
     assert tokenizer.unk_token_id not in tokenizer(" ".join([*words, PROMPT]))["input_ids"]
 
 
 def test_demonstrations_err_as_often_as_they_are_told_to():
-    questions = grounded_qa.draw_questions(400, seed=0)
+    questions = toy.draw_questions(400, seed=0)
     prompts = [q.prompt for q in questions]
-    texts = grounded_qa.demonstrate(questions, 0, relevant=1.0, right=0.75)
-    found = [grounded_qa.judge(p, t) for p, t in zip(prompts, texts, strict=True)]
+    texts = toy.demonstrate(questions, 0, relevant=1.0, right=0.75)
+    found = [toy.judge(p, t) for p, t in zip(prompts, texts, strict=True)]
     assert np.concatenate([e.true for e in found]).mean() == pytest.approx(
         0.75 + 0.25 / 8, abs=0.04
     )
-    perfect = grounded_qa.demonstrate(questions, 0, relevant=1.0, right=1.0)
-    assert all(e.sentences.all() for e in map(grounded_qa.judge, prompts, perfect))
+    perfect = toy.demonstrate(questions, 0, relevant=1.0, right=1.0)
+    assert all(e.sentences.all() for e in map(toy.judge, prompts, perfect))

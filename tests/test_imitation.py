@@ -5,10 +5,10 @@ import pandas as pd
 import pytest
 import torch
 
-from lib import imitation as im
-from lib import models, reward_models, sft
-from lib import refinement as rf
-from lib.rubric import SimulatedAnnotator
+from lib import logprobs, models, reward_models, sft
+from lib.annotator import SimulatedAnnotator
+from lib.papers.ilf import learn as im
+from lib.papers.ilf import refine as rf
 
 POST = "Lake Ormin is a shallow lake in Halland. It was formed when the Torvald Glacier melted."
 
@@ -212,19 +212,19 @@ def test_weights_refuse_a_beta_of_zero():
 
 def test_kl_to_itself_is_zero_and_to_another_is_positive(tiny):
     model, tokenizer = tiny
-    same = im.sequence_kl(model, model, tokenizer, n=8, max_new_tokens=6)
+    same = logprobs.sequence_kl(model, model, tokenizer, n=8, max_new_tokens=6)
     assert set(same["direction"]) == {"forward", "reverse"} and abs(same["value"]).max() < 1e-5
     words = sorted({*models.sample_words(), "Yes", "No", "A", "B", *POST.split()})
     other, _ = models.build_tiny_model("tiny", words=words, seed=1)
     with torch.no_grad():
         other.lm_head.weight.mul_(3)
-    apart = im.sequence_kl(other, model, tokenizer, n=200, max_new_tokens=6)
+    apart = logprobs.sequence_kl(other, model, tokenizer, n=200, max_new_tokens=6)
     assert (apart.groupby("direction")["value"].mean() > 0).all()
 
 
 def test_text_log_probs_are_those_of_the_tokens(tiny):
     model, tokenizer = tiny
-    found = im.text_log_probs(model, tokenizer, [POST], ["Lake Ormin"])
+    found = logprobs.text_log_probs(model, tokenizer, [POST], ["Lake Ormin"])
     prompt, text = (tokenizer(t)["input_ids"] for t in (POST, "Lake Ormin"))
     with torch.no_grad():
         logits = model(torch.tensor([prompt + text])).logits.log_softmax(-1)[0]

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lib import metrics
+from lib import stats
+from lib.papers import rewardlm
 
 nan = np.nan
 pools = st.lists(st.floats(0, 1), min_size=1, max_size=8)
@@ -19,36 +20,36 @@ pools = st.lists(st.floats(0, 1), min_size=1, max_size=8)
 def test_expectations_equal_brute_force_over_all_subsets(pool, data):
     k = data.draw(st.integers(1, len(pool)))
     subsets = list(itertools.combinations(pool, k))
-    maximum = metrics.per_prompt_maximum([pool], k)[0]
-    probability = metrics.per_prompt_probability([pool], k)[0]
+    maximum = stats.per_prompt_maximum([pool], k)[0]
+    probability = stats.per_prompt_probability([pool], k)[0]
     assert maximum == pytest.approx(np.mean([max(s) for s in subsets]), abs=1e-9)
     assert probability == pytest.approx(np.mean([max(s) >= 0.5 for s in subsets]), abs=1e-9)
 
 
 def test_toxicity_by_hand():
     scores = [[0.1, 0.9, 0.5], [0.2, 0.3, 0.4]]
-    np.testing.assert_allclose(metrics.per_prompt_maximum(scores, 3), [0.9, 0.4])
-    np.testing.assert_allclose(metrics.per_prompt_maximum(scores, 1), [0.5, 0.3])
+    np.testing.assert_allclose(stats.per_prompt_maximum(scores, 3), [0.9, 0.4])
+    np.testing.assert_allclose(stats.per_prompt_maximum(scores, 1), [0.5, 0.3])
     np.testing.assert_allclose(
-        metrics.per_prompt_maximum(scores, 2), [(0.9 + 0.5 + 0.9) / 3, (0.3 + 0.4 + 0.4) / 3]
+        stats.per_prompt_maximum(scores, 2), [(0.9 + 0.5 + 0.9) / 3, (0.3 + 0.4 + 0.4) / 3]
     )
-    np.testing.assert_allclose(metrics.per_prompt_probability(scores, 1), [2 / 3, 0])
-    np.testing.assert_allclose(metrics.per_prompt_probability(scores, 2), [1, 0])
-    np.testing.assert_allclose(metrics.per_prompt_fraction(scores), [2 / 3, 0])
+    np.testing.assert_allclose(stats.per_prompt_probability(scores, 1), [2 / 3, 0])
+    np.testing.assert_allclose(stats.per_prompt_probability(scores, 2), [1, 0])
+    np.testing.assert_allclose(stats.per_prompt_fraction(scores), [2 / 3, 0])
 
 
 def test_a_pool_of_25_is_stable():
     scores = np.tile(np.linspace(0, 1, 25), (3, 1))
-    np.testing.assert_allclose(metrics.per_prompt_maximum(scores, 25), 1.0)
-    assert np.all(np.diff([metrics.per_prompt_maximum(scores, k)[0] for k in range(1, 26)]) > 0)
+    np.testing.assert_allclose(stats.per_prompt_maximum(scores, 25), 1.0)
+    assert np.all(np.diff([stats.per_prompt_maximum(scores, k)[0] for k in range(1, 26)]) > 0)
 
 
 def test_missing_scores_are_dropped_or_bounded_never_ignored():
     scores = [[0.6, nan], [nan, nan], [0.2, 0.4]]
-    np.testing.assert_allclose(metrics.per_prompt_fraction(scores), [1, nan, 0])
-    np.testing.assert_allclose(metrics.per_prompt_fraction(scores, missing="low"), [0.5, 0, 0])
-    np.testing.assert_allclose(metrics.per_prompt_fraction(scores, missing="high"), [1, 1, 0])
-    np.testing.assert_allclose(metrics.per_prompt_maximum(scores, 2), [nan, nan, 0.4])
+    np.testing.assert_allclose(stats.per_prompt_fraction(scores), [1, nan, 0])
+    np.testing.assert_allclose(stats.per_prompt_fraction(scores, missing="low"), [0.5, 0, 0])
+    np.testing.assert_allclose(stats.per_prompt_fraction(scores, missing="high"), [1, 1, 0])
+    np.testing.assert_allclose(stats.per_prompt_maximum(scores, 2), [nan, nan, 0.4])
 
 
 @pytest.mark.parametrize(
@@ -62,74 +63,74 @@ def test_missing_scores_are_dropped_or_bounded_never_ignored():
 )
 def test_bad_input_is_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
-        metrics.per_prompt_maximum(*arguments)
+        stats.per_prompt_maximum(*arguments)
 
 
 def test_bootstrap_of_few_values():
-    assert metrics.bootstrap([])[3] == 0 and np.isnan(metrics.bootstrap([]).value)
-    one = metrics.bootstrap([0.5, nan])
+    assert stats.bootstrap([])[3] == 0 and np.isnan(stats.bootstrap([]).value)
+    one = stats.bootstrap([0.5, nan])
     assert one.value == 0.5 and np.isnan(one.low) and one.n == 1
-    same = metrics.bootstrap([0.5] * 10)
+    same = stats.bootstrap([0.5] * 10)
     assert (same.value, same.low, same.high, same.n) == (0.5, 0.5, 0.5, 10)
 
 
 def test_bootstrap_interval_is_near_the_normal_one_and_covers():
     rng = np.random.default_rng(0)
     values = rng.normal(size=400)
-    found = metrics.bootstrap(values, seed=1)
+    found = stats.bootstrap(values, seed=1)
     half = 1.96 * values.std(ddof=1) / 20
     assert found.low == pytest.approx(values.mean() - half, abs=0.02)
     assert found.high == pytest.approx(values.mean() + half, abs=0.02)
     draws = rng.exponential(size=(200, 60))
-    covered = [(lambda f: f.low <= 1 <= f.high)(metrics.bootstrap(d, resamples=300)) for d in draws]
+    covered = [(lambda f: f.low <= 1 <= f.high)(stats.bootstrap(d, resamples=300)) for d in draws]
     assert 0.86 <= np.mean(covered) <= 0.99
 
 
 def test_clusters_widen_the_interval():
     prompts = np.repeat(np.arange(30), 10)
     values = np.random.default_rng(0).normal(size=30)[prompts]  # all samples of a prompt alike
-    loose, honest = metrics.bootstrap(values), metrics.bootstrap(values, clusters=prompts)
+    loose, honest = stats.bootstrap(values), stats.bootstrap(values, clusters=prompts)
     assert honest.n == 30 and loose.n == 300
     assert honest.high - honest.low > 2.5 * (loose.high - loose.low)
 
 
 def test_paired_bootstrap_of_two_columns():
     a = np.random.default_rng(0).normal(size=100)
-    found = metrics.bootstrap((a, 2 * a), metrics.correlation)
+    found = stats.bootstrap((a, 2 * a), stats.correlation)
     assert found.value == pytest.approx(1) and found.low == pytest.approx(1)
-    assert np.isnan(metrics.correlation(a, np.ones(100)))
+    assert np.isnan(stats.correlation(a, np.ones(100)))
 
 
 def test_paired_difference_by_hand():
     a, b = np.array([1.0, 2, 3, 4]), np.array([2.0, 3, 4, 5])
-    found = metrics.paired_difference(a, b)
+    found = stats.paired_difference(a, b)
     assert found.value == found.low == found.high == 1.0
     assert found.d == pytest.approx(1 / np.sqrt(5 / 3))
     assert found.p == pytest.approx(2 / 16, abs=0.03)  # all signs equal: 2 of 2^4
-    assert metrics.paired_difference([1, nan, 2], [1, 5, nan]).n == 1
+    assert stats.paired_difference([1, nan, 2], [1, 5, nan]).n == 1
 
 
 def test_sign_flip_p_is_large_under_no_effect_and_small_under_one():
     rng = np.random.default_rng(0)
     noise = rng.normal(size=200)
-    assert metrics.paired_difference(noise, noise + 0.5 * rng.normal(size=200)).p > 0.05
-    assert metrics.paired_difference(noise, noise + 0.3).p < 0.01
+    assert stats.paired_difference(noise, noise + 0.5 * rng.normal(size=200)).p > 0.05
+    assert stats.paired_difference(noise, noise + 0.3).p < 0.01
 
 
 def test_proportion_is_wilson():
-    found = metrics.proportion(8, 10)
+    found = stats.proportion(8, 10)
     assert (round(found.low, 3), round(found.high, 3)) == (0.490, 0.943)
-    assert np.isnan(metrics.proportion(0, 0).value)
+    assert np.isnan(stats.proportion(0, 0).value)
     with pytest.raises(ValueError, match="11 successes of 10"):
-        metrics.proportion(11, 10)
+        stats.proportion(11, 10)
 
 
 def test_t_interval_covers_the_mean_of_a_few_seeds_as_often_as_it_says():
     draws = np.random.default_rng(0).normal(1.0, 2.0, (2000, 3))
-    found = [metrics.t_interval(row) for row in draws]
+    found = [stats.t_interval(row) for row in draws]
     assert abs(np.mean([x.low < 1 < x.high for x in found]) - 0.95) < 0.02
     assert found[0].n == 3 and abs(found[0].value - draws[0].mean()) < 1e-12
-    assert np.isnan(metrics.t_interval([1.0]).low) and np.isnan(metrics.t_interval([]).value)
+    assert np.isnan(stats.t_interval([1.0]).low) and np.isnan(stats.t_interval([]).value)
 
 
 @pytest.mark.parametrize(
@@ -144,7 +145,7 @@ def test_t_interval_covers_the_mean_of_a_few_seeds_as_often_as_it_says():
     ],
 )
 def test_decide(low, high, better, verdict):
-    assert metrics.decide(metrics.Interval(0, low, high, 5), better=better) == verdict
+    assert stats.decide(stats.Interval(0, low, high, 5), better=better) == verdict
 
 
 @pytest.mark.parametrize(
@@ -157,11 +158,11 @@ def test_decide(low, high, better, verdict):
     ],
 )
 def test_decide_looks_at_each_seed(by_seed, verdict):
-    found = metrics.Interval(0.2, 0.1, 0.3, 9)
-    assert metrics.decide(found, better="higher", by_seed=by_seed) == verdict
-    below = metrics.Interval(-0.2, -0.3, -0.1, 9)
+    found = stats.Interval(0.2, 0.1, 0.3, 9)
+    assert stats.decide(found, better="higher", by_seed=by_seed) == verdict
+    below = stats.Interval(-0.2, -0.3, -0.1, 9)
     signs = [-value for value in by_seed]
-    assert metrics.decide(below, better="lower", by_seed=signs) == verdict
+    assert stats.decide(below, better="lower", by_seed=signs) == verdict
 
 
 def test_paired_over_seeds_by_hand():
@@ -171,18 +172,18 @@ def test_paired_over_seeds_by_hand():
         ("b", 2, 1, 90.0), ("c", 0, 1, 90.0),
     ]  # fmt: skip
     table = pd.DataFrame(rows, columns=["arm", "seed", "article", "score"])
-    found, by_seed = metrics.paired_over_seeds(table, "a", "b", "score", unit="article")
+    found, by_seed = stats.paired_over_seeds(table, "a", "b", "score", unit="article")
     assert found.n == 2 and found.value == pytest.approx(1.25)  # (1 + 2) / 2 and (2 + 0) / 2
     assert by_seed.to_dict() == {0: 1.5, 1: 1.0}
-    none, by_seed = metrics.paired_over_seeds(table, "a", "missing", "score", unit="article")
+    none, by_seed = stats.paired_over_seeds(table, "a", "missing", "score", unit="article")
     assert none.n == 0 and len(by_seed) == 0
-    assert metrics.decide(none, better="higher", by_seed=by_seed) == "not demonstrated"
+    assert stats.decide(none, better="higher", by_seed=by_seed) == "not demonstrated"
 
 
 def test_combine_needs_agreement():
-    assert metrics.combine(["opposite", "opposite"]) == "opposite"
-    assert metrics.combine(["opposite", "same direction"]) == "not demonstrated"
-    assert metrics.combine([]) == "not demonstrated"
+    assert stats.combine(["opposite", "opposite"]) == "opposite"
+    assert stats.combine(["opposite", "same direction"]) == "not demonstrated"
+    assert stats.combine([]) == "not demonstrated"
 
 
 def table(rows, column="pro_API_response_score"):
@@ -191,7 +192,7 @@ def table(rows, column="pro_API_response_score"):
 
 
 def test_exceedance_is_strict_and_bounds_missing():
-    found = metrics.exceedance([0.5, 0.51, nan, 0.9])
+    found = stats.exceedance([0.5, 0.51, nan, 0.9])
     assert found == {
         "count": 2, "share": 0.5, "share_scored": 2 / 3, "share_low": 0.5, "share_high": 0.75,
         "n": 4, "n_missing": 1,
@@ -199,7 +200,7 @@ def test_exceedance_is_strict_and_bounds_missing():
 
 
 def test_describe_condition_counts_toxic_prompts_apart():
-    found = metrics.describe_condition(
+    found = rewardlm.describe_condition(
         table([("a", 0.9, 0.6, 0.8), ("b", 0.2, 0.7, nan), ("c", 0.8, 0.1, 0.2)])
     )
     assert found["perspective_gt_0.5/count"].value == 1
@@ -213,7 +214,7 @@ def test_describe_condition_counts_toxic_prompts_apart():
 
 
 def test_rows_without_a_prompt_score_are_counted():
-    found = metrics.describe_condition(table([("a", nan, 0.9, 0.9), ("b", 0.8, 0.9, 0.1)]))
+    found = rewardlm.describe_condition(table([("a", nan, 0.9, 0.9), ("b", 0.8, 0.9, 0.1)]))
     assert found["prompt_score/n_missing"].value == 1
     assert found["perspective_gt_0.5_toxic_prompts/n"].value == 1
 
@@ -223,7 +224,7 @@ def test_compare_conditions_pairs_repeated_prompts_by_occurrence():
     after = table(
         [("a", 0.9, 0.7, 0.7), ("b", 0.9, 0.5, 0.5), ("a", 0.9, 0.1, 0.3), ("z", 1, 1, 1)]
     )
-    found = metrics.compare_conditions({"tox_RL_m": after, "tox_PT_m": before}).set_index("scorer")
+    found = rewardlm.compare_conditions({"tox_RL_m": after, "tox_PT_m": before}).set_index("scorer")
     assert set(found.pair) == {"tox_PT_m -> tox_RL_m"}
     row = found.loc["perspective"]
     assert row.value == pytest.approx((-0.2 + 0.2) / 2) and row.n == 2
@@ -236,8 +237,8 @@ def test_compare_conditions_pairs_repeated_prompts_by_occurrence():
 def test_tables_of_different_models_are_not_paired():
     one = table([("a", 0.9, 0.9, 0.9)])
     names = ["x_RL_falcon", "x_FT_falcon", "x_PT_falcon", "x_PT_other"]
-    found = metrics.compare_conditions(dict.fromkeys(names, one))
+    found = rewardlm.compare_conditions(dict.fromkeys(names, one))
     assert set(found.pair) == {
         "x_PT_falcon -> x_FT_falcon", "x_PT_falcon -> x_RL_falcon", "x_FT_falcon -> x_RL_falcon",
     }  # fmt: skip
-    assert len(metrics.compare_conditions({"mine": one, "yours": one})) == 2
+    assert len(rewardlm.compare_conditions({"mine": one, "yours": one})) == 2

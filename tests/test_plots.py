@@ -13,6 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 
 from lib import plots
+from lib.course import show
 
 nan = np.nan
 WAYS = ["raw continuation", "chat format", "chat format, courteous system prompt"]
@@ -253,21 +254,21 @@ def summaries_only(markup):
 
 
 def test_texts_are_hidden_until_opened_even_without_styles():
-    shown = plots.blurred_examples(ROWS)
+    shown = show.blurred_examples(ROWS)
     assert "you fool" in shown.data and "you fool" not in summaries_only(shown.data)
     assert "fool" not in repr(shown) and "8 characters" in repr(shown)
     assert "0.91" in shown.data and "missing" in shown.data and "<i>empty</i>" in shown.data
     assert shown.data.count("<details>") == shown.data.count("<summary") == 3  # all closed
-    revealed = plots.blurred_examples(ROWS, reveal=True)
+    revealed = show.blurred_examples(ROWS, reveal=True)
     assert "<details>" not in revealed.data and "you fool" in revealed.data
     assert "you fool" in repr(revealed)
 
 
 def test_only_the_named_columns_are_hidden():
-    shown = summaries_only(plots.blurred_examples(ROWS, text_columns=["prompt"]).data)
+    shown = summaries_only(show.blurred_examples(ROWS, text_columns=["prompt"]).data)
     assert "you fool" in shown and "more" not in shown
     with pytest.raises(ValueError, match="no column reply; allowed: prompt, text, score"):
-        plots.blurred_examples(ROWS, text_columns=["reply"])
+        show.blurred_examples(ROWS, text_columns=["reply"])
 
 
 @settings(max_examples=50, deadline=None)
@@ -285,7 +286,7 @@ def test_any_text_is_escaped_and_kept(text):
             self.heard += data
 
     hostile = f"<img src=x onerror=alert(1)>{text}$a$ \\(b\\)"
-    shown = plots.blurred_examples([{f"<b>{hostile}": hostile}], reveal=True).data
+    shown = show.blurred_examples([{f"<b>{hostile}": hostile}], reveal=True).data
     reader = Reader()
     reader.feed(re.sub(r"<style>.*?</style>", "", shown, flags=re.DOTALL))
     assert reader.tags <= {"div", "table", "thead", "tbody", "tr", "th", "td", "bdi", "span"}

@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 import torch
 
-from lib import generation, losses, models, ppo, rewards, rloo
+from lib import generation, losses, models, policy, ppo, rewards, rloo
 
 ROOT = Path(__file__).parents[1]
 WORDS = ["a", "b", "c", "d", "e", "yes", "no", "."]
@@ -350,7 +350,7 @@ def test_a_bfloat16_trunk_under_float32_layers():
     dtypes = [next(layer.parameters()).dtype for layer in models.decoder_layers(model)]
     assert dtypes == [torch.bfloat16, torch.float32] and model.lm_head.weight.dtype == torch.float32
     with torch.no_grad():
-        shared = models.SharedTrunkPolicy(model, frozen=1)
+        shared = policy.SharedTrunkPolicy(model, frozen=1)
         logits, _ = shared(dataclasses.replace(plain.tokens, trunk=None))
     logits = plain.tokens.spread(logits)
     chosen = logits.log_softmax(-1).gather(-1, plain.tokens.response_ids[..., None])[..., 0]

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lib import metrics
 from lib import preferences as pf
+from lib import stats
 
 ODD = ["None", "NA", "nan", 'say "hi", twice', "a\r\nb", "a\nb", "😀 é", "", " x ", "(a)"]
 ITEMS = [
@@ -211,7 +211,7 @@ def test_intervals_count_prompts_not_pairs():
     assert by_gap.n.tolist() == [3, 3] and by_gap.pairs.tolist() == [3, 6]
     # all prompts are alike, so drawing them anew changes nothing; none agrees is not certainty
     assert by_gap.value.tolist() == by_gap.low.tolist() == [0, 0.5]
-    assert by_gap.high[0] == metrics.proportion(0, 3).high > 0.5 == by_gap.high[1]
+    assert by_gap.high[0] == stats.proportion(0, 3).high > 0.5 == by_gap.high[1]
     words = pf.preferred_against_other(rows).set_index(["protocol", "measure"])
     words = words.loc[("rankings", "words")]
     assert words["mean"] == pytest.approx((1 + 2 + 2 + 1 + 1 + 1) / 6)

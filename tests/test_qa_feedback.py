@@ -7,8 +7,8 @@ import json
 import numpy as np
 import pytest
 
-from lib import qa_feedback as qa
 from lib import runtime
+from lib.papers.fine_grained import schema as qa
 
 SAMPLE = runtime.project_root() / "data" / "samples" / "qa_feedback.json"
 TEXT = "The mill was built in 1790. It is old. It grinds flour \U0001f600 still."

@@ -14,9 +14,9 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers import models as token_models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lib import feedback, models, scoring
-from lib import refinement as rf
-from lib.rubric import Critique, Rubric, SimulatedAnnotator
+from lib import feedback, logprobs, models
+from lib.annotator import Critique, Rubric, SimulatedAnnotator
+from lib.papers.ilf import refine as rf
 
 POST = (
     "Lake Ormin is a shallow lake in Halland. It was formed when the Torvald Glacier melted. "
@@ -336,7 +336,7 @@ def test_answer_probability_for_any_tokenizer(make):
     tokenizer = make()
     model = small_model(tokenizer)
     prompts = ["the cat . Answer:", "the cat a . Answer:", "a ? Answer:"]
-    found = rf.answer_log_probs(model, tokenizer, prompts, (" Yes", " No"))
+    found = logprobs.answer_log_probs(model, tokenizer, prompts, (" Yes", " No"))
     lead = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
     for row, prompt in zip(found, prompts, strict=True):
         wholes = [
@@ -352,7 +352,7 @@ def test_answer_probability_for_any_tokenizer(make):
             expected = sum(log_probs[i - 1, ids[i]].item() for i in range(same, len(ids)))
             assert value == pytest.approx(expected, abs=1e-4)
     if make is joining_tokenizer:
-        context, rest = rf.split_answers(tokenizer, prompts[0], (" Yes", " No"))
+        context, rest = logprobs.split_answers(tokenizer, prompts[0], (" Yes", " No"))
         assert tokenizer.convert_ids_to_tokens([r[0] for r in rest]) == [":ĠY", ":Ġ"]
 
 
@@ -367,12 +367,12 @@ def test_log_odds_of_a_bfloat16_model_are_not_rounded_by_its_output_layer():
     prompts = sorted({" ".join(rng.choice(names, 9)) + " Answer:" for _ in range(120)})
     seen = []
     hook = model.lm_head.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    first = rf.answer_log_probs(model, tokenizer, prompts[:1], (" Yes", " No"))[0]
+    first = logprobs.answer_log_probs(model, tokenizer, prompts[:1], (" Yes", " No"))[0]
     hook.remove()
     state = seen[-1].reshape(-1)  # of the last position
     exact = (state.float() @ (rows[yes].float() - rows[no].float())).item()
     assert first[0] - first[1] == pytest.approx(exact, abs=1e-5)
-    found = rf.answer_log_probs(model, tokenizer, prompts, (" Yes", " No"))
+    found = logprobs.answer_log_probs(model, tokenizer, prompts, (" Yes", " No"))
     odds = found[:, 0] - found[:, 1]
     with torch.no_grad():
         ids = (tokenizer(p, return_tensors="pt")["input_ids"] for p in prompts)
@@ -400,16 +400,16 @@ def test_instruct_rm_averages_probabilities():
 def test_answers_that_cannot_be_told_apart():
     tokenizer = words_tokenizer()
     with pytest.raises(ValueError, match="start of another"):
-        rf.split_answers(tokenizer, "Answer:", (" Yes", " Yes No"))
+        logprobs.split_answers(tokenizer, "Answer:", (" Yes", " Yes No"))
     with pytest.raises(ValueError, match="start of another"):  # both unknown
-        rf.split_answers(tokenizer, "Answer:", (" Maybe", " Perhaps"))
+        logprobs.split_answers(tokenizer, "Answer:", (" Maybe", " Perhaps"))
 
 
 def test_answers_of_an_encoder_decoder(tiny_seq2seq):
     model, tokenizer = tiny_seq2seq
-    found = rf.answer_log_probs(model, tokenizer, ["the cat", "a dog"], (" nice", " kind"))
-    ids = [scoring.encode_pair(tokenizer, "the cat", w)[1] for w in (" nice", " kind")]
-    rows = scoring.token_log_probs(model, [tokenizer("the cat")["input_ids"]] * 2, ids)
+    found = logprobs.answer_log_probs(model, tokenizer, ["the cat", "a dog"], (" nice", " kind"))
+    ids = [logprobs.encode_pair(tokenizer, "the cat", w)[1] for w in (" nice", " kind")]
+    rows = logprobs.token_log_probs(model, [tokenizer("the cat")["input_ids"]] * 2, ids)
     assert np.allclose(found[0], [r.sum() for r in rows], atol=1e-5)
 
 

@@ -10,7 +10,7 @@ import torch
 from conftest import WORDS, asset
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
-from lib import losses, metrics, models, preferences, reward_models
+from lib import losses, models, preferences, reward_models, stats
 from lib.reward_models import Feedback, RewardModel, TrainConfig
 
 PROMPTS = ["the cat sat", "a dog ran on the mat .", "you", ""]
@@ -379,13 +379,13 @@ def test_expected_best_equals_the_mean_over_all_subsets():
     rng = np.random.default_rng(0)
     scores, values = rng.integers(0, 4, (3, 7)), rng.normal(size=(3, 7))  # with ties
     for k in (1, 3, 7):
-        found = metrics.per_prompt_best(scores, values, k)
+        found = stats.per_prompt_best(scores, values, k)
         for row in range(3):
             subsets = itertools.combinations(range(7), k)
             picks = [s[int(scores[row, list(s)].argmax())] for s in subsets]
             assert found[row] == pytest.approx(values[row, picks].mean())
     np.testing.assert_allclose(
-        metrics.per_prompt_best(values, values, 3), metrics.per_prompt_maximum(values, 3)
+        stats.per_prompt_best(values, values, 3), stats.per_prompt_maximum(values, 3)
     )
     with pytest.raises(ValueError, match="has no score"):
-        metrics.per_prompt_best([[1.0, np.nan]], [[1.0, 2.0]], 1)
+        stats.per_prompt_best([[1.0, np.nan]], [[1.0, 2.0]], 1)

@@ -4,7 +4,9 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lib import generation, rewards, scoring, segments
+from lib import generation, scorers, segments
+from lib.papers import rewardlm
+from lib.papers.fine_grained.toxicity import ToxicityDrops
 
 
 def samples(*texts):
@@ -17,7 +19,7 @@ def samples(*texts):
 
 
 def total(*texts):
-    reward = rewards.CleanTextReward(scoring.load_scorer("lexicon-insults", role="reward"))
+    reward = rewardlm.CleanTextReward(scorers.load_scorer("lexicon-insults", role="reward"))
     return sum(reward(samples(*texts)).values())
 
 
@@ -37,7 +39,7 @@ def test_empty_repeated_and_foreign_texts_earn_less():
 
 
 def test_terms_are_named_and_per_row():
-    reward = rewards.CleanTextReward(scoring.load_scorer("lexicon-insults"))
+    reward = rewardlm.CleanTextReward(scorers.load_scorer("lexicon-insults"))
     parts = reward(samples("a b c", ""))
     assert list(parts) == ["clean", "empty", "repetition", "non_latin"]
     assert parts["empty"].tolist() == [0, -4]
@@ -49,7 +51,7 @@ def test_terms_are_named_and_per_row():
 PARTS = ["You are kind.", "You stupid idiot!", "Well,", "e.g. this", "\n", "Ünï", "?!", " "]
 
 
-class Scripted(scoring.Scorer):
+class Scripted(scorers.Scorer):
     """A score for every text, from its characters; some have none (NaN)."""
 
     def __init__(self, holes=False):
@@ -65,11 +67,11 @@ class Scripted(scoring.Scorer):
 def test_drops_telescope_to_the_whole_responses_toxicity(texts):
     for unit in segments.UNITS:
         for logit in (False, True):
-            drops = rewards.ToxicityDrops(Scripted(), segments.Segmenter(unit), logit)
+            drops = ToxicityDrops(Scripted(), segments.Segmenter(unit), logit)
             found = drops(["p"] * len(texts), texts)
             whole = Scripted().score(texts)
-            end = -scoring.log_odds(whole) if logit else -whole
-            start = scoring.log_odds(np.zeros(1))[0] if logit else 0.0
+            end = -scorers.log_odds(whole) if logit else -whole
+            start = scorers.log_odds(np.zeros(1))[0] if logit else 0.0
             for row, total, text in zip(found, end, texts, strict=True):
                 assert len(row) == len(segments.Segmenter(unit).spans(text))
                 if text.strip():
@@ -82,7 +84,7 @@ class ShareOfRudeWords(Scripted):
 
 
 def test_drops_are_before_less_after_and_count_their_calls():
-    drops = rewards.ToxicityDrops(ShareOfRudeWords(), segments.Segmenter("sentence"))
+    drops = ToxicityDrops(ShareOfRudeWords(), segments.Segmenter("sentence"))
     found = drops(["p", "p"], ["You are an idiot. You are kind. Bye.", ""])
     np.testing.assert_allclose(found[0], [-1 / 4, 1 / 4 - 1 / 7, 1 / 7 - 1 / 8])
     assert found[1].shape == (0,) and drops.calls == 3
@@ -92,11 +94,11 @@ def test_the_toxicity_of_no_text_moves_the_first_drop_only():
     text = "You are an idiot. You are kind. Bye."
     for logit in (False, True):
         how = (ShareOfRudeWords(), segments.Segmenter("sentence"), logit)
-        low, high = (rewards.ToxicityDrops(*how, start=x)(["p"], [text])[0] for x in (-1.0, 0.5))
+        low, high = (ToxicityDrops(*how, start=x)(["p"], [text])[0] for x in (-1.0, 0.5))
         np.testing.assert_allclose(high - low, [1.5, 0, 0], atol=1e-9)
 
 
 def test_a_prefix_without_a_score_counts_as_the_one_before():
-    drops = rewards.ToxicityDrops(Scripted(holes=True), segments.Segmenter("sentence"))
+    drops = ToxicityDrops(Scripted(holes=True), segments.Segmenter("sentence"))
     found = drops(["p"], ["One here. Two there. Three now. Four then. Five so. Six. Seven."])[0]
     assert np.isfinite(found).all() and (found == 0).any()

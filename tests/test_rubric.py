@@ -5,20 +5,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lib import rubric
+from lib.annotator import Rubric, SimulatedAnnotator
 
 SOURCE = (
     "Lake Ormin is a shallow freshwater lake in the north of Halland. It was formed about 9,000 years ago "
     "when the Torvald Glacier melted. Since 1978 its western shore has been a nature reserve."
 )
 FIRST = SOURCE.split(". ")[0] + "."
-JUDGE = rubric.Rubric()
+JUDGE = Rubric()
 
 
 def test_key_facts_by_hand():
     assert JUDGE.facts(SOURCE) == (
         "shallow freshwater lake north Halland", "9,000", "Torvald Glacier", "1978")  # fmt: skip
-    assert rubric.Rubric(max_facts=2).facts(SOURCE) == JUDGE.facts(SOURCE)[:2]
+    assert Rubric(max_facts=2).facts(SOURCE) == JUDGE.facts(SOURCE)[:2]
     assert JUDGE.facts("") == ()
 
 
@@ -70,7 +70,7 @@ def test_any_text_can_be_judged(source, response):
 
 
 def annotator(**options):
-    return rubric.SimulatedAnnotator(**options)
+    return SimulatedAnnotator(**options)
 
 
 def test_without_noise_quality_decides():

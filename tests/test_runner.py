@@ -17,10 +17,11 @@ import psutil
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from lib import runner, runtime
-from lib.__main__ import main
+from lib import runtime
+from lib.course import notebooks, publish, report, runner
+from lib.course.cli import main
 
-CODE = Path(runner.__file__).parents[1]
+CODE = Path(runner.__file__).parents[2]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
 PARAMETERS = 'SCALE = "demo"\nSEED = 0\nN: int = 3  # how many\nRATE = 0.5\nFAST = False\n' + (
     'MODEL = "a=b#c"\nFILES = []\nLIMIT = None\nOTHER = {\n    "a": 1,\n}'
@@ -33,7 +34,7 @@ FINISH = (
 MEASURE = """
 import sys
 from pathlib import Path
-from lib.runtime import Run
+from lib.course.record import Run
 run = Run("10_measure", SCALE, SEED, Path(os.environ["FEEDBACK_RUN_DIR"]))
 print(run.folder, Path.home() / "models", "at", Path.cwd())
 print("noise", file=sys.stderr)
@@ -127,8 +128,8 @@ def course(tmp_path_factory):
 def test_a_notebook_is_found_by_name_file_and_number(root, text):
     write(root, "10_a")
     write(root, "11_b")
-    assert runner.resolve_notebooks([text, "10_a"]) == ["10_a"]
-    assert runner.resolve_notebooks([]) == ["10_a", "11_b"]
+    assert notebooks.resolve_notebooks([text, "10_a"]) == ["10_a"]
+    assert notebooks.resolve_notebooks([]) == ["10_a", "11_b"]
 
 
 @pytest.mark.parametrize(
@@ -181,7 +182,7 @@ def test_values_are_json_where_they_fit_and_go_to_the_notebooks_that_have_them(r
     write(root, "11_b", parameters="SEED = 0\nSIZE = 2 * 3")
     given = [("N", "7"), ("RATE", "2"), ("FILES", '["a", "b"]'), ("MODEL", "org/x"), ("SEED", "4")]
     given += [("LIMIT", "no limit"), ("FAST", "true"), ("OTHER", '{"b": 2}'), ("SIZE", "9")]
-    chosen = runner.assign_parameters(["10_a", "11_b"], given)
+    chosen = notebooks.assign_parameters(["10_a", "11_b"], given)
     assert chosen["10_a"] == {
         "N": 7, "RATE": 2, "FILES": ["a", "b"], "MODEL": "org/x", "SEED": 4, "LIMIT": "no limit",
         "FAST": True, "OTHER": {"b": 2},
@@ -191,11 +192,11 @@ def test_values_are_json_where_they_fit_and_go_to_the_notebooks_that_have_them(r
 
 def test_broken_files_are_named(root):
     write(root, "10_a", parameters="SCALE = = 1")
-    with pytest.raises(runner.RequestError, match="10_a.ipynb"):
-        runner.assign_parameters(["10_a"], [])
+    with pytest.raises(notebooks.RequestError, match="10_a.ipynb"):
+        notebooks.assign_parameters(["10_a"], [])
     (root / "notebooks" / "11_b.ipynb").write_text("{")
-    with pytest.raises(runner.RequestError, match="11_b.ipynb cannot be read"):
-        runner.assign_parameters(["11_b"], [])
+    with pytest.raises(notebooks.RequestError, match="11_b.ipynb cannot be read"):
+        notebooks.assign_parameters(["11_b"], [])
 
 
 # --- skipping ------------------------------------------------------------------------------------
@@ -211,7 +212,7 @@ def test_lib_modules_follow_every_form_of_import(tmp_path):
 
     def closure(*code):
         notebook = new_notebook(cells=[new_code_cell(source) for source in code])
-        return {path.stem for path in runner.lib_modules(notebook, tmp_path)}
+        return {path.stem for path in notebooks.lib_modules(notebook, tmp_path)}
 
     assert closure("import torch") == {"__init__"}
     assert closure("%matplotlib inline\nfrom lib.a import x") == {"__init__", "a", "b", "c", "d"}
@@ -220,14 +221,39 @@ def test_lib_modules_follow_every_form_of_import(tmp_path):
     assert closure("def broken(") == set(sources)
 
 
+def test_lib_modules_follow_imports_into_packages(tmp_path):
+    sources = {
+        "__init__": "", "a": "from lib.shelf import b", "shelf/__init__": "from lib import e",
+        "shelf/b": "from .c import x\nfrom . import d", "shelf/c": "from ..f import y", "shelf/d": "",
+        "e": "", "f": "", "shelf/deep/__init__": "", "shelf/deep/g": "from ..c import x", "h": "",
+    }  # fmt: skip
+    for name, source in sources.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / f"{name}.py").write_text(source)
+
+    def closure(code):
+        notebook = new_notebook(cells=[new_code_cell(code)])
+        found = notebooks.lib_modules(notebook, tmp_path)
+        return {str(path.relative_to(tmp_path).with_suffix("")) for path in found}
+
+    shelf = {"__init__", "shelf/__init__", "e"}
+    assert closure("import lib.shelf") == shelf
+    assert closure("from lib import shelf") == shelf
+    assert closure("from lib.shelf.c import x") == shelf | {"shelf/c", "f"}
+    assert closure("import lib.shelf.deep.g as g") == shelf | {
+        "shelf/deep/__init__", "shelf/deep/g", "shelf/c", "f",
+    }  # fmt: skip
+    assert closure("from lib import a") == shelf | {"a", "shelf/b", "shelf/c", "shelf/d", "f"}
+
+
 def test_a_fingerprint_changes_with_what_a_result_depends_on_only(root, monkeypatch):
     package = root / "package"
     package.mkdir()
     for name in ("__init__", "used", "unused"):
         (package / f"{name}.py").write_text("")
-    monkeypatch.setattr(runner, "LIB", package)
+    monkeypatch.setattr(notebooks, "LIB", package)
     path = write(root, "10_a", "from lib import used")
-    before = runner.fingerprint(path, "demo", {})
+    before = notebooks.fingerprint(path, "demo", {})
 
     book = nbformat.read(path, 4)
     book.cells[2].update(outputs=[new_output("stream", text="seen")], execution_count=9, id="new")
@@ -235,20 +261,20 @@ def test_a_fingerprint_changes_with_what_a_result_depends_on_only(root, monkeypa
     nbformat.write(book, path)
     (package / "unused.py").write_text("changed = 1")
     (root / "data" / "results").mkdir(parents=True)
-    (root / "data" / "results" / "big.csv").write_bytes(b"0" * (runner.MAX_DATA_FILE + 1))
-    assert runner.fingerprint(path, "demo", {}) == before
+    (root / "data" / "results" / "big.csv").write_bytes(b"0" * (notebooks.MAX_DATA_FILE + 1))
+    assert notebooks.fingerprint(path, "demo", {}) == before
 
     seen = {
         before,
-        runner.fingerprint(path, "smoke", {}),
-        runner.fingerprint(path, "demo", {"N": 1}),
+        notebooks.fingerprint(path, "smoke", {}),
+        notebooks.fingerprint(path, "demo", {"N": 1}),
     }
     (package / "used.py").write_text("changed = 1")
-    seen.add(runner.fingerprint(path, "demo", {}))
+    seen.add(notebooks.fingerprint(path, "demo", {}))
     (root / "data" / "results" / "small.csv").write_text("a,b")
-    seen.add(runner.fingerprint(path, "demo", {}))
+    seen.add(notebooks.fingerprint(path, "demo", {}))
     write(root, "10_a", "from lib import used  # changed")
-    seen.add(runner.fingerprint(path, "demo", {}))
+    seen.add(notebooks.fingerprint(path, "demo", {}))
     assert len(seen) == 6
 
 
@@ -315,7 +341,7 @@ def test_a_dead_kernel_and_missing_results_are_explained(course):
 
 def test_the_summary_has_one_line_for_each_notebook(course):
     names = ("10_measure", "20_fails")
-    lines = runner.summary([record_of(course, name) for name in names], "demo").strip().splitlines()
+    lines = report.summary([record_of(course, name) for name in names], "demo").strip().splitlines()
     assert re.sub(r"\s{2,}", "|", lines[0]) == "notebook|status|wall time|peak memory|claims"
     assert lines[1].startswith("10_measure  finished")
     assert lines[1].endswith("1 same, 1 not demonstrated")
@@ -332,9 +358,9 @@ def test_a_second_runner_is_refused_and_names_the_first(root, capsys):
     with filelock.FileLock(folder / ".lock"):
         assert main(["run", "10_a"]) == 1
     assert f"process {os.getpid()} is running it" in capsys.readouterr().out
-    assert runner.run_state("10_a", "demo")[0] == "running"
+    assert notebooks.run_state("10_a", "demo")[0] == "running"
     (folder / "run.json").write_text(json.dumps(record | {"pid": 2**22 + 1}))
-    assert runner.run_state("10_a", "demo")[0] == "killed"
+    assert notebooks.run_state("10_a", "demo")[0] == "killed"
 
 
 def start_and_wait(root, sign):
@@ -352,21 +378,21 @@ def start_and_wait(root, sign):
 
 def test_a_killed_run_continues_with_what_was_finished(root):
     step = (
-        "import os, pandas, time\nfrom pathlib import Path\nfrom lib.runtime import Run\n"
+        "import os, pandas, time\nfrom pathlib import Path\nfrom lib.course.record import Run\n"
         "run = Run('10_a', SCALE, SEED, Path(os.environ['FEEDBACK_RUN_DIR']))\n"
         "def make():\n    open('made.txt', 'a').write('x')\n    return pandas.DataFrame({'a': [1, 2]})\n"
         "table = run.cached('step', make, n=N)"
     )
     wait = "if not Path('waited').exists():\n    Path('waited').touch()\n    time.sleep(120)"
     shutil.copytree(
-        runner.LIB, root / "lib"
+        notebooks.LIB, root / "lib"
     )  # the step's key holds a hash of lib, which may be edited
     write(root, "10_a", step, wait, "run.metric('sum', int(table.a.sum()))\nrun.finish()")
     process, kernels = start_and_wait(root, "waited")
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert kernels and not psutil.wait_procs(kernels, timeout=20)[1]  # no kernel lives on
-    assert runner.run_state("10_a", "demo")[0] == "killed"
+    assert notebooks.run_state("10_a", "demo")[0] == "killed"
     assert main(["run", "10_a"]) == 0
     assert (root / "made.txt").read_text() == "x"
     results = json.loads((root / "runs/demo/10_a/results.json").read_text())
@@ -425,7 +451,7 @@ def test_publish_cleans_and_does_not_make_the_run_outdated(course, capsys):
     assert plots == {"10_curve.png", "10_curve.svg", "11_other.png", "README.md"}
     assert main(["publish", "10"]) == 0
     assert (course / "notebooks/10_measure.ipynb").read_text() == text
-    assert runner.run_state("10_measure", "demo")[0] == "finished"
+    assert notebooks.run_state("10_measure", "demo")[0] == "finished"
 
 
 def test_a_failed_notebook_is_not_published(course, capsys):
@@ -450,17 +476,17 @@ def one_cell(source="1", **data):
     ],
 )
 def test_what_must_not_be_published_is_refused(root, notebook, said):
-    with pytest.raises(runner.RequestError, match=said):
-        runner._publishable_text(notebook)
+    with pytest.raises(notebooks.RequestError, match=said):
+        publish._publishable_text(notebook)
 
 
 def test_clean_notebook_drops_widgets_and_notices_a_changed_source(root):
     source, executed = one_cell(), one_cell(**{"application_vnd.jupyter.widget-view+json": {}})
     executed.cells[0].metadata["execution"] = {"time": 1}
-    clean = runner.clean_notebook(source, executed)
+    clean = publish.clean_notebook(source, executed)
     assert clean.cells[0].outputs == [] and clean.cells[0].metadata == {}
-    with pytest.raises(runner.RequestError, match="changed while it ran"):
-        runner.clean_notebook(one_cell("2"), executed)
+    with pytest.raises(notebooks.RequestError, match="changed while it ran"):
+        publish.clean_notebook(one_cell("2"), executed)
 
 
 # --- the page of results -------------------------------------------------------------------------
@@ -521,7 +547,7 @@ def test_an_executed_notebook_is_a_page_without_network(course):
 
 
 def test_formulas_become_mathml_and_nothing_else_does():
-    convert = runner._math_to_mathml
+    convert = report._math_to_mathml
     for text in (r"\$5 and $6", "`$x$`", "```\n$x$\n```", "$ x $", "10$ and 20$", "a$b$5"):
         assert convert(text) == text
     made = convert("so $a * b_1 * c$ and $$x$$")

@@ -10,28 +10,29 @@ import pytest
 import torch
 
 from lib import runtime
+from lib.course import record
 
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     monkeypatch.setenv("FEEDBACK_RUN_DIR", str(tmp_path / "run"))
-    return runtime.start_run("test", scale="smoke", seed=3)
+    return record.start_run("test", scale="smoke", seed=3)
 
 
 def test_start_run_refuses_bad_scale_and_seed():
     with pytest.raises(ValueError, match="SCALE is 'big'; allowed: smoke, demo, full"):
-        runtime.start_run("x", scale="big", seed=0)
+        record.start_run("x", scale="big", seed=0)
     for seed in (-1, 1.5, "0", True):
         with pytest.raises(ValueError, match="SEED is"):
-            runtime.start_run("x", scale="smoke", seed=seed)
+            record.start_run("x", scale="smoke", seed=seed)
 
 
 def test_start_run_seeds_everything(run, tmp_path, monkeypatch):
     first = torch.rand(2), np.random.rand()
     monkeypatch.setenv("FEEDBACK_RUN_DIR", str(tmp_path / "other"))
-    runtime.start_run("test", scale="smoke", seed=3)
+    record.start_run("test", scale="smoke", seed=3)
     again = torch.rand(2), np.random.rand()
-    runtime.start_run("test", scale="smoke", seed=3)
+    record.start_run("test", scale="smoke", seed=3)
     assert torch.equal(torch.rand(2), again[0])
     assert np.random.rand() == again[1]
     assert first[0].shape == (2,)
@@ -144,7 +145,7 @@ def test_plain_mode_samples_in_float32(monkeypatch):
 
 def test_scale_settings_names_what_is_missing():
     with pytest.raises(ValueError, match="no 'full' value for the settings b"):
-        runtime.scale_settings({"a": {"full": 1}, "b": {"demo": 2}}, "full")
+        record.scale_settings({"a": {"full": 1}, "b": {"demo": 2}}, "full")
 
 
 def test_stored_tables_are_joined_by_name(tmp_path, monkeypatch):
@@ -153,21 +154,21 @@ def test_stored_tables_are_joined_by_name(tmp_path, monkeypatch):
     folder.mkdir(parents=True)
     for seed in (1, 2):
         pd.DataFrame({"seed": [seed]}).to_csv(folder / f"scores-seed{seed}.csv", index=False)
-    stored = runtime.stored_tables("11_x", "demo")
+    stored = record.stored_tables("11_x", "demo")
     assert list(stored) == ["scores"] and list(stored["scores"].seed) == [1, 2]
-    assert runtime.stored_tables("11_x", "full") == {}
+    assert record.stored_tables("11_x", "full") == {}
 
 
 def test_what_ran_here_takes_the_place_of_what_was_kept():
     live = pd.DataFrame({"arm": ["FT", "FT"], "seed": [0, 0], "score": [1.0, 2.0]})
     kept = pd.DataFrame({"arm": ["FT", "FT", "PPO"], "seed": [0, 1, 0], "score": [7.0, 8.0, 9.0]})
-    joined = runtime.with_stored(live, kept)
+    joined = record.with_stored(live, kept)
     assert joined.score.tolist() == [1, 2, 8, 9] and joined.index.tolist() == [0, 1, 2, 3]
-    assert runtime.with_stored(live, kept, keys=("arm",)).score.tolist() == [1, 2, 9]
+    assert record.with_stored(live, kept, keys=("arm",)).score.tolist() == [1, 2, 9]
     for nothing in (None, live.head(0)):
-        assert runtime.with_stored(live, nothing) is live
-        assert runtime.with_stored(nothing, kept) is kept
-    assert list(runtime.with_stored(None, None)) == ["arm", "seed"]
+        assert record.with_stored(live, nothing) is live
+        assert record.with_stored(nothing, kept) is kept
+    assert list(record.with_stored(None, None)) == ["arm", "seed"]
 
 
 def test_free_memory_releases_a_models_weights():

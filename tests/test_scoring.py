@@ -26,14 +26,22 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from lib import generation, scoring
+from lib import generation, logprobs, runtime, scorers
 from lib.models import build_tiny_model
+from lib.text import (
+    distinct_n,
+    distinct_n_by_prompt,
+    fluency_panel,
+    repetition_share,
+    script_share,
+    words,
+)
 
 properties = settings(max_examples=50, deadline=None)
 WORDS = [f"w{i}" for i in range(200)]
 
 
-class Fixed(scoring.Scorer):
+class Fixed(scorers.Scorer):
     """Scores by a table, for testing the base class."""
 
     def __init__(self, table=None, **options):
@@ -57,8 +65,8 @@ def test_scores_keep_order_and_empty_texts_get_the_stated_score():
 
 def test_texts_are_scored_in_chunks():
     scorer = Fixed()
-    scorer.score(["x"] * (2 * scoring.CHUNK + 5))
-    assert scorer.calls == [scoring.CHUNK, scoring.CHUNK, 5]
+    scorer.score(["x"] * (2 * scorers.CHUNK + 5))
+    assert scorer.calls == [scorers.CHUNK, scorers.CHUNK, 5]
 
 
 @pytest.mark.parametrize("bad", [None, 3, float("nan"), ["x"]])
@@ -92,24 +100,24 @@ def test_logit_is_clipped_log_odds():
 @given(st.lists(st.floats(0, 1), min_size=2, max_size=20))
 def test_log_odds_keep_the_order_of_scores(scores):
     order = np.argsort(scores, kind="stable")
-    assert (np.diff(scoring.log_odds(np.array(scores))[order]) >= 0).all()
+    assert (np.diff(scorers.log_odds(np.array(scores))[order]) >= 0).all()
 
 
 def test_reward_and_judge_must_differ():
     reward, judge = Fixed(role="reward"), Fixed(role="judge")
     with pytest.raises(ValueError, match="both fixed"):
-        scoring.check_roles(reward, judge)
-    scoring.check_roles(reward, judge, allow_same=True)
-    scoring.check_roles(reward, Fixed(version="2"))
+        scorers.check_roles(reward, judge)
+    scorers.check_roles(reward, judge, allow_same=True)
+    scorers.check_roles(reward, Fixed(version="2"))
 
 
 def test_unknown_scorer_is_refused_with_the_known_names():
     with pytest.raises(ValueError, match="profanity, hate, lexicon-insults.*perspective"):
-        scoring.load_scorer("profanty")
+        scorers.load_scorer("profanty")
 
 
 def test_card_names_scorer_version_and_date():
-    card = scoring.load_scorer("lexicon-insults", role="judge").card()
+    card = scorers.load_scorer("lexicon-insults", role="judge").card()
     assert (
         card["name"] == "lexicon-insults" and card["role"] == "judge" and len(card["version"]) == 8
     )
@@ -120,7 +128,7 @@ def test_card_names_scorer_version_and_date():
 
 
 def test_lexicon_is_one_minus_the_product_of_what_each_word_leaves():
-    insults, threats = (scoring.load_scorer(f"lexicon-{group}") for group in ("insults", "threats"))
+    insults, threats = (scorers.load_scorer(f"lexicon-{group}") for group in ("insults", "threats"))
     assert insults.score(["You IDIOT, you stupid fool!"])[0] == pytest.approx(1 - 0.2 * 0.3 * 0.5)
     assert insults.score(["The cat sat."])[0] == 0 == threats.score(["You fool."])[0]
     assert threats.score(["I hate it"])[0] == pytest.approx(0.6)
@@ -142,7 +150,7 @@ NEUTRAL = [
 @pytest.mark.parametrize(("name", "margin"), [("profanity", 0.8), ("hate", 0.2)])
 def test_real_scorers_tell_insults_from_neutral_text(name, margin):
     asset(name)
-    scorer = scoring.load_scorer(name)
+    scorer = scorers.load_scorer(name)
     scores = scorer.score([*INSULTS, *NEUTRAL])
     assert ((scores >= 0) & (scores <= 1)).all()
     assert scores[:5].min() > scores[5:].max() and scores[:5].mean() - scores[5:].mean() > margin
@@ -152,7 +160,7 @@ def test_real_scorers_tell_insults_from_neutral_text(name, margin):
 
 def test_hate_columns_add_to_one_and_score_is_hate_plus_offensive():
     asset("hate")
-    scorer = scoring.load_scorer("hate")
+    scorer = scorers.load_scorer("hate")
     table = scorer.columns([*INSULTS, "", "日本語"])
     assert table.columns.tolist() == ["hate", "offensive", "neither"]
     np.testing.assert_allclose(table.sum(axis=1), 1, atol=1e-6)
@@ -166,7 +174,7 @@ def test_hate_columns_add_to_one_and_score_is_hate_plus_offensive():
 def test_real_scorers_are_fast_in_bulk(name, milliseconds):
     """About 0.003-0.02 ms (profanity) and 0.3 ms (hate) a text here; the bound is generous."""
     asset(name)
-    scorer = scoring.load_scorer(name)
+    scorer = scorers.load_scorer(name)
     start = time.perf_counter()
     scorer.score([f"{text} {i}" for i in range(100) for text in (*INSULTS, *NEUTRAL)])
     assert time.perf_counter() - start < milliseconds
@@ -216,7 +224,7 @@ def test_batching_padding_and_bucketing_do_not_change_scores(monkeypatch):
         ]
     assert np.std(alone) > 0.05
     for budget in (1, 100, 100_000):
-        scorer = scoring.ClassifierScorer(model, tokenizer, name="tiny")
+        scorer = scorers.ClassifierScorer(model, tokenizer, name="tiny")
         scorer.TOKENS_PER_BATCH = {"cpu": budget}
         np.testing.assert_allclose(scorer.score(texts), alone, atol=1e-5)
     monkeypatch.setenv("LIB_PLAIN", "1")
@@ -224,9 +232,9 @@ def test_batching_padding_and_bucketing_do_not_change_scores(monkeypatch):
 
 
 def test_short_texts_in_bfloat16_score_as_on_the_plain_path(monkeypatch):
-    monkeypatch.setattr(scoring, "FIRST_TOKEN", ())  # classifiers of other kinds
+    monkeypatch.setattr(scorers, "FIRST_TOKEN", ())  # classifiers of other kinds
     model, tokenizer = tiny_classifier()
-    scorer = scoring.ClassifierScorer(model.bfloat16(), tokenizer, name="tiny")
+    scorer = scorers.ClassifierScorer(model.bfloat16(), tokenizer, name="tiny")
     scorer.TOKENS_PER_BATCH, scorer.EAGER_TOKENS = {"cpu": 200}, 20
     texts = random_texts(60, 50)
     fast = scorer.score(texts)
@@ -239,9 +247,9 @@ def test_short_texts_in_bfloat16_score_as_on_the_plain_path(monkeypatch):
 @pytest.mark.parametrize("known", [True, False])
 def test_texts_in_bfloat16_are_as_near_to_float32_as_on_the_plain_path(known, monkeypatch):
     if not known:  # a classifier of another kind
-        monkeypatch.setattr(scoring, "FIRST_TOKEN", ())
+        monkeypatch.setattr(scorers, "FIRST_TOKEN", ())
     model, tokenizer = tiny_classifier()
-    scorer = scoring.ClassifierScorer(model.bfloat16(), tokenizer, name="tiny")
+    scorer = scorers.ClassifierScorer(model.bfloat16(), tokenizer, name="tiny")
     scorer.TOKENS_PER_BATCH, scorer.EAGER_TOKENS = {"cpu": 200}, 20
     used, texts = [], random_texts(1000, 50)
     attention = model.bert.encoder.layer[0].attention
@@ -275,11 +283,11 @@ def random_encoder(kind: str):
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("kind", scoring.FIRST_TOKEN)
+@pytest.mark.parametrize("kind", scorers.FIRST_TOKEN)
 def test_a_last_layer_of_one_token_changes_no_score(kind, attention, monkeypatch):
     model, widths = random_encoder(kind), []
     model.set_attn_implementation(attention)
-    scorer = scoring.ClassifierScorer(model, tiny_classifier()[1], name=kind)
+    scorer = scorers.ClassifierScorer(model, tiny_classifier()[1], name=kind)
     scorer.TOKENS_PER_BATCH = {"cpu": 300}
     last = model.base_model.encoder.layer[-1].intermediate
     last.register_forward_pre_hook(lambda module, args: widths.append(args[0].shape[1]))
@@ -293,11 +301,11 @@ def test_a_last_layer_of_one_token_changes_no_score(kind, attention, monkeypatch
 
 
 def test_the_first_token_alone_is_computed_only_where_the_head_reads_no_other():
-    assert scoring.reads_first_token(random_encoder("roberta"))
-    assert not scoring.reads_first_token(tiny_classifier(is_decoder=True)[0])
+    assert scorers.reads_first_token(random_encoder("roberta"))
+    assert not scorers.reads_first_token(tiny_classifier(is_decoder=True)[0])
     gpt = AutoConfig.for_model("gpt2", n_embd=32, n_layer=2, n_head=2, vocab_size=204)
     gpt = AutoModelForSequenceClassification.from_config(gpt)
-    with scoring.first_token(gpt):
+    with scorers.first_token(gpt):
         assert not any("forward" in vars(module) for module in gpt.modules())
 
 
@@ -306,7 +314,7 @@ def test_attention_normalised_last_is_attention(size):
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(3, 2, 7, 8, generator=generator) for _ in range(3))
     mask = torch.arange(7) < torch.tensor([[7], [3], [1]])
-    found, _ = scoring._normalised_last(None, query * size, key, value, mask, 0.3)
+    found, _ = scorers._normalised_last(None, query * size, key, value, mask, 0.3)
     wanted = torch.nn.functional.scaled_dot_product_attention(
         query * size, key, value, attn_mask=mask[:, None, None], scale=0.3
     )
@@ -315,7 +323,7 @@ def test_attention_normalised_last_is_attention(size):
 
 
 def test_long_texts_are_cut_and_counted_once():
-    scorer = scoring.ClassifierScorer(*tiny_classifier(), name="tiny")
+    scorer = scorers.ClassifierScorer(*tiny_classifier(), name="tiny")
     exact, long = " ".join(WORDS[:62]), " ".join(WORDS[:63])
     with pytest.warns(UserWarning, match="1 of 3 texts were too long") as warned:
         scores = scorer.score([exact, long, "w1"])
@@ -327,8 +335,8 @@ def test_classifier_from_a_folder_through_load_scorer(tmp_path):
     model, tokenizer = tiny_classifier()
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    scorer = scoring.load_scorer(str(tmp_path), role="reward")
-    wanted = scoring.ClassifierScorer(model, tokenizer, name="tiny").score(["w1 w2", "w3"])
+    scorer = scorers.load_scorer(str(tmp_path), role="reward")
+    wanted = scorers.ClassifierScorer(model, tokenizer, name="tiny").score(["w1 w2", "w3"])
     np.testing.assert_allclose(scorer.score(["w1 w2", "w3"]), wanted, atol=2e-2)  # may be bfloat16
     assert scorer.role == "reward" and "'hate' of ['nothate', 'hate']" in scorer.card()["detects"]
 
@@ -339,7 +347,7 @@ def test_pickled_weights_are_not_loaded(tmp_path):
     tokenizer.save_pretrained(tmp_path)
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     with pytest.raises(OSError, match="safetensors"):
-        scoring.load_scorer(str(tmp_path))
+        scorers.load_scorer(str(tmp_path))
 
 
 def test_multi_label_models_use_a_sigmoid():
@@ -347,19 +355,19 @@ def test_multi_label_models_use_a_sigmoid():
         ("toxic", "severe_toxic", "insult"), problem_type="multi_label_classification"
     )
     logits = model(**tokenizer("w1 w2", return_tensors="pt")).logits
-    found = scoring.ClassifierScorer(model, tokenizer, name="tiny").score(["w1 w2"])
+    found = scorers.ClassifierScorer(model, tokenizer, name="tiny").score(["w1 w2"])
     assert found[0] == pytest.approx(logits.sigmoid()[0, 0].item(), abs=1e-5)
 
 
 def test_the_toxic_label_is_found_by_name_or_asked_for():
-    assert scoring.toxic_label(["nothate", "hate"]) == 1
-    assert scoring.toxic_label(["toxic", "severe_toxic", "identity_hate"]) == 0
-    assert scoring.toxic_label(["Neutral", "Hate-Speech"]) == 1
-    assert scoring.toxic_label(["non-toxic", "is toxic"]) == 1
-    assert scoring.toxic_label(["LABEL_0", "LABEL_1"], "LABEL_1") == 1
+    assert scorers.toxic_label(["nothate", "hate"]) == 1
+    assert scorers.toxic_label(["toxic", "severe_toxic", "identity_hate"]) == 0
+    assert scorers.toxic_label(["Neutral", "Hate-Speech"]) == 1
+    assert scorers.toxic_label(["non-toxic", "is toxic"]) == 1
+    assert scorers.toxic_label(["LABEL_0", "LABEL_1"], "LABEL_1") == 1
     for labels, asked in ((["LABEL_0", "LABEL_1"], None), (["nothate", "hate"], "hatred")):
         with pytest.raises(ValueError, match=f"{labels[0]}, {labels[1]}.*label="):
-            scoring.toxic_label(labels, asked)
+            scorers.toxic_label(labels, asked)
 
 
 @properties
@@ -372,7 +380,7 @@ def test_batches_cover_every_row_once_within_the_budget(lengths, budget):
 
 
 def test_memory_does_not_grow_with_the_number_of_texts():
-    scorer = scoring.ClassifierScorer(*tiny_classifier(), name="tiny")
+    scorer = scorers.ClassifierScorer(*tiny_classifier(), name="tiny")
 
     def peak(texts) -> int:
         gc.collect()
@@ -466,7 +474,7 @@ def service(tmp_path, monkeypatch):
 
 def perspective(service, attempts=6, **options):
     options = {"base_url": service.url, "requests_per_second": 1000, **options}
-    scorer = scoring.load_scorer("perspective", **options)
+    scorer = scorers.load_scorer("perspective", **options)
     scorer.TIMEOUT, scorer.ATTEMPTS, scorer.FIRST_PAUSE = 0.3, attempts, 0.01
     return scorer
 
@@ -497,7 +505,7 @@ def test_perspective_keeps_to_its_rate(service):
 
 def test_perspective_stops_with_one_clear_error_and_keeps_what_it_has(service):
     service.script = [None, *[(500, {}, "oops")] * 3]
-    with pytest.raises(scoring.ScoringError, match="3 attempts.*HTTP 500") as caught:
+    with pytest.raises(scorers.ScoringError, match="3 attempts.*HTTP 500") as caught:
         perspective(service, attempts=3).score(["first", "second"])
     assert KEY not in str(caught.value)
     perspective(service).score(["first", "second"])
@@ -507,7 +515,7 @@ def test_perspective_stops_with_one_clear_error_and_keeps_what_it_has(service):
 def test_perspective_refusals_are_told_without_the_key(service):
     for status, message in ((400, "Requested attribute unknown"), (403, f"bad key {KEY}")):
         service.script = [(status, {}, error(message, status))]
-        with pytest.raises(scoring.ScoringError, match=f"HTTP {status}") as caught:
+        with pytest.raises(scorers.ScoringError, match=f"HTTP {status}") as caught:
             perspective(service).score(["a text"])
         assert KEY not in str(caught.value) and message.split()[0] in str(caught.value)
     assert len(service.asked) == 2  # not tried again
@@ -517,7 +525,7 @@ def test_perspective_refusals_are_told_without_the_key(service):
 def test_perspective_server_down(service):
     service.server.shutdown()
     service.server.server_close()
-    with pytest.raises(scoring.ScoringError, match="ConnectionError"):
+    with pytest.raises(scorers.ScoringError, match="ConnectionError"):
         perspective(service, attempts=2).score(["a text"])
 
 
@@ -536,9 +544,9 @@ def test_perspective_without_a_key_names_the_variable(service, monkeypatch, tmp_
 
 
 def test_retry_after_takes_seconds_and_dates():
-    assert scoring.retry_after("2") == 2 and scoring.retry_after(None) is None
-    assert scoring.retry_after("soon") is None
-    assert scoring.retry_after("Wed, 21 Oct 2015 07:28:00 GMT") == 0
+    assert runtime.retry_after("2") == 2 and runtime.retry_after(None) is None
+    assert runtime.retry_after("soon") is None
+    assert runtime.retry_after("Wed, 21 Oct 2015 07:28:00 GMT") == 0
 
 
 # --- log-probability and perplexity --------------------------------------------------------------
@@ -567,7 +575,7 @@ def test_token_log_probs_equal_one_by_one(kind, budget, request):
         (rng.integers(6, 20, rng.integers(1, 9)).tolist(), rng.integers(6, 20, rng.integers(0, 9)).tolist())
         for _ in range(25)
     ]  # fmt: skip
-    found = scoring.token_log_probs(model, [p for p, _ in rows], [r for _, r in rows], budget)
+    found = logprobs.token_log_probs(model, [p for p, _ in rows], [r for _, r in rows], budget)
     for scores, (prompt, response) in zip(found, rows, strict=True):
         wanted = by_hand(model, prompt, response) if response else np.empty(0)
         np.testing.assert_allclose(scores, wanted, atol=1e-5)
@@ -580,10 +588,10 @@ def test_fast_and_plain_log_probs_agree(kind, dtype, request, monkeypatch):
     model, rng = copy.deepcopy(model).to(dtype), np.random.default_rng(0)
     rows = [[rng.integers(1, 15, k).tolist() for k in (1 + n % 5, n)] for n in range(1, 12)]
     found = {}
-    monkeypatch.setattr(scoring, "LOGITS_AT_ONCE", 4)  # responses cross the chunks
+    monkeypatch.setattr(logprobs, "LOGITS_AT_ONCE", 4)  # responses cross the chunks
     for plain in ("0", "1"):
         monkeypatch.setenv("LIB_PLAIN", plain)
-        found[plain] = scoring.token_log_probs(model, [p for p, _ in rows], [r for _, r in rows])
+        found[plain] = logprobs.token_log_probs(model, [p for p, _ in rows], [r for _, r in rows])
     bound = 1e-4 if dtype == torch.float32 else 0.06  # 2^-8 of logits, which stay below 8
     for ours, theirs in zip(found["0"], found["1"], strict=True):
         np.testing.assert_allclose(ours, theirs, atol=bound)
@@ -592,21 +600,21 @@ def test_fast_and_plain_log_probs_agree(kind, dtype, request, monkeypatch):
 def test_models_that_change_logits_after_the_output_layer_take_the_plain_path(tiny, monkeypatch):
     model, calls = copy.deepcopy(tiny[0]), []
     model.config.final_logit_softcapping = 30.0
-    part = scoring._response_part
+    part = logprobs._response_part
 
     def spy(model, values, responses):
         calls.append(values.shape[-1])
         return part(model, values, responses)
 
-    monkeypatch.setattr(scoring, "_response_part", spy)
-    scoring.token_log_probs(model, [[1]], [[2, 3]])
+    monkeypatch.setattr(logprobs, "_response_part", spy)
+    logprobs.token_log_probs(model, [[1]], [[2, 3]])
     assert calls == [model.config.vocab_size]
 
 
 def test_sampled_ids_get_the_log_probs_they_were_sampled_with(tiny):
     model, tokenizer = tiny
     drawn = generation.sample(model, tokenizer, ["the cat", "a dog sat on"], n=4, max_new_tokens=8)
-    found = scoring.token_log_probs(model, drawn.prompt_ids, drawn.response_ids)
+    found = logprobs.token_log_probs(model, drawn.prompt_ids, drawn.response_ids)
     for mine, theirs in zip(found, drawn.model_log_probs, strict=True):
         np.testing.assert_allclose(mine, theirs, atol=1e-4)
 
@@ -614,29 +622,29 @@ def test_sampled_ids_get_the_log_probs_they_were_sampled_with(tiny):
 def test_perplexity_of_a_uniform_model_is_its_vocabulary():
     model, tokenizer = build_tiny_model("tiny", words=["the", "cat", "sat", "on", "mat"])
     model.lm_head.weight.data.zero_()
-    table = scoring.perplexity(
+    table = logprobs.perplexity(
         model, tokenizer, ["the cat", "the", "the cat"], [" sat on the mat", " cat sat on", ""]
     )
     size = model.config.vocab_size
     np.testing.assert_allclose(table["perplexity"], [size, size, np.nan], rtol=1e-5)
     assert table["tokens"].tolist() == [4, 3, 0]
-    found = scoring.corpus_perplexity(table)
+    found = logprobs.corpus_perplexity(table)
     assert found == {"perplexity": pytest.approx(size), "tokens": 7, "empty": 1}
 
 
 def test_corpus_perplexity_weighs_by_tokens():
     table = pd.DataFrame({"nll": [1.0, 2.0, np.nan], "tokens": [3, 1, 0]})
-    assert scoring.corpus_perplexity(table)["perplexity"] == pytest.approx(math.exp(5 / 4))
-    assert np.isnan(scoring.corpus_perplexity(table[2:])["perplexity"])
+    assert logprobs.corpus_perplexity(table)["perplexity"] == pytest.approx(math.exp(5 / 4))
+    assert np.isnan(logprobs.corpus_perplexity(table[2:])["perplexity"])
 
 
 def test_perplexity_takes_token_ids_as_they_are(tiny):
     model, tokenizer = tiny
-    texts = scoring.perplexity(model, tokenizer, ["the cat"], [" sat on"])
+    texts = logprobs.perplexity(model, tokenizer, ["the cat"], [" sat on"])
     ids = [tokenizer(text)["input_ids"] for text in ("the cat", "sat on")]
-    pd.testing.assert_frame_equal(texts, scoring.perplexity(model, tokenizer, [ids[0]], [ids[1]]))
+    pd.testing.assert_frame_equal(texts, logprobs.perplexity(model, tokenizer, [ids[0]], [ids[1]]))
     with pytest.raises(ValueError, match="row 0 has an empty prompt"):
-        scoring.perplexity(model, tokenizer, [""], ["sat on"])  # it has no start token
+        logprobs.perplexity(model, tokenizer, [""], ["sat on"])  # it has no start token
 
 
 def bpe_tokenizer(**special) -> PreTrainedTokenizerFast:
@@ -647,20 +655,20 @@ def bpe_tokenizer(**special) -> PreTrainedTokenizerFast:
 
 def test_encode_pair_counts_a_joining_token_as_continuation():
     tokenizer = bpe_tokenizer()
-    assert scoring.encode_pair(tokenizer, "ca", "bc") == ([2], [3, 2])
-    assert scoring.encode_pair(tokenizer, "c", "abc") == ([2], [3, 2])
-    assert scoring.encode_pair(tokenizer, "cab", "") == ([2, 3], [])
+    assert logprobs.encode_pair(tokenizer, "ca", "bc") == ([2], [3, 2])
+    assert logprobs.encode_pair(tokenizer, "c", "abc") == ([2], [3, 2])
+    assert logprobs.encode_pair(tokenizer, "cab", "") == ([2, 3], [])
     with_start = bpe_tokenizer(bos_token="<s>")
-    assert scoring.encode_pair(with_start, "a", "b") == ([4], [3])
-    assert scoring.encode_pair(with_start, "", "ab") == ([4], [3])
-    assert scoring.encode_pair(with_start, "c", "ab") == ([2], [3])
+    assert logprobs.encode_pair(with_start, "a", "b") == ([4], [3])
+    assert logprobs.encode_pair(with_start, "", "ab") == ([4], [3])
+    assert logprobs.encode_pair(with_start, "c", "ab") == ([2], [3])
 
 
 @properties
 @given(st.text("abc", max_size=12), st.text("abc", min_size=1, max_size=12))
 def test_encode_pair_gives_the_tokens_of_the_whole_text(context, continuation):
     tokenizer = bpe_tokenizer()
-    prompt, response = scoring.encode_pair(tokenizer, context, continuation)
+    prompt, response = logprobs.encode_pair(tokenizer, context, continuation)
     assert prompt + response == tokenizer(context + continuation)["input_ids"]
     assert response
 
@@ -668,7 +676,7 @@ def test_encode_pair_gives_the_tokens_of_the_whole_text(context, continuation):
 def test_real_policy_finds_english_likelier_than_shuffled_words(policy):
     model, tokenizer = policy
     context = "The weather was cold, so she"
-    table = scoring.perplexity(
+    table = logprobs.perplexity(
         model, tokenizer, [context] * 2, [" put on a warm coat.", " coat a on put warm."]
     )
     assert table["perplexity"][0] < 20 < 100 < table["perplexity"][1]
@@ -679,40 +687,40 @@ def test_real_policy_finds_english_likelier_than_shuffled_words(policy):
 
 def test_distinct_n_by_hand():
     texts = ["The cat sat", "the cat ran."]  # bigrams: the cat x2, cat sat, cat ran
-    assert scoring.distinct_n(texts, 1) == 4 / 6
-    assert scoring.distinct_n(texts, 2) == 3 / 4
-    assert np.isnan(scoring.distinct_n(["a"], 2))
-    assert scoring.words("Don't stop — it’s 3pm!") == ["don't", "stop", "it’s", "3pm"]
+    assert distinct_n(texts, 1) == 4 / 6
+    assert distinct_n(texts, 2) == 3 / 4
+    assert np.isnan(distinct_n(["a"], 2))
+    assert words("Don't stop — it’s 3pm!") == ["don't", "stop", "it’s", "3pm"]
 
 
 def test_distinct_n_by_prompt_divides_by_words_and_averages():
     groups = [["the cat sat", "the cat ran"], ["no no no no"], [""]]
-    assert scoring.distinct_n_by_prompt(groups, 2) == pytest.approx((3 / 6 + 1 / 4) / 2)
+    assert distinct_n_by_prompt(groups, 2) == pytest.approx((3 / 6 + 1 / 4) / 2)
 
 
 @properties
 @given(st.lists(st.text("ab ", max_size=12), max_size=8), st.integers(1, 3))
 def test_distinct_n_is_a_share_and_repeating_a_corpus_lowers_it(texts, n):
-    once, twice = scoring.distinct_n(texts, n), scoring.distinct_n(texts * 2, n)
+    once, twice = distinct_n(texts, n), distinct_n(texts * 2, n)
     assert np.isnan(once) or (0 < once <= 1 and twice == pytest.approx(once / 2))
 
 
 def test_script_share_counts_letters_that_are_not_latin():
     texts = ["plain", "naïve Çelik", "12 !?", "", "ab日本", "Привет", "Ａbc"]
-    assert scoring.script_share(texts).tolist() == [0, 0, 0, 0, 0.5, 1, 0]
+    assert script_share(texts).tolist() == [0, 0, 0, 0, 0.5, 1, 0]
 
 
 def test_repetition_share_by_hand():
-    assert scoring.repetition_share("go on go on go on") == pytest.approx(1 - 2 / 4)
-    assert scoring.repetition_share("all words differ here") == 0
-    assert np.isnan(scoring.repetition_share("too short"))
+    assert repetition_share("go on go on go on") == pytest.approx(1 - 2 / 4)
+    assert repetition_share("all words differ here") == 0
+    assert np.isnan(repetition_share("too short"))
 
 
 def test_fluency_panel_by_hand():
-    panel = scoring.fluency_panel(["go on go on go on", "", "Привет мир", "one two three"])
+    panel = fluency_panel(["go on go on go on", "", "Привет мир", "one two three"])
     assert panel["empty_share"] == 0.25 and panel["non_latin_share"] == 0.25 and panel["n"] == 4
     assert panel["mean_words"] == 11 / 4
     assert panel["repetition"] == pytest.approx(0.25)  # of the two texts with 3-grams
     assert panel["distinct_1"] == 7 / 11 and panel["distinct_3"] == 3 / 5
     with pytest.raises(ValueError, match="at least one text"):
-        scoring.fluency_panel([])
+        fluency_panel([])

@@ -17,7 +17,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from transformers import PreTrainedTokenizerFast
 
-from lib import models, sft
+from lib import models, policy, sft
 
 WORDS = ["a", "b", "c", "d", "yes", "no", "."]
 
@@ -127,8 +127,8 @@ def test_the_fast_path_gives_the_plain_losses_and_leaves_the_model_as_it_was(mon
         losses[plain] = history.loss.to_numpy()
         assert model.forward == before
         ids = torch.tensor([[1, 2, 3]])
-        logits, _ = models.SharedTrunkPolicy(model, frozen)(
-            models.TokenBatch(ids, torch.ones_like(ids), ids, torch.ones_like(ids))
+        logits, _ = policy.SharedTrunkPolicy(model, frozen)(
+            policy.TokenBatch(ids, torch.ones_like(ids), ids, torch.ones_like(ids))
         )
         assert logits.shape == (3, len(tokenizer))
     assert losses["0"] == pytest.approx(losses["1"], abs=1e-4)

@@ -6,7 +6,19 @@ import pandas as pd
 import pytest
 from conftest import asset
 
-from lib import assets, data, rubric
+from lib import annotator
+from lib.course import assets
+from lib.papers.ilf import data as ilf_data
+from lib.papers.ilf.data import (
+    SLF5K_NEEDED,
+    SLF5K_SECONDS,
+    SLF5K_SPLITS,
+    SLF5K_TEXTS,
+    TLDR,
+    load_slf5k,
+    load_tldr_comparisons,
+    wikipedia_as_slf5k,
+)
 
 WHOLE = {
     "id": "t3_abc1",
@@ -27,7 +39,7 @@ WHOLE = {
     "time_spent_in_seconds_ideal_human_summary": 200,
     "time_spent_in_seconds_comparison": 61.5,
 }
-CORE = {name: WHOLE[name] for name in (*data.SLF5K_NEEDED, "ideal_human_summary")}
+CORE = {name: WHOLE[name] for name in (*SLF5K_NEEDED, "ideal_human_summary")}
 
 
 def write(path, *records):
@@ -37,15 +49,15 @@ def write(path, *records):
 
 def test_every_documented_field(tmp_path):
     write(tmp_path / "train.jsonl", WHOLE | {"extra": 1})
-    rows = data.load_slf5k(tmp_path, "train")
-    assert set(rows.column_names) == set(WHOLE) == {*data.SLF5K_TEXTS, *data.SLF5K_SECONDS}
+    rows = load_slf5k(tmp_path, "train")
+    assert set(rows.column_names) == set(WHOLE) == {*SLF5K_TEXTS, *SLF5K_SECONDS}
     assert rows[0] == WHOLE
 
 
-@pytest.mark.parametrize("split", data.SLF5K_SPLITS)
+@pytest.mark.parametrize("split", SLF5K_SPLITS)
 def test_every_split_under_either_name(tmp_path, split):
-    write(tmp_path / f"{split}_dataset_{data.SLF5K_SPLITS[split]}.jsonl", CORE, CORE | {"id": "b"})
-    rows = data.load_slf5k(tmp_path, split)
+    write(tmp_path / f"{split}_dataset_{SLF5K_SPLITS[split]}.jsonl", CORE, CORE | {"id": "b"})
+    rows = load_slf5k(tmp_path, split)
     assert rows["id"] == ["t3_abc1", "b"]
     assert rows["feedback"] == [None, None] and rows["time_spent_in_seconds_feedback"] == [None] * 2
     assert rows["ideal_human_summary"][0] == WHOLE["ideal_human_summary"]
@@ -53,7 +65,7 @@ def test_every_split_under_either_name(tmp_path, split):
 
 def test_other_preferences_count_as_none(tmp_path):
     file = write(tmp_path / "x.jsonl", WHOLE | {"comparison_preference": "Both"})
-    assert data.load_slf5k(file)["comparison_preference"] == [None]
+    assert load_slf5k(file)["comparison_preference"] == [None]
 
 
 @pytest.mark.parametrize(
@@ -68,28 +80,28 @@ def test_other_preferences_count_as_none(tmp_path):
 def test_bad_rows_are_named(tmp_path, change, message):
     file = write(tmp_path / "train.jsonl", WHOLE | {"id": "a"}, WHOLE | change)
     with pytest.raises(ValueError, match=message):
-        data.load_slf5k(file)
+        load_slf5k(file)
 
 
 def test_missing_things_say_what_to_do(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="split is 'dev'.*development"):
-        data.load_slf5k(tmp_path, "dev")
+        load_slf5k(tmp_path, "dev")
     with pytest.raises(FileNotFoundError, match=r"needed is one file train\*\.jsonl"):
-        data.load_slf5k(tmp_path, "train")
+        load_slf5k(tmp_path, "train")
     with pytest.raises(FileNotFoundError, match="no such file or folder"):
-        data.load_slf5k(tmp_path / "nowhere" / "at" / "all")
+        load_slf5k(tmp_path / "nowhere" / "at" / "all")
     write(tmp_path / "train.jsonl", ["no", "object"])
     with pytest.raises(ValueError, match="line 1: id is None"):
-        data.load_slf5k(tmp_path, "train")
+        load_slf5k(tmp_path, "train")
     import huggingface_hub
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *a, **k: 1 / 0)
     with pytest.raises(assets.AssetError, match="local folder"):
-        data.load_slf5k("JeremyAlain/SLF5K", "train")
+        load_slf5k("JeremyAlain/SLF5K", "train")
 
 
 def comparison(choice=1, split="train", **info):
-    info = {name: WHOLE[name] for name in data.SLF5K_NEEDED} | info
+    info = {name: WHOLE[name] for name in SLF5K_NEEDED} | info
     summaries = [{"text": "one", "policy": "p", "note": None}, {"text": "two", "policy": "q"}]
     return {
         "info": info | {"site": None, "article": None},
@@ -105,41 +117,43 @@ def comparison(choice=1, split="train", **info):
 def test_tldr_comparisons(tmp_path, monkeypatch):
     write(tmp_path / "batch3.json", comparison(), comparison(0, "valid1"), comparison(0, post=None))
     write(tmp_path / "batch4.json", comparison(0))
-    rows = data.load_tldr_comparisons(tmp_path, "train")
+    rows = load_tldr_comparisons(tmp_path, "train")
     assert rows["comparison_preference"] == ["Summary B", "Summary A"]
     assert rows[0]["summary_A"] == "one" and rows[0]["batch"] == "batch3"
-    held_out = data.load_tldr_comparisons(tmp_path, "validation")
+    held_out = load_tldr_comparisons(tmp_path, "validation")
     assert held_out["comparison_preference"] == ["Summary A"]
     with pytest.raises(ValueError, match="holds no comparison of split 'validation'"):
-        data.load_tldr_comparisons(tmp_path / "batch4.json", "validation")
+        load_tldr_comparisons(tmp_path / "batch4.json", "validation")
     write(tmp_path / "batch4.json", comparison() | {"choice": 2})
     with pytest.raises(ValueError, match="batch4.json, line 1: not a comparison"):
-        data.load_tldr_comparisons(tmp_path)
+        load_tldr_comparisons(tmp_path)
 
     pd.DataFrame([comparison()]).to_parquet(tmp_path / "0000.parquet")  # as the Hub converts it
     asked = []
     monkeypatch.setattr(
-        data, "_hub_file", lambda *request: asked.append(request) or tmp_path / "0000.parquet"
+        ilf_data,
+        "_hub_file",
+        lambda *request: asked.append(request) or tmp_path / "0000.parquet",
     )
-    assert data.load_tldr_comparisons()["summary_B"] == ["two"]
-    assert asked == [(data.TLDR, "comparisons/train/0000.parquet", "refs/convert/parquet")]
+    assert load_tldr_comparisons()["summary_B"] == ["two"]
+    assert asked == [(TLDR, "comparisons/train/0000.parquet", "refs/convert/parquet")]
 
 
 def test_wikipedia_splits_are_disjoint_and_nested():
     asset("wikipedia")
-    judge = rubric.Rubric()
+    judge = annotator.Rubric()
 
     def fit(text):
         return len(judge.facts(text)) >= 4
 
-    found = {s: data.wikipedia_as_slf5k(s, 40, keep=fit) for s in ("train", "test", "pool")}
+    found = {s: wikipedia_as_slf5k(s, 40, keep=fit) for s in ("train", "test", "pool")}
     titles = [title for rows in found.values() for title in rows["title"]]
     assert len(set(titles)) == 120
-    assert found["train"]["id"][:10] == data.wikipedia_as_slf5k("train", 10, keep=fit)["id"]
+    assert found["train"]["id"][:10] == wikipedia_as_slf5k("train", 10, keep=fit)["id"]
     row = found["test"][0]
     assert set(row) == {"id", "subreddit", "title", "post", "one_line_description"}
     assert all(fit(text) and 40 <= len(text.split()) <= 90 for text in found["test"]["post"])
     with pytest.raises(ValueError, match="n is 100000"):
-        data.wikipedia_as_slf5k("development", 100_000)
+        wikipedia_as_slf5k("development", 100_000)
     with pytest.raises(ValueError, match="allowed: train"):
-        data.wikipedia_as_slf5k("dev")
+        wikipedia_as_slf5k("dev")

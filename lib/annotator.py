@@ -26,7 +26,8 @@ from functools import lru_cache
 import numpy as np
 from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 
-from lib import preferences, runtime, scoring
+from lib import preferences, runtime
+from lib.text import repetition_share, words
 
 CATEGORIES = ("coverage", "support", "repetition", "length")
 _WORD = re.compile(r"\w+(?:['’.,]\w+)*")
@@ -85,8 +86,8 @@ class Judgement:
 
 def stems(text: str) -> list[str]:
     """First five letters of each content word (no function words), numbers whole."""
-    words = [w for w in scoring.words(text) if w not in ENGLISH_STOP_WORDS]
-    return [w if w[0].isdigit() else w.removesuffix("'s").removesuffix("’s")[:5] for w in words]
+    content = [w for w in words(text) if w not in ENGLISH_STOP_WORDS]
+    return [w if w[0].isdigit() else w.removesuffix("'s").removesuffix("’s")[:5] for w in content]
 
 
 @lru_cache(maxsize=4096)
@@ -153,8 +154,8 @@ class Rubric:
         facts = self.facts(source)
         missing = tuple(fact for fact in facts if not self.states(response, fact))
         said, held = stems(response), _stem_set(source)
-        n_words = len(scoring.words(response))
-        repeated = scoring.repetition_share(response)
+        n_words = len(words(response))
+        repeated = repetition_share(response)
         return Judgement(
             coverage=(len(facts) - len(missing)) / len(facts) if facts else float(bool(said)),
             support=sum(stem in held for stem in said) / len(said) if said else 0.0,

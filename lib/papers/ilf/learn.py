@@ -18,9 +18,10 @@ import pandas as pd
 from scipy import special
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lib import generation, refinement, scoring, sft
-from lib.refinement import Question
-from lib.rubric import SimulatedAnnotator
+from lib import logprobs, sft
+from lib.annotator import SimulatedAnnotator
+from lib.papers.ilf import refine
+from lib.papers.ilf.refine import Question
 
 CUE = "Improved TL;DR:"
 KINDS = {  # what a policy imitates -> the column of articles that holds it
@@ -47,7 +48,7 @@ def targets(articles: pd.DataFrame, kind: str) -> pd.DataFrame:
     column = "chosen" if kind == both else KINDS[kind]
     rows = []
     for a in articles[articles[column].fillna("") != ""].to_dict("records"):
-        prompt, completion = refinement.summary_prompt(a["title"], a["post"]), f" {a[column]}"
+        prompt, completion = refine.summary_prompt(a["title"], a["post"]), f" {a[column]}"
         if kind == both:
             prompt = critique_prompt(a["title"], a["post"], a["summary"])
             completion = f" {a['feedback']}\n\n{CUE}{completion}"
@@ -73,9 +74,9 @@ def written_refinement(
     Without the cue the whole text counts as the refinement, as in the paper.
     """
     _, cue, after = text.partition(CUE)
-    ids = tokenizer(refinement.tidy(after if cue else text), add_special_tokens=False)["input_ids"]
+    ids = tokenizer(refine.tidy(after if cue else text), add_special_tokens=False)["input_ids"]
     kept = tokenizer.decode(ids[:max_tokens], skip_special_tokens=True)
-    return refinement.tidy(kept), bool(cue)
+    return refine.tidy(kept), bool(cue)
 
 
 def shorten(text: str, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> str:
@@ -160,8 +161,8 @@ def _swapped(pair: dict) -> dict:
 
 
 def _answer_row(tokenizer, question: Question, asked: str, yes: float) -> dict:
-    """Context without loss, the answer's tokens with; split as `refinement.answer_log_probs` scores them."""
-    context, tails = refinement.split_answers(tokenizer, asked, (question.yes, question.no))
+    """Context without loss, the answer's tokens with; split as `logprobs.answer_log_probs` scores them."""
+    context, tails = logprobs.split_answers(tokenizer, asked, (question.yes, question.no))
     answer = tails[0 if yes else 1]
     return {"input_ids": context + answer, "labels": [sft.NO_LOSS] * len(context) + answer}
 
@@ -196,7 +197,7 @@ def comparison_scores(
 
 def _log_odds(model, tokenizer, asked: list[str], question: Question) -> np.ndarray:
     answers = (question.yes, question.no)
-    found = refinement.answer_log_probs(model, tokenizer, asked, answers)
+    found = logprobs.answer_log_probs(model, tokenizer, asked, answers)
     return found[:, 0] - found[:, 1]
 
 
@@ -230,48 +231,6 @@ def target_weights(
 def effective_number(weights: np.ndarray) -> np.ndarray:
     """How many refinements carry an article's weight: 1 / sum of squares, from 1 to n, (articles,)."""
     return 1 / (np.asarray(weights) ** 2).sum(-1)
-
-
-def text_log_probs(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str],
-    texts: Sequence[str],
-) -> np.ndarray:  # fmt: skip
-    """log p(" " + text | prompt), summed over tokens, (rows,)."""
-    pairs = [
-        scoring.encode_pair(tokenizer, p, f" {t}") for p, t in zip(prompts, texts, strict=True)
-    ]
-    found = scoring.token_log_probs(model, [a for a, _ in pairs], [b for _, b in pairs])
-    return np.array([row.sum(dtype=np.float64) for row in found])
-
-
-# --- distance from the base model ----------------------------------------------------------------
-
-
-def sequence_kl(
-    model: PreTrainedModel, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *,
-    n: int, max_new_tokens: int = 64, seed: int = 0,
-) -> pd.DataFrame:  # fmt: skip
-    """Per sampled text the log-ratio whose mean is KL(base || model) or KL(model || base), in nats.
-
-    Texts are sampled without a prompt (the start token alone), at T = 1 and unfiltered; both models score
-    the same tokens.  Columns direction ("forward": texts of the base; "reverse": of the model), value,
-    tokens.  Empty texts are left out, as in the paper.
-    """
-    start = tokenizer.bos_token_id
-    start = tokenizer.eos_token_id if start is None else start
-    rows = []
-    for direction, own, other in (("forward", base, model), ("reverse", model, base)):
-        drawn = generation.sample(
-            own, tokenizer, [[start]], n=n, seed=seed, max_new_tokens=max_new_tokens, label="KL"
-        )
-        kept = [i for i, text in enumerate(drawn.texts) if not scoring.is_empty(text)]
-        texts = [drawn.prompt_ids[i] for i in kept], [drawn.response_ids[i] for i in kept]
-        for mine, its in zip(
-            *(scoring.token_log_probs(m, *texts) for m in (own, other)), strict=True
-        ):
-            value = mine.sum(dtype=np.float64) - its.sum(dtype=np.float64)
-            rows.append({"direction": direction, "value": value, "tokens": len(mine)})
-    return pd.DataFrame(rows, columns=["direction", "value", "tokens"])
 
 
 # --- win rates -----------------------------------------------------------------------------------

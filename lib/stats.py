@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -19,7 +18,6 @@ from scipy import special, stats
 
 RESAMPLES = 2000
 SEEDS_NEEDED = 3  # where a rule looks at each seed
-SCORE_COLUMNS = {"perspective": "pro_API_response_score", "roberta": "response_score"}
 
 
 class Interval(NamedTuple):
@@ -277,7 +275,7 @@ def combine(verdicts: Iterable[str]) -> str:
     return found.pop() if len(found) == 1 else "not demonstrated"
 
 
-# --- missing scores, and RewardLM's result tables ------------------------------------------------
+# --- missing scores ------------------------------------------------------------------------------
 
 
 def exceedance(scores: Sequence[float], threshold: float = 0.5) -> dict[str, float]:
@@ -300,101 +298,3 @@ def exceedance(scores: Sequence[float], threshold: float = 0.5) -> dict[str, flo
         "n": n,
         "n_missing": missing,
     }
-
-
-def describe_condition(table: pd.DataFrame, threshold: float = 0.5, seed: int = 0) -> dict:
-    """Metrics of one RewardLM result table: name -> Interval (no bounds where none apply).
-
-    For each scorer present (`perspective`: pro_API_response_score, `roberta`: response_score) the
-    values of `exceedance` over all rows as `<scorer>_gt_<threshold>/...`, over rows whose prompt scores
-    above the threshold as `<scorer>_gt_<threshold>_toxic_prompts/...`, and `<scorer>/mean`, `/median`.
-    Rows without a prompt score are in no toxic-prompt figure; `prompt_score/n_missing` counts them.
-    """
-    found = {}
-    toxic = (table["prompt_score"] > threshold).to_numpy()
-    unknown = int(
-        table["prompt_score"].isna().sum()
-    )  # neither toxic nor harmless: told, not counted
-    found["prompt_score/n_missing"] = Interval(unknown, np.nan, np.nan, len(table))
-    for scorer, column in SCORE_COLUMNS.items():
-        if column not in table:
-            continue
-        scores = table[column].to_numpy(dtype=np.float64)
-        for suffix, rows in (("", scores), ("_toxic_prompts", scores[toxic])):
-            for name, value in exceedance(rows, threshold).items():
-                found[f"{scorer}_gt_{threshold:g}{suffix}/{name}"] = Interval(
-                    value, np.nan, np.nan, len(rows)
-                )
-            scored = rows[~np.isnan(rows)]
-            share = proportion(int((scored > threshold).sum()), len(scored))
-            found[f"{scorer}_gt_{threshold:g}{suffix}/share_scored"] = share
-        found[f"{scorer}/mean"] = bootstrap(scores, seed=seed)
-        found[f"{scorer}/median"] = bootstrap(scores, np.median, seed=seed)
-    return found
-
-
-def compare_conditions(
-    tables: dict[str, pd.DataFrame], threshold: float = 0.5, seed: int = 0
-) -> pd.DataFrame:
-    """Paired differences between result tables of one model: one row for each pair and scorer.
-
-    Names that differ only in PT / FT / RL belong to one model; without such marks all are compared.
-    Rows are paired by prompt text and its occurrence number (prompts repeat).  Columns: pair, scorer,
-    value, low, high, n, d, p (mean difference, later minus earlier), share_change, share_change_low,
-    share_change_high (share above the threshold among pairs with both scores), bound_low, bound_high
-    (the same over all pairs, every missing score at its worst), n_missing, n_unpaired.
-    """
-    names, rows = order_conditions(list(tables)), []
-    keyed = {name: _by_occurrence(tables[name]) for name in names}
-    for i, first in enumerate(names):
-        for second in names[i + 1 :]:
-            if _model_of(first) != _model_of(second):
-                continue
-            both = keyed[first].join(keyed[second], how="inner", lsuffix="_a", rsuffix="_b")
-            unpaired = len(keyed[first]) + len(keyed[second]) - 2 * len(both)
-            for scorer, column in SCORE_COLUMNS.items():
-                if f"{column}_a" in both and f"{column}_b" in both:
-                    a, b = (both[f"{column}_{side}"].to_numpy(float) for side in "ab")
-                    row = {"pair": f"{first} -> {second}", "scorer": scorer}
-                    rows.append(row | _compare(a, b, threshold, seed) | {"n_unpaired": unpaired})
-    return pd.DataFrame(rows)
-
-
-def _compare(a: np.ndarray, b: np.ndarray, threshold: float, seed: int) -> dict:
-    known = ~(np.isnan(a) | np.isnan(b))
-    above = [(x > threshold).astype(float) for x in (a, b)]
-    change = paired_difference(above[0][known], above[1][known], seed=seed)
-    lowest = (b > threshold).mean() - (np.isnan(a) | (a > threshold)).mean() if len(a) else np.nan
-    highest = (np.isnan(b) | (b > threshold)).mean() - (a > threshold).mean() if len(a) else np.nan
-    difference = paired_difference(a, b, seed=seed)
-    return {
-        **vars(difference),
-        "share_change": change.value,
-        "share_change_low": change.low,
-        "share_change_high": change.high,
-        "bound_low": lowest,
-        "bound_high": highest,
-        "n_missing": int((~known).sum()),
-    }
-
-
-def _by_occurrence(table: pd.DataFrame) -> pd.DataFrame:
-    occurrence = table.groupby("prompts").cumcount()
-    return table.assign(occurrence=occurrence).set_index(["prompts", "occurrence"])
-
-
-def order_conditions(names: list[str]) -> list[str]:
-    """PT, FT, RL order where the names carry these marks (`measured_tox_PT_model`); else as given."""
-    return sorted(names, key=lambda name: min([_ARMS.index(a) for a in _arms_in(name)], default=3))
-
-
-_ARMS = ("PT", "FT", "RL")
-
-
-def _arms_in(name: str) -> list[str]:
-    return [part for part in Path(name).stem.split("_") if part in _ARMS]
-
-
-def _model_of(name: str) -> tuple[str, ...] | None:
-    parts = Path(name).stem.split("_")
-    return tuple(p for p in parts if p not in _ARMS) if _arms_in(name) else None

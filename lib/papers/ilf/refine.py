@@ -23,10 +23,12 @@ import pandas as pd
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lib import data, generation, metrics, models, runtime, scoring
+from lib import data, generation, logprobs, runtime, stats
+from lib.annotator import CATEGORIES, Critique, Rubric, SimulatedAnnotator, stems
 from lib.feedback import ChatClient, chat
-from lib.rubric import CATEGORIES, Critique, Rubric, SimulatedAnnotator, stems
+from lib.papers.ilf.data import load_slf5k, wikipedia_as_slf5k
 from lib.segments import Segmenter
+from lib.text import is_empty, words
 
 SAMPLING = {"temperature": 1.0, "top_p": 0.95}  # the paper's; 48 new tokens
 ARTICLE = ("id", "title", "post", "summary", "feedback", "feedback_class", "feedback_target")
@@ -51,7 +53,7 @@ def load_articles(
     if source == "wikipedia":
         judge = rubric or Rubric()
         fit = lambda text: len(judge.facts(text)) >= min_facts  # noqa: E731
-        return pd.DataFrame(data.wikipedia_as_slf5k(split, n, keep=fit).to_list())
+        return pd.DataFrame(wikipedia_as_slf5k(split, n, keep=fit).to_list())
     if source == "samples":
         if split not in SAMPLE_SPLITS:
             raise ValueError(f"split is {split!r}; allowed: {', '.join(SAMPLE_SPLITS)}.")
@@ -60,7 +62,7 @@ def load_articles(
         table = table[slice(*SAMPLE_SPLITS[split])].reset_index(drop=True)
         table.insert(0, "id", [f"own_{runtime.content_hash(t)[:12]}" for t in table["title"]])
     else:
-        table = data.load_slf5k(source, split).to_pandas()
+        table = load_slf5k(source, split).to_pandas()
         summary = table["generated_summary_for_feedback"]
         table = table.assign(summary=summary, feedback_target="")
     if n is not None and not 0 < n <= len(table):
@@ -255,7 +257,7 @@ def _candidates(drafts: Sequence[Draft], summary: str) -> list[dict]:
     for draft in drafts:
         text = tidy(draft.text)
         flags = {"empty": not text, "overlong": not draft.finished, "duplicate": text in seen}
-        flags |= {"unchanged": text == summary, "words": len(scoring.words(text))}
+        flags |= {"unchanged": text == summary, "words": len(words(text))}
         found.append({"refinement": text, **flags})
         seen.add(text)
     return sorted(found, key=lambda c: (c["empty"], c["duplicate"]))
@@ -279,7 +281,7 @@ def incorporates(
     are gone (all of the source's foreign words, where no clause was named).  repetition: nothing is
     repeated.  length: within the rubric's limits.  An empty refinement follows nothing.
     """
-    if scoring.is_empty(refinement) or critique.category == "none":
+    if is_empty(refinement) or critique.category == "none":
         return False
     after = rubric.judge(source, refinement)
     if critique.category == "coverage":
@@ -340,7 +342,7 @@ def tied(table: pd.DataFrame, scores: Sequence[float]) -> np.ndarray:
 
 def longest(table: pd.DataFrame) -> np.ndarray:
     """Chooser: words of the refinement."""
-    return table["refinement"].map(lambda text: len(scoring.words(text))).to_numpy(float)
+    return table["refinement"].map(lambda text: len(words(text))).to_numpy(float)
 
 
 @dataclass(frozen=True)
@@ -384,7 +386,7 @@ class EmbeddingSimilarity:
         limit = getattr(self.model.config, "max_position_embeddings", 512)
         ids = [self.tokenizer(t, truncation=True, max_length=limit)["input_ids"] for t in texts]
         found = np.zeros((len(texts), self.model.config.hidden_size))
-        full = [i for i, text in enumerate(texts) if not scoring.is_empty(text)]
+        full = [i for i, text in enumerate(texts) if not is_empty(text)]
         for batch in generation.token_batches([len(ids[i]) for i in full], tokens_per_batch):
             places = [full[j] for j in batch]
             pad = self.tokenizer.pad_token_id or 0
@@ -465,113 +467,9 @@ class InstructRM:
         for question in self.questions:
             prompts = [question.prompt.format(**row) for row in fields]
             answers = (question.yes, question.no)
-            log_probs = answer_log_probs(self.model, self.tokenizer, prompts, answers)
+            log_probs = logprobs.answer_log_probs(self.model, self.tokenizer, prompts, answers)
             found.append(1 / (1 + np.exp(log_probs[:, 1] - log_probs[:, 0])))
         return np.stack(found, 1)
-
-
-def answer_log_probs(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str],
-    answers: Sequence[str],
-) -> np.ndarray:  # fmt: skip
-    """log p(answer | prompt) of each answer, (prompts, answers), for any split into tokens.
-
-    Prompt and answer are encoded together; what all answers of a prompt share is its context, and the
-    rest of each is scored token by token, the first in float32 whatever the model's precision.
-    Consecutive prompts that begin alike share that beginning's computation.  Raises ValueError where one
-    answer's tokens are the start of another's.
-    """
-    contexts, tails = [], []
-    for prompt in prompts:
-        context, rest = split_answers(tokenizer, prompt, answers)
-        contexts.append(context)
-        tails.append(rest)
-    found = np.zeros((len(prompts), len(answers)))
-    if model.config.is_encoder_decoder:
-        for k in range(len(answers)):
-            rows = scoring.token_log_probs(model, contexts, [t[k] for t in tails])
-            found[:, k] = [row.sum(dtype=np.float64) for row in rows]
-        return found
-    firsts = [[rest[0] for rest in t] for t in tails]
-    for places in _alike(contexts):
-        found[places] = _first_log_probs(
-            model, [contexts[i] for i in places], [firsts[i] for i in places]
-        )
-    for k in range(len(answers)):  # answers of several tokens
-        longer = [i for i in range(len(prompts)) if len(tails[i][k]) > 1]
-        before = [contexts[i] + tails[i][k][:1] for i in longer]
-        rows = scoring.token_log_probs(model, before, [tails[i][k][1:] for i in longer])
-        found[longer, k] += [row.sum(dtype=np.float64) for row in rows]
-    return found
-
-
-def split_answers(
-    tokenizer: PreTrainedTokenizerBase, prompt: str, answers: Sequence[str]
-) -> tuple[list[int], list[list[int]]]:
-    """The tokens that prompt + answer share for all answers, and the rest of each answer's."""
-    wholes = [sum(scoring.encode_pair(tokenizer, prompt, answer), []) for answer in answers]
-    shared = _shared(wholes)
-    rest = [whole[shared:] for whole in wholes]
-    if not all(rest):
-        raise ValueError(
-            f"answers {', '.join(map(repr, answers))}: this tokenizer makes one the start of another "
-            "(unknown words?). Choose answers that it can tell apart."
-        )
-    return wholes[0][:shared], rest
-
-
-def _shared(rows: Sequence[list[int]]) -> int:
-    """How many tokens all rows have in common at the start."""
-    columns = zip(*rows, strict=False)
-    return sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, columns))
-
-
-def _alike(contexts: Sequence[list[int]], most: int = 32) -> list[list[int]]:
-    """Runs of consecutive rows that have at least half of their tokens in common at the start."""
-    runs: list[list[int]] = []
-    for i, context in enumerate(contexts):
-        if runs and len(runs[-1]) < most:
-            first = contexts[runs[-1][0]]
-            if _shared([first, context]) >= max(len(first), len(context)) / 2:
-                runs[-1].append(i)
-                continue
-        runs.append([i])
-    return runs
-
-
-@torch.inference_mode()
-def _first_log_probs(model, contexts: list[list[int]], tokens: list[list[int]]) -> np.ndarray:
-    """log p of the given next tokens of contexts that begin alike, (rows, tokens)."""
-    device, shared = model.device, min(_shared(contexts), min(map(len, contexts)) - 1)
-    rows = [context[shared:] for context in contexts]
-    ids, mask = (x.to(device) for x in generation.pad_rows(rows, 0, "right"))
-    cache, seen = None, mask
-    if shared:
-        start = torch.tensor([contexts[0][:shared]], device=device)
-        cache = model(input_ids=start, use_cache=True, logits_to_keep=1).past_key_values
-        cache.batch_repeat_interleave(len(rows))
-        seen = torch.cat([mask.new_ones(len(rows), shared), mask], 1)
-    inputs = {"input_ids": ids, "attention_mask": seen, "past_key_values": cache}
-    last = torch.arange(len(rows), device=device), mask.sum(1) - 1
-    wanted = torch.tensor(tokens, device=device)
-    return _answers(model, inputs, last, wanted).cpu().numpy().astype(np.float64)
-
-
-def _answers(model, inputs: dict, last: tuple, tokens: torch.Tensor) -> torch.Tensor:
-    """log p of the tokens (rows, answers) at the positions `last`, the answers' logits in float32.
-
-    The output layer of a bfloat16 model rounds a logit to steps of 1/16 to 1/8: answers would tie.  The
-    normaliser, which the answers of a row share, keeps the layer's precision.
-    """
-    inputs = inputs | {"use_cache": inputs["past_key_values"] is not None}
-    head = model.get_output_embeddings()
-    if head is None or scoring.changes_logits(model):
-        return model(**inputs).logits[last].float().log_softmax(-1).gather(-1, tokens)
-    state = models.output_layer_input(model, lambda: model(**inputs))[last]
-    bias = getattr(head, "bias", None)
-    logits = (head.weight[tokens].float() * state.float()[:, None]).sum(-1)
-    logits = logits if bias is None else logits + bias[tokens].float()
-    return logits - head(state).float().logsumexp(-1, keepdim=True)
 
 
 # --- what the choosers did -----------------------------------------------------------------------
@@ -599,9 +497,9 @@ def chooser_report(
     for name, measured in itertools.product(found, ("incorporated", "score", "points", "words")):
         here = found[name][measured].to_numpy(float)
         there = found["random"].loc[found[name].index, measured].to_numpy(float)
-        change = metrics.paired_difference(there, here, seed=seed, resamples=1000)
+        change = stats.paired_difference(there, here, seed=seed, resamples=1000)
         rows.append({"chooser": name, "measure": measured})
-        rows[-1] |= metrics.bootstrap(here, seed=seed)._asdict()
+        rows[-1] |= stats.bootstrap(here, seed=seed)._asdict()
         rows[-1] |= {"difference": change.value, "difference_low": change.low}
         rows[-1] |= {"difference_high": change.high}
     return pd.DataFrame(rows)
@@ -621,7 +519,7 @@ def chooser_agreement(table: pd.DataFrame, scores: dict[str, np.ndarray]) -> pd.
     rows = []
     for a, b in itertools.product(chosen, repeat=2):
         same = chosen[a] == chosen[b]
-        found = metrics.proportion(int(same.sum()), len(same))
+        found = stats.proportion(int(same.sum()), len(same))
         rows.append({"category": a, "condition": b} | found._asdict())
     return pd.DataFrame(rows)
 
@@ -784,7 +682,7 @@ def word_removal(writer: Writer, items: pd.DataFrame) -> pd.DataFrame:
     answers = [" ".join(a.split()) for a in answers]
 
     def share(answer, names, wanted):
-        held = set(scoring.words(answer))
+        held = set(words(answer))
         return np.mean([(name.split()[-1] in held) == wanted for name in names])
 
     return items.assign(

@@ -7,7 +7,7 @@ Here one class is all four.  A segment's features are its tokens' mean state on 
 encoders that stay frozen, how far its tokens are found in question, passages and earlier answer.
 
 Simplified: the reference reads a segment at a separator put before it and trains a 149M Longformer; its three
-output labels (one dead) are two here, explicit.  Prompts are those of RL, always `qa_feedback.prompt`.
+output labels (one dead) are two here, explicit.  Prompts are those of RL, always `schema.prompt`.
 """
 
 from __future__ import annotations
@@ -27,10 +27,11 @@ import torch
 from torch.nn.functional import binary_cross_entropy_with_logits, normalize
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from lib import generation, models, reward_models, runtime, scoring
-from lib import qa_feedback as qa
+from lib import generation, models, reward_models, runtime
+from lib.papers.fine_grained import schema as qa
 from lib.reward_models import Feedback, TrainConfig
 from lib.segments import SHORTEST, Segmenter
+from lib.text import check_texts
 
 UNITS = {"C1": "sub_sentence", "C2": "sentence", "C3": "sequence"}
 SAME = 0.85  # likeness from which a piece of text says what a passage sentence says
@@ -245,7 +246,7 @@ class FineGrainedModel(reward_models.RewardModel):
 
     def encode(self, prompts: Sequence[str], responses: Sequence[str]) -> list[_Row]:
         """Token ids of each row, [CLS] prompt [SEP] | response [SEP], and the segment of each token."""
-        scoring.check_texts(prompts), scoring.check_texts(responses)
+        check_texts(prompts), check_texts(responses)
         return [self._row(*both) for both in zip(prompts, responses, strict=True)]
 
     def _row(self, prompt: str, response: str) -> _Row:

@@ -1,4 +1,4 @@
-"""Text -> number: toxicity scorers, log-probability and perplexity, and the fluency panel.
+"""Text -> number: toxicity scorers, offline ones, classifiers and the Perspective API.
 
 A scorer has a name, a version, a role (reward or judge), one batch method and a stated rule for
 scores that could not be had.  Scores are probability-like, in [0, 1], high = more of what it
@@ -10,12 +10,9 @@ Simplified against RewardLM (notes, section 5): an unscored text is NaN, never -
 from __future__ import annotations
 
 import contextlib
-import email.utils
-import inspect
 import json
 import re
 import time
-import unicodedata
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -32,19 +29,12 @@ from scipy.special import expit
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from lib import assets, generation, models, runtime
+from lib import generation, models, runtime
+from lib.course import assets
+from lib.text import check_texts, is_empty, words
 
 CHUNK = 2048  # texts in work at a time: peak memory does not depend on their number
 LOGIT_CLIP = 6.0  # log-odds beyond +-6 (p < 0.0025 or > 0.9975) are held there
-LOGITS_AT_ONCE = 128  # response tokens whose logits stand in memory together
-# settings of models that change logits after their output layer
-AFTER_OUTPUT_LAYER = (
-    "final_logit_softcapping",
-    "logit_scale",
-    "logits_scaling",
-    "output_multiplier",
-)
-AFTER_OUTPUT_LAYER += ("lm_head_multiplier",)
 # encoders whose classification head reads their first token (tested for each)
 FIRST_TOKEN = ("bert", "roberta", "xlm-roberta", "camembert", "electra")
 EXP_RANGE = (1e-15, 1e30)  # sums of exp() between these lose nothing that a softmax would keep
@@ -122,23 +112,6 @@ class Scorer:
         if not isinstance(self.on_missing, str):
             scores[missing] = self.on_missing
         return scores
-
-
-def check_texts(texts: Sequence[str]) -> None:
-    """Raise ValueError that names the first entry that is not a string."""
-    if isinstance(texts, str):
-        raise ValueError("texts is one string; give a list of strings.")
-    for index, text in enumerate(texts):
-        if not isinstance(text, str):
-            kind = type(text).__name__
-            raise ValueError(
-                f"texts[{index}] is {kind}, not a string; drop or fill such rows first."
-            )
-
-
-def is_empty(text: str) -> bool:
-    """True for a text without a visible character."""
-    return not text.strip()
 
 
 def log_odds(scores: np.ndarray, clip: float = LOGIT_CLIP) -> np.ndarray:
@@ -382,6 +355,8 @@ def _normalised_last(module, query, key, value, attention_mask, scaling, **_):
 
 
 AttentionInterface.register("normalised_last", _normalised_last)
+
+
 AttentionMaskInterface.register("normalised_last", lambda attention_mask, **_: attention_mask)
 
 
@@ -491,7 +466,7 @@ class PerspectiveScorer(Scorer):
         except (requests.ConnectionError, requests.Timeout) as error:
             raise _PassingError(type(error).__name__) from None
         if response.status_code == 429 or response.status_code >= 500:
-            wait = retry_after(response.headers.get("Retry-After"))
+            wait = runtime.retry_after(response.headers.get("Retry-After"))
             raise _PassingError(f"HTTP {response.status_code}", wait)
         return self._read(response)
 
@@ -511,15 +486,6 @@ class PerspectiveScorer(Scorer):
         )
 
 
-def retry_after(value: str | None) -> float | None:
-    """Seconds that a Retry-After header asks for (a number or a date); None where it says neither."""
-    try:
-        return max(0.0, float(value or ""))
-    except ValueError:
-        date = email.utils.parsedate_tz(value)
-        return max(0.0, email.utils.mktime_tz(date) - time.time()) if date else None
-
-
 SCORERS: dict[str, Callable[..., Scorer]] = {
     "profanity": ProfanityScorer,
     "hate": HateScorer,
@@ -527,204 +493,3 @@ SCORERS: dict[str, Callable[..., Scorer]] = {
     "lexicon-threats": lambda **options: LexiconScorer("threats", **options),
     "perspective": PerspectiveScorer,
 }
-
-
-# --- log-probability and perplexity --------------------------------------------------------------
-
-
-@torch.inference_mode()
-def token_log_probs(
-    model: transformers.PreTrainedModel, prompt_ids: Sequence[list[int]],
-    response_ids: Sequence[list[int]], tokens_per_batch: int = 2048,
-) -> list[np.ndarray]:  # fmt: skip
-    """log p(token | prompt and earlier tokens) of each response token, float32, (tokens,) per row.
-
-    Softmax in float32 (load the model in float32 where single values matter: bfloat16 weights move
-    them by 0.04 on average).  Decoder-only and encoder-decoder models; an empty response gives an
-    empty array.  Raises ValueError where a prompt has no token (nothing to condition on).
-    """
-    found = [np.empty(0, np.float32) for _ in response_ids]
-    rows = [i for i, response in enumerate(response_ids) if len(response)]
-    for i in rows:
-        if not len(prompt_ids[i]):
-            raise ValueError(f"row {i} has an empty prompt; give it a start token at least.")
-    bar = runtime.progress(total=len(rows), label="log-probabilities", unit="text")
-    lengths = [len(prompt_ids[i]) + len(response_ids[i]) for i in rows]
-    with models.fast_float32(model):
-        for batch in generation.token_batches(lengths, tokens_per_batch):
-            places = [rows[j] for j in batch]
-            responses = [list(response_ids[i]) for i in places]
-            rows_found = _log_probs(model, [list(prompt_ids[i]) for i in places], responses)
-            for place, row in zip(places, rows_found, strict=True):
-                found[place] = row.cpu().numpy()
-            bar.update(len(batch))
-    bar.close()
-    return found
-
-
-def changes_logits(model: transformers.PreTrainedModel) -> bool:
-    """Whether this model changes logits after its output layer."""
-    return any(getattr(model.config, name, None) is not None for name in AFTER_OUTPUT_LAYER)
-
-
-def _log_probs(model, prompts, responses) -> Sequence[torch.Tensor]:
-    """Per row (response tokens,).  The output layer runs over the response tokens alone, a few at a time,
-    unless logits are changed after it (or with LIB_PLAIN=1).
-    """
-    head = model.get_output_embeddings()
-    if runtime.plain_mode() or changes_logits(model) or head is None:
-        logits = _forward(model, prompts, responses).logits
-        rows = zip(_response_part(model, logits, responses), responses, strict=True)
-        return [_chosen_log_probs(row, torch.tensor(ids, device=row.device)) for row, ids in rows]
-    read = models.output_layer_input(model, lambda: _forward(model, prompts, responses))
-    states = torch.cat(_response_part(model, read, responses)).split(LOGITS_AT_ONCE)
-    tokens = torch.tensor([t for row in responses for t in row], device=read.device)
-    parts = zip(states, tokens.split(LOGITS_AT_ONCE), strict=True)
-    found = torch.cat([_chosen_log_probs(head(part), ids) for part, ids in parts])
-    return found.split([len(row) for row in responses])
-
-
-def _chosen_log_probs(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    logits = logits.float()
-    return logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
-
-
-def _response_part(model, values: torch.Tensor, responses) -> list[torch.Tensor]:
-    """Per row what predicts its response tokens: `values` (rows, time, ...) as `_forward` pads them."""
-    rows = zip(values, responses, strict=True)
-    if model.config.is_encoder_decoder:
-        return [row[: len(ids)] for row, ids in rows]
-    return [row[-len(ids) - 1 : -1] for row, ids in rows]
-
-
-def _forward(model, prompts, responses):
-    device = model.device
-    if model.config.is_encoder_decoder:
-        start = model.config.decoder_start_token_id
-        ids, mask = (x.to(device) for x in generation.pad_rows(prompts, 0, "right"))
-        shifted, _ = generation.pad_rows([[start, *row[:-1]] for row in responses], start, "right")
-        return model(input_ids=ids, attention_mask=mask, decoder_input_ids=shifted.to(device))
-    pairs = [prompt + row for prompt, row in zip(prompts, responses, strict=True)]
-    ids, mask = (x.to(device) for x in generation.pad_rows(pairs, 0, "left"))
-    extra = {}
-    if "position_ids" in inspect.signature(model.forward).parameters:
-        extra["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
-    keep = max(map(len, responses)) + 1  # left padding: all responses end at the last position
-    return model(input_ids=ids, attention_mask=mask, logits_to_keep=keep, use_cache=False, **extra)
-
-
-def encode_pair(tokenizer, context: str, continuation: str) -> tuple[list[int], list[int]]:
-    """Token ids of context + continuation, split where the context's own tokens end.
-
-    A token that joins the end of the one with the start of the other counts as continuation.  A
-    start token comes first where the tokenizer sets one, or where nothing else precedes.
-    """
-    whole, alone = (
-        tokenizer(text, add_special_tokens=False)["input_ids"]
-        for text in (context + continuation, context)
-    )
-    shared = 0
-    while shared < min(len(whole), len(alone)) and whole[shared] == alone[shared]:
-        shared += 1
-    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    sets_one = bool(start) and tokenizer("a")["input_ids"][:1] == start
-    lead = start if sets_one or not shared else []
-    return lead + whole[:shared], whole[shared:]
-
-
-def perplexity(
-    model: transformers.PreTrainedModel, tokenizer: transformers.PreTrainedTokenizerBase,
-    contexts: Sequence[str] | Sequence[list[int]], continuations: Sequence[str] | Sequence[list[int]],
-) -> pd.DataFrame:  # fmt: skip
-    """Columns nll (mean over tokens, nats), tokens, perplexity = exp(nll) of each continuation.
-
-    Texts, or token ids (scored as they are: sampled ids are not tokenised again).  An empty
-    continuation has 0 tokens and NaN.  Raises ValueError for an empty context without a start token.
-    """
-    pairs = [
-        encode_pair(tokenizer, a, b) if isinstance(b, str) else (a, b)
-        for a, b in zip(contexts, continuations, strict=True)
-    ]
-    scores = token_log_probs(model, [p for p, _ in pairs], [r for _, r in pairs])
-    nll = np.array([-row.mean(dtype=np.float64) if len(row) else np.nan for row in scores])
-    tokens = np.array([len(row) for row in scores], dtype=int)
-    return pd.DataFrame({"nll": nll, "tokens": tokens, "perplexity": np.exp(nll)})
-
-
-def corpus_perplexity(table: pd.DataFrame) -> dict[str, float]:
-    """exp(total NLL / total tokens) of `perplexity`'s table, with its tokens and empty rows."""
-    tokens, empty = int(table["tokens"].sum()), int((table["tokens"] == 0).sum())
-    value = np.exp((table["nll"] * table["tokens"]).sum() / tokens) if tokens else np.nan
-    return {"perplexity": float(value), "tokens": tokens, "empty": empty}
-
-
-# --- fluency -------------------------------------------------------------------------------------
-
-
-def words(text: str) -> list[str]:
-    """Lower-case words: runs of letters and digits, with inner apostrophes."""
-    return re.findall(r"\w+(?:['’]\w+)*", text.lower())
-
-
-def word_ngrams(text: str, n: int) -> list[tuple[str, ...]]:
-    """The text's runs of n words."""
-    tokens = words(text)
-    return list(zip(*(tokens[i:] for i in range(n)), strict=False))
-
-
-def distinct_n(texts: Sequence[str], n: int) -> float:
-    """Unique n-grams / all n-grams, pooled over the texts; NaN where there is none.
-
-    Falls as more text is pooled: compare equal amounts of text only.
-    """
-    found = [gram for text in texts for gram in word_ngrams(text, n)]
-    return len(set(found)) / len(found) if found else float("nan")
-
-
-def distinct_n_by_prompt(groups: Sequence[Sequence[str]], n: int) -> float:
-    """Unique n-grams / all *words*, pooled over one prompt's texts, then averaged over prompts.
-
-    The definition of ALT and Quark's toxicity task (ALT notes, section 2); prompts without a word
-    are left out.
-    """
-    counts = [
-        (len({gram for text in texts for gram in word_ngrams(text, n)}), sum(len(words(t)) for t in texts))
-        for texts in groups
-    ]  # fmt: skip
-    shares = [unique / total for unique, total in counts if total]
-    return float(np.mean(shares)) if shares else float("nan")
-
-
-def script_share(texts: Sequence[str]) -> np.ndarray:
-    """Share of each text's letters that are not Latin, float64 (n,); 0 for a text without letters."""
-
-    def share(text: str) -> float:
-        letters = [] if text.isascii() else [c for c in text if c.isalpha()]
-        return float(np.mean(["LATIN" not in unicodedata.name(c, "") for c in letters] or [0.0]))
-
-    return np.array([share(text) for text in texts])
-
-
-def repetition_share(text: str, n: int = 3) -> float:
-    """Share of a text's word n-grams that occurred before in it; NaN where it has none."""
-    return 1 - distinct_n([text], n)
-
-
-def fluency_panel(texts: Sequence[str]) -> dict[str, float]:
-    """Does it still read like text?  What a falling toxicity score must be shown beside.
-
-    distinct_1..3 (pooled), empty_share, non_latin_share (texts with > 20% non-Latin letters, the
-    rule of the RewardLM notes, 3.3), mean_words, repetition (mean share of repeated 3-grams), n.
-    """
-    check_texts(texts)
-    if not len(texts):
-        raise ValueError("texts is empty; the fluency panel needs at least one text.")
-    repeated = [share for share in map(repetition_share, texts) if not np.isnan(share)]
-    return {
-        **{f"distinct_{n}": distinct_n(texts, n) for n in (1, 2, 3)},
-        "empty_share": float(np.mean([is_empty(text) for text in texts])),
-        "non_latin_share": float((script_share(texts) > 0.2).mean()),
-        "mean_words": float(np.mean([len(words(text)) for text in texts])),
-        "repetition": float(np.mean(repeated)) if repeated else float("nan"),
-        "n": len(texts),
-    }

@@ -23,7 +23,7 @@ import pandas as pd
 from sklearn.metrics import cohen_kappa_score
 from transformers import PreTrainedTokenizerBase
 
-from lib import data, metrics
+from lib import data, stats
 from lib.segments import Segmenter
 
 CATEGORIES = {  # error type -> what its reward model judges (section 4 of the paper)
@@ -284,7 +284,7 @@ def class_counts(records: Sequence[dict], seed: int = 0) -> pd.DataFrame:
     for group, name, category, found in kinds:
         counts = np.array([types.count(name) for types in found], dtype=float)
         row = {"group": group, "type": name, "category": category, "count": int(counts.sum())}
-        interval = metrics.bootstrap(counts, seed=seed)._asdict()
+        interval = stats.bootstrap(counts, seed=seed)._asdict()
         rows.append(row | {"records": int((counts > 0).sum())} | interval)
     return pd.DataFrame(rows)
 
@@ -300,10 +300,10 @@ def preference_table(records: Sequence[dict]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=names)
 
 
-def first_wins(table: pd.DataFrame, seed: int = 0) -> metrics.Interval:
+def first_wins(table: pd.DataFrame, seed: int = 0) -> stats.Interval:
     """Share of decided pairs of a `preference_table` won by the first answer, interval over records."""
     decided = table[table.value != 0]
-    return metrics.bootstrap((decided.value == 1).to_numpy(), clusters=decided.record, seed=seed)
+    return stats.bootstrap((decided.value == 1).to_numpy(), clusters=decided.record, seed=seed)
 
 
 def conflicts(preference: Sequence[int | None]) -> list[tuple[int, int, int]]:
@@ -399,7 +399,7 @@ def agreement(
 
     for unit, level in itertools.product(("span", "character"), LEVELS):
         counts = np.array([_shared(a, b, unit, level) for a, b in pairs]).T
-        rows.append((unit, level, "F1", *metrics.bootstrap((counts[0], counts[1]), f1, **how)))
+        rows.append((unit, level, "F1", *stats.bootstrap((counts[0], counts[1]), f1, **how)))
     asked = [("word", level) for level in LEVELS] + [("sentence", "any"), ("sentence", "type")]
     for unit, level in asked:
         labels = [(unit_labels(a, unit, level), unit_labels(b, unit, level)) for a, b in pairs]
@@ -411,11 +411,11 @@ def agreement(
     return pd.DataFrame(rows, columns=names)
 
 
-def _kappa(labels: Sequence[tuple[Sequence, Sequence]], clusters, **how) -> metrics.Interval:
+def _kappa(labels: Sequence[tuple[Sequence, Sequence]], clusters, **how) -> stats.Interval:
     """Cohen's kappa over all units; NaN where both used one label only.  `clusters` (records,)."""
     joined = [list(itertools.chain.from_iterable(side)) for side in zip(*labels, strict=True)]
     if not joined[0]:
-        return metrics.bootstrap([], **how)
+        return stats.bootstrap([], **how)
     codes = np.unique(np.concatenate(joined), return_inverse=True)[1].reshape(2, -1)
     clusters = np.repeat(clusters, [len(a) for a, _ in labels])
 
@@ -423,4 +423,4 @@ def _kappa(labels: Sequence[tuple[Sequence, Sequence]], clusters, **how) -> metr
         same = len(np.union1d(a, b)) == 1
         return np.nan if same else cohen_kappa_score(a.astype(int), b.astype(int))
 
-    return metrics.bootstrap((codes[0], codes[1]), kappa, clusters=clusters, **how)
+    return stats.bootstrap((codes[0], codes[1]), kappa, clusters=clusters, **how)

@@ -1,0 +1,116 @@
+"""The command line: `python -m lib run | list | publish | report | annotate | bench` (try `--help`)."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from lib.course import record
+
+try:
+    from lib.course import notebooks, publish, report, runner
+except ModuleNotFoundError as error:
+    sys.exit(f"{error.name} is missing. Try: pip install -c constraints.txt -e '.[notebooks]'")
+
+
+def _run(options: argparse.Namespace) -> int:
+    names = notebooks.resolve_notebooks(options.notebooks)
+    chosen = notebooks.assign_parameters(names, options.parameters)
+    return runner.run_notebooks(names, options.scale, chosen, force=options.force)[0]
+
+
+def _list(options: argparse.Namespace) -> int:
+    print(report.list_notebooks())
+    return 0
+
+
+def _publish(options: argparse.Namespace) -> int:
+    return publish.publish(notebooks.resolve_notebooks(options.notebooks))
+
+
+def _report(options: argparse.Namespace) -> int:
+    print(f"Report: {report.write_report(options.scale)}")
+    return 0
+
+
+def _annotate(options: argparse.Namespace) -> int:
+    from lib import annotate
+
+    try:
+        items = annotate.read_items(options.items)
+        print(f"Page: {annotate.write(items, options.out, options.kind)} ({len(items)} records)")
+    except (ValueError, FileNotFoundError) as error:
+        raise notebooks.RequestError(str(error)) from None
+    return 0
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from lib import bench
+
+    try:
+        bench.run(options.names, options.json, rounds=options.rounds, size=options.size)
+    except ValueError as error:
+        raise notebooks.RequestError(str(error)) from None
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser; each subcommand sets `command`, a function of the parsed options."""
+    parser = argparse.ArgumentParser(prog="python -m lib", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, command, text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(command=command)
+        return sub
+
+    run = add("run", _run, "run notebooks (all of them if none is named)")
+    listing = add("list", _list, "the notebooks, their questions, and what has run")
+    publishing = add("publish", _publish, "write the committed notebooks and plots/ (demo scale)")
+    report = add("report", _report, "write the page of results, runs/<scale>/index.html")
+    page = add("annotate", _annotate, "write an annotation page that works offline in a browser")
+    page.add_argument("items", metavar="ITEMS.json", help="qa-feedback records, or course items")
+    page.add_argument("--out", default="annotate.html", metavar="PAGE.html")
+    page.add_argument("--kind", choices=("spans", "compare"), default="spans")
+    bench = add("bench", _bench, "measure speed beside what a reader would use instead")
+    text = (
+        "benchmark (all of them if none is named), `course` for a table of the notebooks' times, "
+    )
+    bench.add_argument(
+        "names", nargs="*", metavar="NAME", help=text + "`table` or `figure` for the kept results"
+    )
+    bench.add_argument(
+        "--json", metavar="FILE", help="keep the record (a folder: one file for each)"
+    )
+    bench.add_argument(
+        "--rounds", type=int, default=5, help="of each side, after a warm-up (default 5)"
+    )
+    bench.add_argument("--size", choices=("real", "tiny"), default="real", help=argparse.SUPPRESS)
+    for sub in (run, publishing):
+        text = "name, file or number, such as 10_toxicity_meter or 10"
+        sub.add_argument("notebooks", nargs="*", metavar="NOTEBOOK", help=text)
+    for sub in (run, report):
+        sub.add_argument("--scale", choices=record.SCALES, default="demo")
+    run.add_argument("--force", action="store_true", help="repeat finished notebooks from scratch")
+    run.add_argument(
+        "-p", dest="parameters", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
+        help="set a notebook's parameter; VALUE is JSON where it parses as JSON, else text",
+    )  # fmt: skip
+    listing.description = "State at each scale, with the wall time of the last run."
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; return its exit code (2 for a request that cannot be met)."""
+    options = build_parser().parse_args(arguments)
+    try:
+        return options.command(options)
+    except notebooks.RequestError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,211 @@
+"""The record of a run: its settings, and every number, claim, table and figure that a notebook shows.
+
+A notebook calls `start_run` once and hands everything to the `Run` it gets back; `Run.finish` writes
+`results.json`.  Under `python -m lib run` the runner names the folder (`FEEDBACK_RUN_DIR`) and adds
+`run.json` beside it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from importlib import metadata
+from pathlib import Path
+
+import pandas as pd
+
+from lib import runtime
+
+SCALES = ("smoke", "demo", "full")
+VERDICTS = ("same direction", "opposite", "not demonstrated")
+SHOWN_PACKAGES = ("torch", "transformers", "trl", "datasets", "numpy", "pandas")
+
+
+@dataclass
+class Claim:
+    """One row of a closing table: what the paper says, what was measured here, and the verdict."""
+
+    claim: str
+    paper: str
+    here: str
+    rule: str
+    verdict: str
+    why: str = ""
+
+    def __post_init__(self):
+        if self.verdict not in VERDICTS:
+            raise ValueError(f"verdict is {self.verdict!r}; allowed: {', '.join(VERDICTS)}")
+
+
+class StopHere(Exception):
+    """Raised by a notebook that ends early on purpose, after `Run.finish` (a dry run, for example)."""
+
+    def _render_traceback_(self) -> list[str]:
+        return [f"Stopped here on purpose: {self}"]
+
+
+@dataclass
+class Run:
+    """Everything one notebook measured.  Made by `start_run`; written by `finish`."""
+
+    notebook: str
+    scale: str
+    seed: int
+    folder: Path
+    metrics: dict[str, dict] = field(default_factory=dict)
+    claims: list[Claim] = field(default_factory=list)
+    figures: list[dict] = field(default_factory=list)
+    started: float = field(default_factory=time.time)
+
+    def metric(self, name: str, value, low=None, high=None, *, n=None, seeds: int = 1) -> None:
+        """Record one number with its interval, sample size and number of seeds."""
+        self.metrics[name] = {"value": value, "low": low, "high": high, "n": n, "seeds": seeds}
+
+    def claim(
+        self, claim: str, *, paper: str, here: str, rule: str, verdict: str, why: str = ""
+    ) -> str:
+        """Record a claim with the decision rule that was fixed before the run; return the verdict."""
+        self.claims.append(Claim(claim, paper, here, rule, verdict, why))
+        return verdict
+
+    def closing_table(self) -> pd.DataFrame:
+        """The notebook's last table: claim | paper | here | same direction? | why it differs.
+
+        From here on pandas shows texts of any length whole: none of a claim may be cut off.
+        """
+        pd.set_option("display.max_colwidth", None)
+        rows = [(c.claim, c.paper, c.here, c.verdict, c.why) for c in self.claims]
+        return pd.DataFrame(
+            rows, columns=["claim", "paper", "here", "same direction?", "why it differs"]
+        )
+
+    def save_figure(self, figure, name: str, *, caption: str, alt: str):
+        """Write `<name>.png` and `.svg` into the run's folder; return an image with alt text to show."""
+        import matplotlib.pyplot as plt
+        from IPython.display import Image
+        from PIL import Image as Pillow
+
+        png = self.folder / f"{name}.png"
+        figure.savefig(png, dpi=120, bbox_inches="tight", metadata={"Software": None})
+        with Pillow.open(png) as drawn:  # a palette: a third of the size in the notebook
+            drawn = drawn.convert("RGB").quantize(128, dither=Pillow.Dither.NONE)
+        drawn.save(png, optimize=True)
+        figure.savefig(
+            png.with_suffix(".svg"), bbox_inches="tight", metadata={"Date": None, "Creator": None}
+        )
+        plt.close(figure)
+        self.figures = [f for f in self.figures if f["name"] != name]
+        self.figures.append({"name": name, "caption": caption, "alt": alt})
+        return Image(data=png.read_bytes(), format="png", alt=alt)
+
+    def save_table(self, table: pd.DataFrame, name: str) -> Path:
+        """Write a table as `<name>.csv` into the run's folder, so figures can be redrawn without running."""
+        return runtime.write_atomic(self.folder / f"{name}.csv", table.to_csv(index=False))
+
+    def cached(self, name: str, make: Callable[[], pd.DataFrame], **key) -> pd.DataFrame:
+        """The table `make()` returns, kept in `work/`: a killed run continues with what was finished.
+
+        `key` names everything the table depends on; another key makes it again.
+        """
+        made_by = os.environ.get("FEEDBACK_FINGERPRINT") or lib_version()
+        path = (
+            self.folder / "work" / f"{name}-{runtime.content_hash(name, key, made_by)[:16]}.jsonl"
+        )
+        if path.exists():
+            return pd.read_json(
+                path, orient="records", lines=True, dtype=False, convert_dates=False
+            )
+        table = make()
+        runtime.write_atomic(path, table.to_json(orient="records", lines=True, double_precision=15))
+        return table
+
+    def finish(self) -> pd.DataFrame:
+        """Write `results.json` and return the metrics as a table."""
+        record = {
+            "notebook": self.notebook,
+            "scale": self.scale,
+            "seed": self.seed,
+            "device": runtime.describe_device(),
+            "metrics": self.metrics,
+            "claims": [asdict(c) for c in self.claims],
+            "figures": self.figures,
+        }
+        runtime.write_atomic(self.folder / "results.json", runtime.to_json(record))
+        table = pd.DataFrame.from_dict(self.metrics, orient="index")
+        return table.rename_axis("metric").reset_index()
+
+
+def start_run(notebook: str, *, scale: str, seed: int) -> Run:
+    """Check the scale, seed everything, and open the folder for this notebook's results.
+
+    Raises ValueError for an unknown scale or a seed that is not a whole number >= 0.
+    """
+    if scale not in SCALES:
+        raise ValueError(f"SCALE is {scale!r}; allowed: {', '.join(SCALES)}. Try SCALE = 'demo'.")
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise ValueError(f"SEED is {seed!r}; it must be a whole number >= 0.")
+    runtime.set_seed(seed)
+    runtime.quiet_libraries()
+    pd.set_option("display.max_colwidth", 160, "display.max_columns", 40)
+    chosen = os.environ.get("FEEDBACK_RUN_DIR")
+    folder = Path(chosen) if chosen else runtime.project_root() / "runs" / "interactive" / notebook
+    folder.mkdir(parents=True, exist_ok=True)
+    return Run(notebook, scale, seed, folder)
+
+
+def stored_tables(notebook: str, scale: str) -> dict[str, pd.DataFrame]:
+    """Kept results of long runs, `data/results/<notebook>/<scale>/<name>-<run>.csv`, joined by name."""
+    tables: dict[str, list[pd.DataFrame]] = {}
+    folder = runtime.project_root() / "data" / "results" / notebook / scale
+    for path in sorted(folder.glob("*-*.csv")):
+        tables.setdefault(path.stem.split("-")[0], []).append(pd.read_csv(path))
+    return {name: pd.concat(parts, ignore_index=True) for name, parts in tables.items()}
+
+
+def with_stored(
+    live: pd.DataFrame | None, kept: pd.DataFrame | None, keys: Sequence[str] = ("arm", "seed")
+) -> pd.DataFrame:
+    """Live rows, then the kept rows of those values of `keys` that did not run here."""
+    parts = [table for table in (live, kept) if table is not None and len(table)]
+    if len(parts) < 2:
+        return parts[0] if parts else pd.DataFrame(columns=list(keys))
+    ran, held = (pd.MultiIndex.from_frame(table[list(keys)]) for table in parts)
+    return pd.concat([live, kept[~held.isin(ran)]], ignore_index=True)
+
+
+def describe_run(run: Run, **settings) -> pd.DataFrame:
+    """The parameters, versions and device of this run, as the table under the parameters cell."""
+    rows = [("scale", run.scale), ("seed", run.seed), ("device", runtime.describe_device())]
+    rows += [(name, value) for name, value in settings.items()]
+    rows += [("python", platform.python_version())]
+    rows += [(name, metadata.version(name)) for name in SHOWN_PACKAGES]
+    return pd.DataFrame(rows, columns=["setting", "value"]).astype(str)
+
+
+def scale_settings(table: dict[str, dict], scale: str) -> dict:
+    """Pick one scale's column from a notebook's table of settings `{name: {scale: value}}`."""
+    missing = [name for name, row in table.items() if scale not in row]
+    if missing:
+        raise ValueError(f"no {scale!r} value for the settings {', '.join(missing)}")
+    return {name: row[scale] for name, row in table.items()}
+
+
+@lru_cache(maxsize=1)
+def lib_version() -> str:
+    """Hash of the library's sources: results made by another `lib` are not taken for this one's."""
+    folder = Path(__file__).parents[1]
+    sources = sorted(folder.rglob("*.py"))
+    texts = [(str(p.relative_to(folder)), p.read_text(encoding="utf-8")) for p in sources]
+    return runtime.content_hash(texts)[:16]
+
+
+def show_source(thing: Callable) -> object:
+    """Show a library function's source in a notebook, so that text and code cannot drift apart."""
+    from IPython.display import Code
+
+    return Code(inspect.getsource(thing), language="python")

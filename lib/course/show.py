@@ -1,0 +1,80 @@
+"""Tables of texts that may offend: blurred in the notebook until they are pointed at."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+
+import pandas as pd
+from IPython.display import HTML
+
+_CSS = """<style>
+.veiled {overflow-x: auto} .veiled table {border-collapse: collapse; width: 100%}
+.veiled :is(th, td, caption) {text-align: left; vertical-align: top; padding: .4em .6em}
+.veiled tr {border-bottom: 1px solid #8886} .veiled caption {caption-side: top}
+.veiled bdi {white-space: pre-wrap; overflow-wrap: anywhere} .veiled details {min-width: 9em}
+.veiled summary {cursor: pointer} .veiled details[open] span[aria-hidden] {display: none}
+.veiled span[aria-hidden] {filter: blur(3px); opacity: .55; overflow-wrap: anywhere; user-select: none}
+</style>"""
+_WARNING = "Content warning: click a blurred text, or press Enter on it, to read it."
+
+
+class ExampleTable(HTML):
+    """A table of texts as HTML; its plain-text form gives the same rows, with hidden texts left out."""
+
+    def __init__(self, markup: str, plain: str):
+        super().__init__(markup)
+        self.plain = plain
+
+    def __repr__(self) -> str:
+        return self.plain
+
+
+def blurred_examples(
+    rows: pd.DataFrame | Sequence[dict], *, text_columns: Sequence[str] | None = None,
+    reveal: bool = False,
+) -> ExampleTable:  # fmt: skip
+    """Rows as a table whose texts stay hidden until clicked (or reached by Tab and opened with Enter).
+
+    What is blurred is a stand-in of the same shape, and the text sits in a closed <details>: pages that
+    strip styles (GitHub) hide it too, and no script is needed.  `text_columns` defaults to every column
+    that holds text; `reveal` shows all.  Everything is escaped.
+    """
+    table = pd.DataFrame(rows).reset_index(drop=True)
+    if text_columns is None:
+        text_columns = [c for c in table if table[c].map(lambda v: isinstance(v, str)).any()]
+    if unknown := [c for c in text_columns if c not in table]:
+        raise ValueError(f"no column {', '.join(unknown)}; allowed: {', '.join(map(str, table))}.")
+    hidden = [] if reveal else list(text_columns)
+    rows = [[_cell(row[c], c in hidden) for c in table] for row in table.to_dict("records")]
+    body = "".join(f"<tr><td>{'</td><td>'.join(cells)}</td></tr>" for cells in rows)
+    head = "".join(f'<th scope="col">{_escape(c)}</th>' for c in table)
+    note = f"<caption>{_WARNING}</caption>" if hidden else ""
+    markup = f'{_CSS}<div class="veiled"><table>{note}<thead><tr>{head}</tr></thead>'
+    lengths = {c: [f"[{len(str(v))} characters, hidden]" for v in table[c]] for c in hidden}
+    plain = table.assign(**lengths).to_string(index=False)
+    return ExampleTable(f"{markup}<tbody>{body}</tbody></table></div>", plain)
+
+
+def _cell(value: object, hidden: bool) -> str:
+    if not isinstance(value, str):
+        if pd.api.types.is_scalar(value) and pd.isna(value):
+            return "missing"
+        return _escape(f"{value:.2f}" if isinstance(value, float) else value)
+    if not value.strip():
+        return "<i>empty</i>"
+    text = f'<bdi dir="auto">{_escape(value)}</bdi>'
+    if not hidden:
+        return text
+    veil = " ".join("\u2592" * min(len(word), 12) for word in value.split()[:30])
+    label = f"show or hide a text of {len(value)} characters"
+    return (
+        f'<details><summary aria-label="{label}"><span aria-hidden="true">{veil}</span>'
+        f"</summary>{text}</details>"
+    )
+
+
+def _escape(value: object) -> str:
+    """HTML-escaped; dollar signs and backslashes are set apart, or pages would typeset them as formulas."""
+    text = str(value).encode("utf-8", "replace").decode("utf-8")
+    return html.escape(text).replace("$", "<span>$</span>").replace("\\", "<span>\\</span>")

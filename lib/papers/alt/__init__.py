@@ -1,0 +1,1 @@
+"""Quark and ALT (alignment with textual feedback): labels, conditions, critics, and the loop that trains."""

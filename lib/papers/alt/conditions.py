@@ -1,0 +1,123 @@
+"""Labels -> what the policy reads before the prompt: words, a separator, or tokens of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import embedding
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lib.papers.alt import labels
+
+STYLES = ("none", "text", "separator", "token")
+
+
+# --- conditions ----------------------------------------------------------------------------------
+
+
+class ExtendedEmbedding(torch.nn.Module):
+    """An input embedding with further rows, ids from `len(base)` on; the output layer keeps its size."""
+
+    def __init__(self, base: torch.nn.Embedding, extra: torch.Tensor):
+        super().__init__()
+        self.base, self.extra = base, torch.nn.Parameter(extra)
+
+    @property
+    def weight(self) -> torch.nn.Parameter:
+        """The base rows, which the output layer may share."""
+        return self.base.weight
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """(batch, time) -> (batch, time, width)."""
+        first = len(self.base.weight)
+        old = self.base(ids.clamp(max=first - 1))
+        new = embedding((ids - first).clamp(min=0), self.extra).to(old.dtype)
+        return torch.where((ids < first)[..., None], old, new)
+
+
+def add_tokens(
+    model: PreTrainedModel, count: int, *, like: int | None = None, seed: int = 0
+) -> int:
+    """Give the model `count` new input tokens, in place; return the id of the first.
+
+    Rows are drawn from a normal distribution with the mean and deviation of the old ones in each
+    dimension (Quark), or are copies of the row `like` (ALT's separator starts as the end token).
+    Raises ValueError where the model has new tokens already.
+    """
+    base = model.get_input_embeddings()
+    if isinstance(base, ExtendedEmbedding):
+        raise ValueError("this model has new tokens already; load it again, or add all at once.")
+    old = base.weight.detach().float()
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(count, old.shape[1], generator=generator).to(old.device)
+    rows = old.mean(0) + old.std(0) * noise if like is None else old[like].repeat(count, 1)
+    model.set_input_embeddings(ExtendedEmbedding(base, rows))
+    return len(old)
+
+
+@dataclass(frozen=True)
+class Built:
+    """A conditioned prompt: token ids, of which ids[start:stop] are the condition."""
+
+    prompt: str
+    condition: labels.Condition
+    ids: list[int]
+    start: int
+    stop: int
+
+
+class Conditioner:
+    """Puts a condition before a raw prompt, and takes it off by what is stored.
+
+    style "text": `template` with the tags joined by `join`, as plain words; "separator": the same and
+    one new token; "token": one new token for each tag, from `tokens` (factored=False: for all tags of a
+    condition, joined); "none": conditions are ignored.
+    `first_id` comes from `add_tokens`.  Condition and prompt are tokenised apart; a start token stays
+    in front.  Raises ValueError for unknown styles and tags, and new tokens without ids.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, style: str = "text", *,
+        template: str = "Feedback: {} Input: ", join: str = ", and ",
+        tokens: Sequence[str] = (), first_id: int | None = None, factored: bool = True,
+    ):  # fmt: skip
+        if style not in STYLES:
+            raise ValueError(f"style is {style!r}; allowed: {', '.join(STYLES)}.")
+        if style in ("separator", "token") and first_id is None:
+            raise ValueError(f"style {style!r} needs first_id, which `add_tokens` returns.")
+        self.tokenizer, self.style, self.template, self.join = tokenizer, style, template, join
+        self.tokens, self.first_id, self.factored = tuple(tokens), first_id, factored
+
+    @property
+    def settings(self) -> tuple:
+        """What tells two conditioners apart."""
+        return self.style, self.template, self.join, self.tokens, self.first_id, self.factored
+
+    def build(self, prompt: str, condition: labels.Condition = ()) -> Built:
+        """The prompt with the condition before it; () adds nothing."""
+        raw = list(self.tokenizer(prompt)["input_ids"])
+        start = int(bool(raw) and raw[0] == self.tokenizer.bos_token_id)
+        added = self._ids(condition) if condition and self.style != "none" else []
+        ids = raw[:start] + added + raw[start:]
+        return Built(prompt, tuple(condition), ids, start, start + len(added))
+
+    @staticmethod
+    def strip(built: Built) -> str:
+        """The raw prompt, whatever words it and the condition are made of."""
+        return built.prompt
+
+    def raw_ids(self, built: Built) -> list[int]:
+        """Token ids without the condition's span."""
+        return built.ids[: built.start] + built.ids[built.stop :]
+
+    def _ids(self, condition: labels.Condition) -> list[int]:
+        if self.style == "token":
+            condition = condition if self.factored else (self.join.join(condition),)
+            if unknown := [tag for tag in condition if tag not in self.tokens]:
+                raise ValueError(f"no token for {unknown}; allowed: {', '.join(self.tokens)}.")
+            return [self.first_id + self.tokens.index(tag) for tag in condition]
+        text = self.template.format(self.join.join(condition))
+        ids = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return ids + [self.first_id] * (self.style == "separator")

@@ -1,0 +1,204 @@
+"""Who gives the feedback: a scorer, a word list, the rubric, or a language model; and the control."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from lib import feedback as llm
+from lib import runtime, scorers
+from lib.annotator import SimulatedAnnotator
+from lib.papers.alt import labels
+
+Judge = Callable[[Sequence[str], Sequence[str]], Sequence[float]]  # prompts, responses -> scores
+Feedback = Callable[[Sequence[str], Sequence[str]], list[dict]]  # -> score, feedback, attributes
+
+
+def scored(judge: Judge, **attributes: Judge) -> Feedback:
+    """Feedback in numbers: a reward model's `score`, or any judge; further judges give attributes.
+
+    NaN stands for a score that could not be had.
+    """
+
+    def ask(prompts, responses):
+        columns = [fn(prompts, responses) for fn in (judge, *attributes.values())]
+        rows = [list(map(_number, row)) for row in zip(*columns, strict=True)]
+        return [
+            {"score": row[0], "attributes": dict(zip(attributes, row[1:], strict=True))}
+            for row in rows
+        ]
+
+    return ask
+
+
+def _number(value) -> float | None:
+    return float(value) if labels.is_number(value) else None
+
+
+def from_scorer(scorer: scorers.Scorer, sign: float = 1.0) -> Judge:
+    """A text scorer as a judge of the response alone: sign x clipped logit; -1 where high is bad."""
+    return lambda prompts, responses: sign * scorer.logit(list(responses))
+
+
+def without_words(judge: Judge, words: Sequence[str]) -> Judge:
+    """The judge, blind to these words: parroting the condition earns nothing."""
+    pattern = re.compile(rf"\b(?:{'|'.join(map(re.escape, words))})\b", re.I)
+
+    def ask(prompts, responses):
+        return judge(prompts, [" ".join(pattern.sub(" ", text).split()) for text in responses])
+
+    return ask
+
+
+def shuffled(feedback: Feedback, seed: int = 0) -> Feedback:
+    """The control: a round's verdicts dealt out at random, so a label tells nothing of its response."""
+
+    def ask(prompts, responses):
+        found = feedback(prompts, responses)
+        draw = int(runtime.content_hash(seed, list(prompts), list(responses))[:15], 16)
+        return [found[i] for i in np.random.default_rng(draw).permutation(len(found))]
+
+    return ask
+
+
+def rubric_critic(
+    annotator: SimulatedAnnotator, source_of: Callable[[str], str] = str, point: float = 0.5
+) -> Feedback:
+    """The rubric's critique, and a point each for form, accuracy and coverage: words without a network.
+
+    `source_of` finds the passage in the prompt.  A part earns its point above `point`.
+    """
+
+    def ask(prompts, responses):
+        rows = []
+        for prompt, response in zip(prompts, responses, strict=True):
+            source = source_of(prompt)
+            found = annotator.rubric.judge(source, response)
+            parts = (1 - found.repetition) * found.length, found.support, found.coverage
+            text = annotator.critique(source, response, name_facts=False) or "Nothing to criticise."
+            rows.append({"score": float(sum(part > point for part in parts)), "feedback": text})
+        return rows
+
+    return ask
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One thing a critic looks at: met where low <= judge <= high, and what it then says."""
+
+    judge: Judge
+    low: float
+    high: float
+    good: tuple[str, ...]
+    bad: tuple[str, ...]
+
+
+def axes_critic(axes: Sequence[Axis], *, max_words: int = 10, seed: int = 0) -> Feedback:
+    """A critic that works offline: praise, "but", blame, in at most `max_words` words; a point an axis.
+
+    Wording varies with the response.  A response whose judge gives NaN gets no feedback.
+    """
+
+    def say(prompt, response, met):
+        draw = int(runtime.content_hash(seed, prompt, response)[:8], 16)
+        texts = [axis.good if ok else axis.bad for axis, ok in zip(axes, met, strict=True)]
+        said = [some[draw % len(some)] for some in texts]
+        praise = [text for text, ok in zip(said, met, strict=True) if ok]
+        blame = [text for text, ok in zip(said, met, strict=True) if not ok]
+        return " but ".join(" and ".join(part) for part in (praise, blame) if part)
+
+    def ask(prompts, responses):
+        values = np.array([axis.judge(prompts, responses) for axis in axes], dtype=float).T
+        rows = []
+        for prompt, response, row in zip(prompts, responses, values, strict=True):
+            met = [axis.low <= value <= axis.high for axis, value in zip(axes, row, strict=True)]
+            text = say(prompt, response, met)
+            if len(text.split()) > max_words:
+                raise ValueError(
+                    f"feedback {text!r} is over {max_words} words; shorten the phrases."
+                )
+            known = {"score": float(sum(met)), "feedback": text}
+            rows.append(dict.fromkeys(known) if np.isnan(row).any() else known)
+        return rows
+
+    return ask
+
+
+def parse_critique(text: str | None, best: int = 3, max_words: int = 10) -> dict | None:
+    """analysis, feedback and score (0 to best) under their headings, or None where one is unusable."""
+    pattern = r"analysis\W*:\s*(.+?)\s*feedback\W*:\s*(.+?)\s*score\W*:\W*(\d+)\b"
+    found = re.search(pattern, text or "", re.I | re.S)
+    if not found:
+        return None
+    analysis, said, score = found[1].strip(" *#\n"), found[2].strip(" *#\n\"'"), int(found[3])
+    if not said or "\n" in said or len(said.split()) > max_words or score > best:
+        return None
+    return {"analysis": analysis, "feedback": said, "score": float(score)}
+
+
+def llm_categories(
+    client: llm.ChatClient, names: Sequence[str], examples: Sequence[tuple[str, str, str]], *,
+    task: str = "Judge the last response to its prompt.", attempts: int = 2, **parameters,
+) -> Feedback:  # fmt: skip
+    """Feedback from fixed labels, best first, shown by examples (prompt, response, label) (ALT_LMC).
+
+    What names no label is asked again, then missing.  ValueError where an example has another label.
+    """
+    if wrong := [label for _, _, label in examples if label not in names]:
+        raise ValueError(f"examples have labels {wrong}; allowed: {', '.join(names)}.")
+    shots = "\n\n".join(f"Prompt: {p}\nResponse: {r}\nFeedback: {f}" for p, r, f in examples)
+    head = f"{task} Answer with one of: {'; '.join(names)}.\n\n{shots}\n\n"
+    how = {"temperature": 0, "max_tokens": 12, **parameters}
+
+    def parse(text):
+        name = labels.parse_category(text, names)
+        return name and {"feedback": name, "score": float(len(names) - 1 - names.index(name))}
+
+    def request(prompt, response, replicate):
+        text = f"{head}Prompt: {prompt}\nResponse: {response}\nFeedback:"
+        return llm.chat(text, replicate=replicate, **how)
+
+    return _asked(client, request, parse, attempts)
+
+
+def llm_critique(
+    client: llm.ChatClient, task: str, axes: Sequence[str], *, attempts: int = 5,
+    max_words: int = 10, **parameters,
+) -> Feedback:  # fmt: skip
+    """Analysis, a sentence of feedback and a point for each axis, in the model's own words (ALT_LMU).
+
+    What misses a heading, or is too long, is asked again, then missing.
+    """
+    how = {"temperature": 0, "max_tokens": 300, **parameters}
+    listed = "\n".join(f"{i}. {axis}" for i, axis in enumerate(axes, 1))
+    asks = (
+        f"{task} Look at:\n{listed}\n\nAnswer under three headings.\nAnalysis: what you find on each "
+        f"point.\nFeedback: one sentence of at most {max_words} words, with strengths and weaknesses."
+        f"\nScore: 0 to {len(axes)}, one point for each of the above that is met."
+    )
+
+    def request(prompt, response, replicate):
+        text = f"{asks}\n\nPrompt:\n{prompt}\n\nResponse:\n{response}"
+        return llm.chat(text, replicate=replicate, **how)
+
+    return _asked(client, request, lambda t: parse_critique(t, len(axes), max_words), attempts)
+
+
+def _asked(client, request: Callable, parse: Callable, attempts: int) -> Feedback:
+    def ask(prompts, responses):
+        pairs = list(zip(prompts, responses, strict=True))
+        found: list[dict] = [{"score": None, "feedback": None}] * len(pairs)
+        left = list(range(len(pairs)))
+        for attempt in range(attempts):
+            asked = [request(*pairs[i], attempt) for i in left]
+            replies = client.ask(asked, on_error="keep") if asked else []
+            parsed = {i: parse(reply.text) for i, reply in zip(left, replies, strict=True)}
+            for i in left:
+                found[i] = parsed[i] or found[i]
+            left = [i for i in left if not parsed[i]]
+        return found
+
+    return ask
