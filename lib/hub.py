@@ -58,9 +58,7 @@ def parse_name(text: str | Path, revision: str | None = None) -> ModelName:
     return ModelName(name, own or revision, label or None)
 
 
-def resolve_model(
-    name: str | Path, revision: str | None = None, *, weights: bool = True
-) -> Path:
+def resolve_model(name: str | Path, revision: str | None = None, *, weights: bool = True) -> Path:
     """Folder of a model: an asset ("policy", "encoder"), a local folder, or a Hub id "namespace/name".
 
     From the Hub only weights, configuration and tokenizer files are fetched, into `<cache_dir()>/hub`
@@ -183,7 +181,7 @@ def _convert(folder: Path, target: Path) -> None:
 
 
 def read_pickled(path: Path) -> dict:
-    """The tensors of a pickled file by name, read with weights_only=True.  Raises AssetError for anything else."""
+    """The tensors of a pickled file by name, read with weights_only=True; AssetError where it holds more."""
     try:
         try:
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -211,4 +209,3 @@ def _write_safetensors(tensors: dict, path: Path) -> None:
         own[name] = tensor if alone else tensor.clone(memory_format=torch.contiguous_format)
         storages.add(place)
     save_file(own, path, metadata={"format": "pt"})
-

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from transformers import (
@@ -96,12 +97,13 @@ class SharedTrunkPolicy(torch.nn.Module):
         self.trunk_layers = (
             [] if model.config.is_encoder_decoder else [*models.decoder_layers(model)[:frozen]]
         )
+        self.layers_give_tuples = False
         trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.initial = {name: parameter.detach().clone() for name, parameter in trainable.items()}
         if value_model is not None:
             value_model.float().requires_grad_(True).eval()
             value_model.set_output_embeddings(torch.nn.Identity())
-        self.value_head = _value_head((value_model or model).config.hidden_size).to(model.device)
+        self.value_head = _value_head(models.state_width(value_model or model)).to(model.device)
 
     def parameter_groups(self) -> tuple[list[torch.nn.Parameter], list[torch.nn.Parameter]]:
         """Trainable parameters of the policy, and of the value function."""
@@ -144,11 +146,11 @@ class SharedTrunkPolicy(torch.nn.Module):
             del inputs["input_ids"]
         hook = None
         if batch.trunk is None and self.trunk_layers:
-            store = lambda layer, args, output: setattr(batch, "trunk", output.detach())  # noqa: E731
-            hook = self.trunk_layers[-1].register_forward_hook(store)
+            hook = self.trunk_layers[-1].register_forward_hook(partial(self._keep_trunk, batch))
         skipped = self.trunk_layers if hook is None else []
+        states = (batch.trunk, None) if self.layers_give_tuples else batch.trunk
         for layer in skipped:
-            layer.forward = lambda hidden, *args, **kwargs: batch.trunk
+            layer.forward = lambda *_, **__: states
         try:
             yield
         finally:
@@ -156,6 +158,11 @@ class SharedTrunkPolicy(torch.nn.Module):
                 del layer.forward
             if hook is not None:
                 hook.remove()
+
+    def _keep_trunk(self, batch: TokenBatch, layer, _, output) -> None:
+        """Store what the trunk's last layer hands up: its states, or a tuple that starts with them."""
+        self.layers_give_tuples = isinstance(output, tuple)  # those of GPT-J, Bloom and others
+        batch.trunk = (output[0] if self.layers_give_tuples else output).detach()
 
 
 @contextlib.contextmanager

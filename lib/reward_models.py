@@ -32,8 +32,7 @@ import transformers
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from lib import generation, losses, models, preferences, runtime, sft, stats
-from lib.course import assets
+from lib import generation, hub, losses, models, preferences, runtime, sft, stats
 from lib.stats import Interval
 from lib.text import check_texts
 
@@ -65,7 +64,7 @@ def load_backbone(
         model, tokenizer = models.load_policy(name, dtype=dtype, eight_bit=True)
         model = model.base_model
     else:
-        path = assets.resolve_model(name)
+        path = hub.resolve_model(name)
         tokenizer = models.prepare_tokenizer(AutoTokenizer.from_pretrained(path))
         dtype = dtype or torch.float32
         model = AutoModel.from_pretrained(path, dtype=dtype, use_safetensors=True)

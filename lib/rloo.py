@@ -17,10 +17,11 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
+import torch
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lib import generation, models, ppo, rewards, runtime, sft
+from lib import adapters, generation, models, ppo, rewards, runtime, sft
 
 TRL_NAMES = {
     "kl": "kl", "entropy": "entropy", "grad_norm": "grad_norm", "learning_rate": "learning_rate",
@@ -38,7 +39,8 @@ def train_rloo(
 ) -> pd.DataFrame:
     """Train LoRA adapters on `policy`'s top layers in place; return the columns of `train_ppo` TRL can fill.
 
-    Adapters of rank `config.lora_rank` whatever `config.train` says; all layers compute in float32.
+    Adapters of rank `config.lora_rank` whatever `config.train` says; all layers compute in float32.  Those
+    that the policy has already are put into its weights: they belong to the reference.
     Per-token rewards are summed; learning rate, epochs, minibatches and sampling are the config's; KL is
     TRL's, a fixed beta.  `trl_settings`: further arguments of `trl.RLOOConfig`.  Raises ValueError for
     samples_per_prompt < 2 and for encoder-decoder models.
@@ -51,7 +53,9 @@ def train_rloo(
     if policy.config.is_encoder_decoder:
         raise ValueError("TRL's RLOO trains decoder-only models; use ppo.train_ppo for this one.")
     runtime.quiet_libraries()
-    models.set_trainable(policy, "all")
+    if not models.is_eight_bit(policy):
+        adapters.merge(policy)  # TRL's reference is the policy without adapters
+    models.to_dtype(policy, torch.float32)
     top = models.decoder_layers(policy)[-config.layers :]
     score = _Score(reward_fn, tokenizer)
     slices = config.batch // config.minibatch_size
@@ -72,11 +76,13 @@ def train_rloo(
         trainer = trl.RLOOTrainer(
             policy, reward_funcs=score, args=arguments, processing_class=tokenizer,
             train_dataset=datasets.Dataset.from_dict({"prompt": list(prompts)}),
-            peft_config=models.lora_config(policy, top, config.lora_rank),
+            peft_config=adapters.lora_config(policy, top, config.lora_rank),
         )  # fmt: skip
         trainer.remove_callback(transformers.PrinterCallback)
+        sft.train_in_float32(policy)
         trainer.train()
     policy.eval()
+    adapters.adopt(policy)
     return _history(trainer.state.log_history, score.rows, updates, time.perf_counter() - started)
 
 

@@ -29,7 +29,7 @@ from scipy.special import expit
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from lib import generation, models, runtime
+from lib import generation, hub, models, runtime
 from lib.course import assets
 from lib.text import check_texts, is_empty, words
 
@@ -141,7 +141,7 @@ def load_scorer(name: str, role: str | None = None, **options) -> Scorer:
         raise ValueError(
             f"unknown scorer {name!r}; allowed: {known}, a folder, or a Hub id: {DEFAULT_CLASSIFIER}."
         )
-    folder = assets.resolve_model(name, revision=options.pop("revision", None))
+    folder = hub.resolve_model(name, revision=options.pop("revision", None))
     return ClassifierScorer.from_folder(folder, name=name, role=role, **options)
 
 
