@@ -44,6 +44,7 @@ from transformers import (
 
 from lib import (
     data,
+    encoding,
     feedback,
     generation,
     logprobs,
@@ -337,8 +338,8 @@ def _trl_log_probs(model, pad_id: int, prompts, responses, at_once: int) -> list
     """TRL's pass: prompts padded on the left, responses on the right, `at_once` rows at a time."""
     import trl
 
-    before, before_mask = generation.pad_rows(prompts, pad_id, "left")
-    after, after_mask = generation.pad_rows(responses, pad_id, "right")
+    before, before_mask = encoding.pad_rows(prompts, pad_id, "left")
+    after, after_mask = encoding.pad_rows(responses, pad_id, "right")
     ids, mask = torch.cat([before, after], 1), torch.cat([before_mask, after_mask], 1)
     stand_in = type("Trainer", (), {})()  # the method reads nothing else of a trainer
     stand_in.accelerator = type("Accelerator", (), {"autocast": contextlib.nullcontext})()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import itertools
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -15,7 +14,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from lib import generation, models, runtime
+from lib import encoding, generation, models, runtime
 from lib.text import is_empty
 
 LOGITS_AT_ONCE = 128  # response tokens whose logits stand in memory together
@@ -51,7 +50,7 @@ def token_log_probs(
     bar = runtime.progress(total=len(rows), label="log-probabilities", unit="text")
     lengths = [len(prompt_ids[i]) + len(response_ids[i]) for i in rows]
     with models.fast_float32(model):
-        for batch in generation.token_batches(lengths, tokens_per_batch):
+        for batch in encoding.token_batches(lengths, tokens_per_batch):
             places = [rows[j] for j in batch]
             responses = [list(response_ids[i]) for i in places]
             rows_found = _log_probs(model, [list(prompt_ids[i]) for i in places], responses)
@@ -114,35 +113,16 @@ def _forward(model, prompts, responses):
     device = model.device
     if model.config.is_encoder_decoder:
         start = model.config.decoder_start_token_id
-        ids, mask = (x.to(device) for x in generation.pad_rows(prompts, 0, "right"))
-        shifted, _ = generation.pad_rows([[start, *row[:-1]] for row in responses], start, "right")
+        ids, mask = (x.to(device) for x in encoding.pad_rows(prompts, 0, "right"))
+        shifted, _ = encoding.pad_rows([[start, *row[:-1]] for row in responses], start, "right")
         return model(input_ids=ids, attention_mask=mask, decoder_input_ids=shifted.to(device))
     pairs = [prompt + row for prompt, row in zip(prompts, responses, strict=True)]
-    ids, mask = (x.to(device) for x in generation.pad_rows(pairs, 0, "left"))
+    ids, mask = (x.to(device) for x in encoding.pad_rows(pairs, 0, "left"))
     extra = {}
     if "position_ids" in inspect.signature(model.forward).parameters:
         extra["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
     keep = max(map(len, responses)) + 1  # left padding: all responses end at the last position
     return model(input_ids=ids, attention_mask=mask, logits_to_keep=keep, use_cache=False, **extra)
-
-
-def encode_pair(tokenizer, context: str, continuation: str) -> tuple[list[int], list[int]]:
-    """Token ids of context + continuation, split where the context's own tokens end.
-
-    A token that joins the end of the one with the start of the other counts as continuation.  A
-    start token comes first where the tokenizer sets one, or where nothing else precedes.
-    """
-    whole, alone = (
-        tokenizer(text, add_special_tokens=False)["input_ids"]
-        for text in (context + continuation, context)
-    )
-    shared = 0
-    while shared < min(len(whole), len(alone)) and whole[shared] == alone[shared]:
-        shared += 1
-    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    sets_one = bool(start) and tokenizer("a")["input_ids"][:1] == start
-    lead = start if sets_one or not shared else []
-    return lead + whole[:shared], whole[shared:]
 
 
 def perplexity(
@@ -155,7 +135,7 @@ def perplexity(
     continuation has 0 tokens and NaN.  Raises ValueError for an empty context without a start token.
     """
     pairs = [
-        encode_pair(tokenizer, a, b) if isinstance(b, str) else (a, b)
+        encoding.encode(tokenizer, a, b, joined=True) if isinstance(b, str) else (a, b)
         for a, b in zip(contexts, continuations, strict=True)
     ]
     scores = token_log_probs(model, [p for p, _ in pairs], [r for _, r in pairs])
@@ -213,8 +193,11 @@ def split_answers(
     tokenizer: PreTrainedTokenizerBase, prompt: str, answers: Sequence[str]
 ) -> tuple[list[int], list[list[int]]]:
     """The tokens that prompt + answer share for all answers, and the rest of each answer's."""
-    wholes = [sum(encode_pair(tokenizer, prompt, answer), []) for answer in answers]
-    shared = _shared(wholes)
+    wholes = []
+    for answer in answers:
+        before, after = encoding.encode(tokenizer, prompt, answer, joined=True)
+        wholes.append(before + after)
+    shared = encoding.count_shared(wholes)
     rest = [whole[shared:] for whole in wholes]
     if not all(rest):
         raise ValueError(
@@ -224,19 +207,13 @@ def split_answers(
     return wholes[0][:shared], rest
 
 
-def _shared(rows: Sequence[list[int]]) -> int:
-    """How many tokens all rows have in common at the start."""
-    columns = zip(*rows, strict=False)
-    return sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, columns))
-
-
 def _alike(contexts: Sequence[list[int]], most: int = 32) -> list[list[int]]:
     """Runs of consecutive rows that have at least half of their tokens in common at the start."""
     runs: list[list[int]] = []
     for i, context in enumerate(contexts):
         if runs and len(runs[-1]) < most:
             first = contexts[runs[-1][0]]
-            if _shared([first, context]) >= max(len(first), len(context)) / 2:
+            if encoding.count_shared([first, context]) >= max(len(first), len(context)) / 2:
                 runs[-1].append(i)
                 continue
         runs.append([i])
@@ -246,9 +223,9 @@ def _alike(contexts: Sequence[list[int]], most: int = 32) -> list[list[int]]:
 @torch.inference_mode()
 def _first_log_probs(model, contexts: list[list[int]], tokens: list[list[int]]) -> np.ndarray:
     """log p of the given next tokens of contexts that begin alike, (rows, tokens)."""
-    device, shared = model.device, min(_shared(contexts), min(map(len, contexts)) - 1)
+    device, shared = model.device, min(encoding.count_shared(contexts), min(map(len, contexts)) - 1)
     rows = [context[shared:] for context in contexts]
-    ids, mask = (x.to(device) for x in generation.pad_rows(rows, 0, "right"))
+    ids, mask = (x.to(device) for x in encoding.pad_rows(rows, 0, "right"))
     cache, seen = None, mask
     if shared:
         start = torch.tensor([contexts[0][:shared]], device=device)
@@ -283,7 +260,10 @@ def text_log_probs(
     texts: Sequence[str],
 ) -> np.ndarray:  # fmt: skip
     """log p(" " + text | prompt), summed over tokens, (rows,)."""
-    pairs = [encode_pair(tokenizer, p, f" {t}") for p, t in zip(prompts, texts, strict=True)]
+    pairs = [
+        encoding.encode(tokenizer, prompt, f" {text}", joined=True)
+        for prompt, text in zip(prompts, texts, strict=True)
+    ]
     found = token_log_probs(model, [a for a, _ in pairs], [b for _, b in pairs])
     return np.array([row.sum(dtype=np.float64) for row in found])
 
@@ -301,12 +281,11 @@ def sequence_kl(
     the same tokens.  Columns direction ("forward": texts of the base; "reverse": of the model), value,
     tokens.  Empty texts are left out, as in the paper.
     """
-    start = tokenizer.bos_token_id
-    start = tokenizer.eos_token_id if start is None else start
+    start = encoding.start_ids(tokenizer) or encoding.end_tokens(tokenizer, base)[:1]
     rows = []
     for direction, own, other in (("forward", base, model), ("reverse", model, base)):
         drawn = generation.sample(
-            own, tokenizer, [[start]], n=n, seed=seed, max_new_tokens=max_new_tokens, label="KL"
+            own, tokenizer, [start], n=n, seed=seed, max_new_tokens=max_new_tokens, label="KL"
         )
         kept = [i for i, text in enumerate(drawn.texts) if not is_empty(text)]
         texts = [drawn.prompt_ids[i] for i in kept], [drawn.response_ids[i] for i in kept]

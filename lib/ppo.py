@@ -28,7 +28,7 @@ from accelerate.utils import gather_object
 from torch.nn.functional import cross_entropy, pad
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lib import generation, logprobs, losses, models, rewards, runtime
+from lib import encoding, generation, logprobs, losses, models, rewards, runtime
 from lib.policy import SharedTrunkPolicy, TokenBatch
 
 STAGES = ("sample", "score", "forward", "update")
@@ -275,9 +275,9 @@ class PPO:
         Logits are dropped after each few rows; the trunk's hidden states are kept for the update.
         """
         side = "right" if self.policy.config.is_encoder_decoder else "left"
-        fill, device = self.tokenizer.pad_token_id, self.policy.device
-        padded = generation.pad_rows(samples.prompt_ids, fill, side)
-        padded += generation.pad_rows(samples.response_ids, fill, "right")
+        fill, device = encoding.pad_id(self.tokenizer), self.policy.device
+        padded = encoding.pad_rows(samples.prompt_ids, fill, side)
+        padded += encoding.pad_rows(samples.response_ids, fill, "right")
         prompt_ids, prompt_mask, response_ids, mask = (x.to(device) for x in padded)
         tokens = TokenBatch(prompt_ids, prompt_mask, response_ids, mask)
         done, parts = [], []

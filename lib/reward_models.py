@@ -32,7 +32,7 @@ import transformers
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from lib import generation, hub, losses, models, preferences, runtime, sft, stats
+from lib import encoding, hub, losses, models, preferences, runtime, sft, stats
 from lib.stats import Interval
 from lib.text import check_texts
 
@@ -120,28 +120,43 @@ class RewardModel(torch.nn.Module):
 
         Encoders: [CLS] prompt [SEP] | response [SEP].  Decoders: prompt | response and end token.
         """
-        tokenizer, known = self.tokenizer, {}
         check_texts(prompts), check_texts(responses)
-        pair = self._pair
-        start = [tokenizer.cls_token_id if pair else tokenizer.bos_token_id]
-        start, end = [t for t in start if t is not None], tokenizer.eos_token_id
-        middle, end = ([tokenizer.sep_token_id],) * 2 if pair else ([], [end])
-
-        def ids(text: str) -> list[int]:
-            if text not in known:
-                known[text] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-            return known[text]
-
+        tokenizer = self.tokenizer
+        start, middle, ends = self._special_ids()
+        room = self.max_length - len(start) - len(middle) - bool(ends)
+        known: dict[str, list[int]] = {}  # a prompt stands in many rows
         rows = []
-        for prompt, response in zip(prompts, responses, strict=True):
-            before, after = ids(prompt), ids(response)
-            room = self.max_length - len(start) - len(middle) - len(end)
+        for number, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+            if prompt not in known:
+                known[prompt] = self._prompt_ids(prompt, start)
+            before = known[prompt]
+            after = encoding.bare_ids(tokenizer, response)
             self.truncated["responses"] += len(after) > room
             after = after[:room]
             self.truncated["prompts"] += len(before) + len(after) > room
             before = before[max(0, len(before) + len(after) - room) :]
-            rows.append((start + before + middle, after + end))
+            after = encoding.with_end(after, ends)
+            if not after:
+                raise ValueError(
+                    f"response {number} is empty and {type(tokenizer).__name__} has no end token, so there "
+                    "is nothing to read. Set tokenizer.eos_token, or leave empty responses out."
+                )
+            rows.append((start + before + middle, after))
         return rows
+
+    def _special_ids(self) -> tuple[list[int], list[int], list[int]]:
+        """Tokens before a prompt, between prompt and response, and those of which one ends a response."""
+        tokenizer = self.tokenizer
+        if self._pair:
+            return [tokenizer.cls_token_id], [tokenizer.sep_token_id], [tokenizer.sep_token_id]
+        return encoding.start_ids(tokenizer), [], encoding.end_tokens(tokenizer)
+
+    def _prompt_ids(self, prompt: str, start: list[int]) -> list[int]:
+        """A prompt's tokens after `start`, which stands before every row, cut or not."""
+        if self._pair:
+            return encoding.bare_ids(self.tokenizer, prompt)
+        ids = encoding.encode(self.tokenizer, prompt).prompt
+        return ids[len(start) :] if ids[: len(start)] == start else ids
 
     def forward(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor,
@@ -179,9 +194,9 @@ class RewardModel(torch.nn.Module):
 
     def batch(self, rows: Sequence[tuple[list, list]]) -> dict[str, torch.Tensor]:
         """Encoded rows as input_ids, attention_mask and response_mask, each (rows, time)."""
-        pad, side = self.tokenizer.pad_token_id, self.padding_side
-        ids, mask = generation.pad_rows([a + b for a, b in rows], pad, side)
-        inside, _ = generation.pad_rows([[0] * len(a) + [1] * len(b) for a, b in rows], 0, side)
+        pad, side = encoding.pad_id(self.tokenizer), self.padding_side
+        ids, mask = encoding.pad_rows([a + b for a, b in rows], pad, side)
+        inside, _ = encoding.pad_rows([[0] * len(a) + [1] * len(b) for a, b in rows], 0, side)
         found = {"input_ids": ids, "attention_mask": mask, "response_mask": inside}
         return {name: x.to(self.head.weight.device) for name, x in found.items()}
 
@@ -213,17 +228,15 @@ class RewardModel(torch.nn.Module):
 
     def _after_prefix(self, rows) -> torch.Tensor:
         """`_pooled` for a decoder: each prompt goes through it once, however many responses it has."""
-        pad, device = self.tokenizer.pad_token_id, self.head.weight.device
+        pad, device = encoding.pad_id(self.tokenizer), self.head.weight.device
         number = {context: i for i, context in enumerate(dict.fromkeys(tuple(a) for a, _ in rows))}
-        ids, seen = (x.to(device) for x in generation.pad_rows([*map(list, number)], pad, "left"))
+        ids, seen = (x.to(device) for x in encoding.pad_rows([*map(list, number)], pad, "left"))
         positions = (seen.cumsum(-1) - 1).clamp(min=0)
         prefix = {"input_ids": ids, "attention_mask": seen, "position_ids": positions}
         cache = self.backbone(**prefix, use_cache=True).past_key_values
         places = torch.tensor([number[tuple(a)] for a, _ in rows], device=device)
         cache.batch_select_indices(places)
-        ids, inside = (
-            x.to(device) for x in generation.pad_rows([b for _, b in rows], pad, "right")
-        )
+        ids, inside = (x.to(device) for x in encoding.pad_rows([b for _, b in rows], pad, "right"))
         seen = torch.cat([seen[places], inside], 1)
         rest = {"attention_mask": seen, "past_key_values": cache, "use_cache": True}
         positions = (seen.cumsum(-1) - 1)[:, -ids.shape[1] :]
@@ -313,7 +326,7 @@ def _batches(rows, budget: int, shared: bool) -> Iterator[list[int]]:
     """Row numbers in batches of like length; with shared=True rows of one prompt stand together first."""
     lengths = [len(a) + len(b) for a, b in rows]
     if not shared:
-        yield from generation.token_batches(lengths, budget)
+        yield from encoding.token_batches(lengths, budget)
         return
     batch, width = [], 0
     order = [(len(a), a, len(b), i) for i, (a, b) in enumerate(rows)]

@@ -21,7 +21,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lib import adapters, generation, models, ppo, rewards, runtime, sft
+from lib import adapters, encoding, generation, models, ppo, rewards, runtime, sft
 
 TRL_NAMES = {
     "kl": "kl", "entropy": "entropy", "grad_norm": "grad_norm", "learning_rate": "learning_rate",
@@ -57,7 +57,7 @@ def train_rloo(
         adapters.merge(policy)  # TRL's reference is the policy without adapters
     models.to_dtype(policy, torch.float32)
     top = models.decoder_layers(policy)[-config.layers :]
-    score = _Score(reward_fn, tokenizer)
+    score = _Score(reward_fn, tokenizer, encoding.end_tokens(tokenizer, policy))
     slices = config.batch // config.minibatch_size
     updates = config.epochs * slices  # optimizer steps on one rollout
     with tempfile.TemporaryDirectory() as folder, sft.own_precision():
@@ -75,7 +75,9 @@ def train_rloo(
         started = time.perf_counter()
         trainer = trl.RLOOTrainer(
             policy, reward_funcs=score, args=arguments, processing_class=tokenizer,
-            train_dataset=datasets.Dataset.from_dict({"prompt": list(prompts)}),
+            train_dataset=datasets.Dataset.from_dict(
+                {"prompt": _without_start(tokenizer, prompts), "asked": list(prompts)}
+            ),
             peft_config=adapters.lora_config(policy, top, config.lora_rank),
         )  # fmt: skip
         trainer.remove_callback(transformers.PrinterCallback)
@@ -86,21 +88,30 @@ def train_rloo(
     return _history(trainer.state.log_history, score.rows, updates, time.perf_counter() - started)
 
 
+def _without_start(tokenizer, prompts: Sequence[str]) -> list[str]:
+    """The prompts as TRL must get them: it has the tokenizer write a start token, so none stands there."""
+    written = tokenizer.bos_token if encoding.writes_start(tokenizer) else ""
+    return [prompt.removeprefix(written) for prompt in prompts]
+
+
 class _Score:
     """A reward function as TRL calls it; keeps a row of means for each rollout."""
 
     __name__ = "reward"
 
-    def __init__(self, reward_fn, tokenizer):
-        self.reward_fn, self.tokenizer, self.rows = reward_fn, tokenizer, []
+    def __init__(self, reward_fn, tokenizer, ends: Sequence[int]):
+        self.reward_fn = reward_fn
+        self.tokenizer = tokenizer
+        self.ends = ends
+        self.rows = []
 
-    def __call__(self, prompts, completions, completion_ids, **_) -> list[float]:
+    def __call__(self, prompts, completions, completion_ids, asked, **_) -> list[float]:
         started, none = time.perf_counter(), [np.full(len(ids), np.nan) for ids in completion_ids]
-        ended = [ids[-1:] == [self.tokenizer.eos_token_id] for ids in completion_ids]
+        ended = [encoding.is_finished(ids, self.ends) for ids in completion_ids]
         samples = generation.Samples(
-            prompts=prompts, prompt_index=list(range(len(prompts))), texts=completions,
-            prompt_ids=self.tokenizer(prompts)["input_ids"], response_ids=completion_ids,
-            log_probs=none, model_log_probs=none, finished=ended,
+            prompts=asked, prompt_index=list(range(len(asked))), texts=completions,
+            prompt_ids=[encoding.encode(self.tokenizer, prompt).prompt for prompt in asked],
+            response_ids=completion_ids, log_probs=none, model_log_probs=none, finished=ended,
         )  # fmt: skip
         totals, components = rewards.place_rewards(self.reward_fn(samples), samples)
         row = {f"reward/{name}": values.mean() for name, values in components.items()}

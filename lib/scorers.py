@@ -29,7 +29,7 @@ from scipy.special import expit
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from lib import generation, hub, models, runtime
+from lib import encoding, hub, models, runtime
 from lib.course import assets
 from lib.text import check_texts, is_empty, words
 
@@ -270,15 +270,15 @@ class ClassifierScorer(Scorer):
         self.truncated += sum(bool(e.overflowing) for e in encoded.encodings or [])
         ids, scores, device = encoded["input_ids"], np.empty(len(texts)), self.model.device
         budget = self.TOKENS_PER_BATCH.get(device.type, 8192)
-        batches = [*generation.token_batches([len(row) for row in ids], budget)]
+        batches = [*encoding.token_batches([len(row) for row in ids], budget)]
         few = len(batches) < 3  # packing takes longer than it saves
         with (
             contextlib.nullcontext() if few else models.packed(self.model),
             first_token(self.model),
         ):
             for batch in batches:
-                pad = self.tokenizer.pad_token_id or 0
-                rows, mask = generation.pad_rows([ids[i] for i in batch], pad, "right")
+                pad = encoding.pad_id(self.tokenizer)
+                rows, mask = encoding.pad_rows([ids[i] for i in batch], pad, "right")
                 logits = self._logits(rows.to(device), mask.to(device))
                 scores[batch] = self._probability(logits.double()).cpu().numpy()
         return scores

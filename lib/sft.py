@@ -9,6 +9,7 @@ Encoder-decoder models, which SFTTrainer does not take, go through its parent, `
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 import tempfile
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ import transformers
 from accelerate.state import AcceleratorState
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lib import adapters, models, runtime
+from lib import adapters, data, encoding, models, runtime
 
 NO_LOSS = -100  # label of a token without loss
 PLAIN = {"logging_steps": 1, "report_to": "none", "disable_tqdm": True}
@@ -32,49 +33,71 @@ COLUMNS = ["step", "epoch", "loss", "learning_rate", "grad_norm", "held_out_loss
 
 
 def encode_completions(
-    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], completions: Sequence[str]
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    completions: Sequence[str],
+    *,
+    model: PreTrainedModel | None = None,
 ) -> list[dict]:
-    """Rows of input_ids and labels: the prompt without loss, the completion and one end token with."""
+    """Rows of input_ids and labels: the prompt without loss, the completion and one end token with.
+
+    A completion that ends with an end token gets no other; give the `model` where it has several.  Raises
+    ValueError for a tokenizer and model without any.
+    """
+    ends = _ends(tokenizer, model)
     rows = []
     for prompt, completion in zip(prompts, completions, strict=True):
-        before = tokenizer(prompt)["input_ids"]
-        after = tokenizer(completion, add_special_tokens=False)["input_ids"]
-        if after[-1:] != [tokenizer.eos_token_id]:
-            after = [*after, tokenizer.eos_token_id]
+        before, after = encoding.encode(tokenizer, prompt, completion)
+        after = encoding.with_end(after, ends)
         rows.append({"input_ids": before + after, "labels": [NO_LOSS] * len(before) + after})
     return rows
 
 
 def encode_conversations(
-    tokenizer: PreTrainedTokenizerBase, conversations: Sequence[list[dict]]
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: Sequence[list[dict]],
+    *,
+    model: PreTrainedModel | None = None,
 ) -> list[dict]:
     """Rows of input_ids and labels: loss on what the assistant says and on the end of its turns.
 
-    A conversation is a list of {"role", "content"}.  Raises ValueError where the turns cannot be told
-    apart, because it starts with the assistant or the chat template does not write turn by turn.
+    A conversation is a list of {"role", "content"}, written as `data.apply_template` asks: in the chat
+    template, or "tagged" where the tokenizer has none.  `model`: as in `encode_completions`.  Raises
+    ValueError where the turns cannot be told apart, because it starts with the assistant or the chat
+    template does not write turn by turn.
     """
-    end, rows = tokenizer.eos_token_id, []
+    ends, rows = _ends(tokenizer, model), []
+    first = encoding.start_ids(tokenizer) if encoding.writes_start(tokenizer) else []
     for number, messages in enumerate(conversations):
         text, spans = _assistant_spans(tokenizer, messages, number)
         encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         ids = encoded["input_ids"]
         spoken = [any(a <= start < b for a, b in spans) for start, _ in encoded["offset_mapping"]]
         labels = [token if said else NO_LOSS for token, said in zip(ids, spoken, strict=True)]
-        ended = [token for token in labels if token != NO_LOSS][-1:] == [end]
-        if messages[-1]["role"] == "assistant" and not ended:
-            ids, labels = [*ids, end], [*labels, end]
+        said = [token for token in labels if token != NO_LOSS]
+        if messages[-1]["role"] == "assistant" and not encoding.is_finished(said, ends):
+            ids, labels = [*ids, ends[0]], [*labels, ends[0]]
+        if ids[: len(first)] != first:  # this chat template leaves it to the tokenizer
+            ids, labels = first + ids, [NO_LOSS] * len(first) + labels
         rows.append({"input_ids": ids, "labels": labels})
     return rows
 
 
-def _assistant_spans(tokenizer, messages, number) -> tuple[str, list[tuple[int, int]]]:
-    def render(turns, **options):
-        return tokenizer.apply_chat_template(turns, tokenize=False, **options)
+def _ends(tokenizer, model) -> list[int]:
+    ends = encoding.end_tokens(tokenizer, model)
+    if not ends:
+        raise ValueError(
+            f"{type(tokenizer).__name__} has no end token, so nothing would teach the model to stop. Set "
+            "tokenizer.eos_token, or give a model whose generation_config has eos_token_id."
+        )
+    return ends
 
-    text, spans = render(messages), []
+
+def _assistant_spans(tokenizer, messages, number) -> tuple[str, list[tuple[int, int]]]:
+    text, spans = data.write_turns(messages, tokenizer), []
     for turn in [i for i, message in enumerate(messages) if message["role"] == "assistant"]:
-        before = render(messages[:turn], add_generation_prompt=True) if turn else None
-        upto = render(messages[: turn + 1])
+        before = data.write_turns(messages[:turn], tokenizer, answer_next=True) if turn else None
+        upto = data.write_turns(messages[: turn + 1], tokenizer)
         if before is None or not (upto.startswith(before) and text.startswith(upto)):
             raise ValueError(
                 f"conversation {number}: the assistant's turn {turn} cannot be located. Start with "
@@ -208,7 +231,12 @@ def _trainer(model, tokenizer, train, test, **arguments):
     fixed["fp16"] = device == "cuda" and not fixed["bf16"]
     data = dict(model=model, processing_class=tokenizer, train_dataset=train, eval_dataset=test)
     if model.config.is_encoder_decoder:
-        collator = transformers.DataCollatorForSeq2Seq(tokenizer, model)
+        padding = copy.copy(
+            tokenizer
+        )  # on the right: the decoder reads what it is shown from its start
+        padding.padding_side = "right"
+        padding.pad_token_id = encoding.pad_id(tokenizer)
+        collator = transformers.DataCollatorForSeq2Seq(padding, model)
         settings = transformers.TrainingArguments(**fixed, **arguments)
         trainer = _with_adapters(transformers.Trainer)(
             args=settings, data_collator=collator, **data

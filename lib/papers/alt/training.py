@@ -28,7 +28,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lib import generation, losses, models, runtime
+from lib import encoding, generation, losses, models, runtime
 from lib.papers.alt import conditions, critics, labels
 from lib.policy import SharedTrunkPolicy, TokenBatch
 
@@ -433,9 +433,9 @@ class ConditionalTraining:
 
     def _tokens(self, prompts, responses) -> tuple[TokenBatch, torch.Tensor]:
         side = "right" if self.policy.config.is_encoder_decoder else "left"
-        pad, device = self.tokenizer.pad_token_id, self.policy.device
-        padded = generation.pad_rows(prompts, pad, side)
-        padded += generation.pad_rows(responses, pad, "right")
+        pad, device = encoding.pad_id(self.tokenizer), self.policy.device
+        padded = encoding.pad_rows(prompts, pad, side)
+        padded += encoding.pad_rows(responses, pad, "right")
         ids, seen, response, mask = (x.to(device) for x in padded)
         return TokenBatch(ids, seen, response, mask), mask.float()
 

@@ -18,7 +18,7 @@ import pandas as pd
 from scipy import special
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lib import logprobs, sft
+from lib import encoding, logprobs, sft
 from lib.annotator import SimulatedAnnotator
 from lib.papers.ilf import refine
 from lib.papers.ilf.refine import Question
@@ -74,7 +74,7 @@ def written_refinement(
     Without the cue the whole text counts as the refinement, as in the paper.
     """
     _, cue, after = text.partition(CUE)
-    ids = tokenizer(refine.tidy(after if cue else text), add_special_tokens=False)["input_ids"]
+    ids = encoding.bare_ids(tokenizer, refine.tidy(after if cue else text))
     kept = tokenizer.decode(ids[:max_tokens], skip_special_tokens=True)
     return refine.tidy(kept), bool(cue)
 
