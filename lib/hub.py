@@ -19,6 +19,7 @@ from pathlib import Path
 
 import filelock
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from lib import runtime
@@ -29,6 +30,7 @@ MODEL_ASSETS = ("policy", "encoder")
 TOKENIZER_FILES = ["*.json", "*.txt", "*.jinja", "*.model"]
 HUB_FILES = ["*.safetensors", *TOKENIZER_FILES]
 PICKLED_FILES = ["pytorch_model*.bin", "pytorch_model.bin.index.json", "adapter_model.bin"]
+SAFE = {"trust_remote_code": False}  # of every from_pretrained: transformers would ask, or run it
 CONVERTED = "converted_from.json"  # beside converted weights: where they come from
 
 
@@ -47,9 +49,15 @@ def parse_name(text: str | Path, revision: str | None = None) -> ModelName:
     Raises ValueError where the name and `revision` say different things.
     """
     text = str(text)
+    if not text.strip():
+        raise ValueError(
+            "no model is named; give an asset, a folder, or a Hub id (namespace/name)."
+        )
     if Path(text).expanduser().is_dir():
         return ModelName(text, revision)
-    rest, _, label = text.partition("#")
+    rest, _, label = text.rpartition("#") if "#" in text else (text, "", "")
+    if Path(rest).expanduser().is_dir():
+        return ModelName(rest, revision, label or None)
     name, _, own = rest.partition("@")
     if own and revision and own != revision:
         raise ValueError(
@@ -113,6 +121,7 @@ def _snapshot(wanted: ModelName, patterns: list[str]) -> Path:
             wanted.name,
             revision=wanted.revision,
             cache_dir=cache,
+            endpoint=os.environ.get("HF_ENDPOINT"),
             allow_patterns=patterns,
             ignore_patterns=["*/*", "consolidated*"],
         )
@@ -124,6 +133,12 @@ def _snapshot(wanted: ModelName, patterns: list[str]) -> Path:
             "or the offline asset 'policy'."
         ) from None
     return Path(folder)
+
+
+def tensor_names(path: Path) -> list[str]:
+    """Names of the tensors in a safetensors file."""
+    with safe_open(path, framework="pt") as file:
+        return list(file.keys())
 
 
 # --- pickled weights -----------------------------------------------------------------------------

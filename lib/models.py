@@ -97,7 +97,7 @@ def load_tokenizer(name: str | Path, revision: str | None = None) -> PreTrainedT
         return tiny_tokenizer()
     folder = hub.resolve_model(name, revision, weights=False)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **hub.SAFE)
     except (OSError, ValueError, ImportError, AttributeError) as error:
         why = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
@@ -108,13 +108,12 @@ def load_tokenizer(name: str | Path, revision: str | None = None) -> PreTrainedT
 
 
 def _load_weights(folder, name, dtype, device, eight_bit) -> PreTrainedModel:
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder, **hub.SAFE)
     check_policy(config, name)
     family = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     options = int8.loading_options(device) if eight_bit else {}
-    model, report = family.from_pretrained(
-        folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
-    )
+    options |= {"use_safetensors": True, "output_loading_info": True, **hub.SAFE}
+    model, report = family.from_pretrained(folder, dtype=dtype, **options)
     if report["missing_keys"]:  # transformers would go on with random numbers in their place
         first = sorted(report["missing_keys"])[0]
         raise ValueError(
@@ -256,6 +255,15 @@ def _norms_after(model, stack) -> list[torch.nn.Module]:
     ]
 
 
+def longest_text(config: PretrainedConfig, otherwise: int) -> int:
+    """Tokens that a model can read; `otherwise` where its configuration names no limit."""
+    limit = getattr(config, "max_position_embeddings", None)
+    if not limit:
+        return otherwise
+    counts_from_two = "roberta" in config.model_type or config.model_type == "longformer"
+    return limit - (config.pad_token_id + 1 if counts_from_two else 0)
+
+
 def state_width(model: PreTrainedModel) -> int:
     """Width of the states that a model's last layer hands on (OPT-350m's is not its hidden_size)."""
     return getattr(model.config, "word_embed_proj_dim", None) or model.config.hidden_size
@@ -285,9 +293,10 @@ def _to_own_dtype(layer, args, kwargs):
     def cast(item):
         if not isinstance(item, torch.Tensor) or not item.is_floating_point():
             return item
-        # the least float32, which masks are made of, would be -inf in bfloat16, and a row of them NaN
-        limits = torch.finfo(dtype)
-        return item.clamp(limits.min, limits.max).to(dtype) if item.dtype != dtype else item
+        if torch.finfo(item.dtype).min < torch.finfo(dtype).min:
+            # masks hold the least float32, which would be -inf in bfloat16, and a row of it NaN
+            item = item.clamp(min=torch.finfo(dtype).min)
+        return item.to(dtype)
 
     dtype = _floating_dtype(layer)
     return tree_map(cast, (args, kwargs))
@@ -415,7 +424,7 @@ def _weight_samples(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     for name, weight in adapters.base_weights(model).items():
         if weight.is_floating_point() and weight.numel():
             step = max(1, weight.numel() // SAMPLED)
-            samples[name] = weight.detach().flatten()[::step][:SAMPLED].float().cpu()
+            samples[name] = weight.detach().flatten()[::step][:SAMPLED].float().cpu().clone()
     return samples
 
 
