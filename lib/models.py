@@ -435,7 +435,10 @@ def is_unchanged(model: PreTrainedModel) -> bool:
     if before is None or set(now) != set(before):
         return False
     return all(
-        any(torch.equal(now[name], values.to(dtype).float()) for dtype in runtime.DTYPES.values())
+        any(
+            torch.equal(now[name], values.to(getattr(torch, dtype)).float())
+            for dtype in runtime.DTYPES
+        )
         for name, values in before.items()
     )
 

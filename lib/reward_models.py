@@ -405,7 +405,7 @@ def _load_kept_backbone(folder: Path, card: dict) -> PreTrainedModel:
         return _read_backbone(folder / models.BASE)
     origin = dict(card["base"])
     name, revision = origin.pop("name"), origin.pop("revision", None)
-    dtype = runtime.DTYPES[origin.pop("dtype")]
+    dtype = getattr(torch, origin.pop("dtype"))
     return load_backbone(f"{name}@{revision}" if revision else name, dtype=dtype, **origin)[0]
 
 

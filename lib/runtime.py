@@ -22,14 +22,16 @@ import time
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-BFLOAT16_FLAGS = {"amx_bf16", "avx512_bf16", "bf16"}  # the last one is ARM's
+if TYPE_CHECKING:  # torch is loaded by what computes with it: tables and files do without
+    import torch
 
+DTYPES = ("float32", "bfloat16", "float16")
+BFLOAT16_FLAGS = {"amx_bf16", "avx512_bf16", "bf16"}  # the last one is ARM's
 
 # --- folders and settings ------------------------------------------------------------------------
 
@@ -79,6 +81,7 @@ def plain_mode() -> bool:
 
 def set_seed(seed: int) -> torch.Generator:
     """Seed python, numpy and torch; return a CPU generator with the same seed for samplers."""
+    import torch
     from transformers import set_seed as seed_everything
 
     seed_everything(seed)
@@ -90,6 +93,8 @@ def set_seed(seed: int) -> torch.Generator:
 
 def get_device(name: str | None = None) -> torch.device:
     """The device named, else CUDA, else Apple MPS, else CPU."""
+    import torch
+
     if name:
         return torch.device(name)
     if torch.cuda.is_available():
@@ -99,6 +104,8 @@ def get_device(name: str | None = None) -> torch.device:
 
 def describe_device(device: torch.device | None = None) -> str:
     """One line about the device, as stored with every result."""
+    import torch
+
     device = device or get_device()
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
@@ -113,11 +120,13 @@ def inference_dtype(device: torch.device | None = None) -> torch.dtype:
     float32.  `LIB_DTYPE` (float32, bfloat16 or float16) decides instead where it is set, `LIB_PLAIN=1` gives
     float32.  Raises ValueError for another LIB_DTYPE.
     """
+    import torch
+
     chosen = os.environ.get("LIB_DTYPE")
     if chosen:
         if chosen not in DTYPES:
             raise ValueError(f"LIB_DTYPE is {chosen!r}; allowed: {', '.join(DTYPES)}. Or unset it.")
-        return DTYPES[chosen]
+        return getattr(torch, chosen)
     device = device or get_device()
     if plain_mode():
         return torch.float32
@@ -129,12 +138,16 @@ def inference_dtype(device: torch.device | None = None) -> torch.dtype:
 
 def cuda_has_bfloat16() -> bool:
     """Whether the GPU here computes in bfloat16 itself; emulation does not count."""
+    import torch
+
     return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 @lru_cache(maxsize=1)
 def cpu_has_bfloat16() -> bool:
     """Whether this CPU has instructions for products in bfloat16, and torch a library that uses them."""
+    import torch
+
     known = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return bool(known) and bool(cpu_flags() & BFLOAT16_FLAGS)
 
@@ -158,6 +171,8 @@ def cpu_flags() -> set[str]:
 @contextlib.contextmanager
 def medium_precision() -> Iterator[None]:
     """Within: torch's float32 precision "medium", process-wide."""
+    import torch
+
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
     try:
@@ -174,6 +189,8 @@ def medium_is_exact() -> bool:
     (measured on an AMD EPYC: 2.2x), so only those come into question.  Where oneDNN rounds to bfloat16, as
     it does with AMX, products are not exact: that is looked up by their error, not by a list of processors.
     """
+    import torch
+
     try:
         torch.get_float32_matmul_precision()
     except RuntimeError:  # set backend by backend, by its owner: left as it is
@@ -196,6 +213,8 @@ def free_memory(*objects: object) -> None:
     Models given as arguments lose their weights, also those in 8 bits, even while a notebook variable
     still points at them.
     """
+    import torch
+
     for thing in objects:
         if isinstance(thing, torch.nn.Module):
             _drop_weights(thing)
@@ -206,6 +225,8 @@ def free_memory(*objects: object) -> None:
 
 def _drop_weights(model: torch.nn.Module) -> None:
     """Put weights without memory (on the meta device) in the place of a model's."""
+    import torch
+
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
@@ -285,13 +306,15 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
 
 def to_json(value: object) -> str:
     """JSON with plain numbers: numpy scalars and arrays unpacked, NaN and infinities as null."""
+    torch = sys.modules.get("torch")  # whoever has a tensor has loaded it
+    scalars = (np.generic, torch.Tensor) if torch else (np.generic,)
 
     def plain(item):
         if isinstance(item, dict):
             return {str(k): plain(v) for k, v in item.items()}
         if isinstance(item, (list, tuple, set, np.ndarray)):
             return [plain(v) for v in item]
-        if isinstance(item, (np.generic, torch.Tensor)):
+        if isinstance(item, scalars):
             return plain(item.item())
         if isinstance(item, float) and not np.isfinite(item):
             return None

@@ -27,11 +27,12 @@ class HubServer:
 
     def folder(self, name: str, revision: str | None) -> Path | None:
         """The folder of a revision, which is named or given by its commit."""
+        wanted = (revision or "main").replace("%2F", "/")
         for folder in self.root.glob(f"{name}*"):
-            own = folder.name.partition("@")[2] or "main"
-            if folder.name.partition("@")[0] == name.rpartition("/")[2]:
-                if (revision or "main").replace("%2F", "-") in (own, self.commit(folder)):
-                    return folder
+            own_name, _, own_revision = folder.name.partition("@")
+            known = (own_revision or "main", self.commit(folder))
+            if own_name == name.rpartition("/")[2] and wanted in known:
+                return folder
         return None
 
     def commit(self, folder: Path) -> str:

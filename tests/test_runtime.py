@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -180,7 +182,7 @@ def test_free_memory_releases_a_models_weights():
 def test_troubleshooting_quotes_what_the_code_says():
     root = runtime.project_root()
     sources = [
-        *(root / "lib").glob("*.py"),
+        *(root / "lib").rglob("*.py"),
         root / "Makefile",
         *(root / "notebooks").glob("*.ipynb"),
     ]
@@ -190,3 +192,10 @@ def test_troubleshooting_quotes_what_the_code_says():
     parts = [part.strip(" ,:") for text in seen for part in text.split("...")]
     assert len(parts) > 15
     assert not [part for part in parts if part not in code]
+
+
+def test_tables_and_figures_do_without_torch():
+    modules = "annotator, course.record, plots, preferences, stats"
+    imports = ", ".join(f"lib.{name}" for name in modules.split(", "))
+    code = f"import sys, {imports}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -1,6 +1,6 @@
 """Learning from refinements (ILF, Scheurer et al. 2023): what is imitated, and how it is measured.
 
-`refinement` makes the table of articles with summary, feedback and chosen refinement.  Here it becomes
+`refine` makes the table of articles with summary, feedback and chosen refinement.  Here it becomes
 training data for policies (`targets`) and for reward models that answer a question with one token
 (`classification_rows`, `comparison_rows`); plus the objective's weights, the distance from the base
 model, and win rates.
