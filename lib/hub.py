@@ -153,7 +153,7 @@ def as_safetensors(folder: Path) -> Path:
         return folder
     facts = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in _pickled(folder)]
     key = runtime.content_hash(str(folder), facts)[:16]
-    target = runtime.cache_dir() / "converted" / f"{_readable(folder)}-{key}"
+    target = runtime.cache_dir() / "converted" / f"{readable(folder).replace('/', '-')}-{key}"
     target.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(f"{target}.lock"):
         if not target.exists():  # another process may have made it meanwhile
@@ -162,10 +162,10 @@ def as_safetensors(folder: Path) -> Path:
     return target
 
 
-def _readable(folder: Path) -> str:
+def readable(folder: Path) -> str:
     """A folder's name for people: of a Hub snapshot the repository's."""
     if folder.parent.name == "snapshots":
-        return folder.parents[1].name.removeprefix("models--").replace("--", "-")
+        return folder.parents[1].name.removeprefix("models--").replace("--", "/")
     return folder.name
 
 

@@ -101,8 +101,8 @@ def load_tokenizer(name: str | Path, revision: str | None = None) -> PreTrainedT
     except (OSError, ValueError, ImportError, AttributeError) as error:
         why = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
-            f"{name} has no tokenizer that can be loaded ({why}). Name the model whose tokenizer it uses: "
-            "tokenizer='namespace/name'."
+            f"{hub.readable(folder)} has no tokenizer that can be loaded ({why}). Name the model whose "
+            "tokenizer it uses: tokenizer='namespace/name'."
         ) from None
     return prepare_tokenizer(tokenizer)
 
