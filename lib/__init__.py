@@ -1,10 +1,31 @@
-"""Learning from Feedback: the small library behind the course's notebooks.
+"""Learning from Feedback: the library behind the course's notebooks.
 
-Modules are flat and named by the field's nouns.  Imports go one way:
-runtime -> assets -> data -> models -> generation -> losses -> scoring -> metrics -> plots ->
-preferences -> rubric -> feedback -> sft, reward_models, segments -> rewards -> ppo -> rloo -> what one
-paper needs (refinement, imitation, conditioning, qa_feedback, fine_grained, grounded_qa, annotate) ->
-bench, runner.
+The shared shelf, `lib/*.py`, holds what two papers use.  It imports nothing of `lib.papers`.
+
+runtime        folders, secrets, seed, device, dtype, progress, files that are never half written
+text           words, n-grams, repetition, scripts, the fluency panel
+data           prompts from any source, splits, chat templates, Wikipedia's leads
+models         load any policy or build a tiny one, what trains, adapters
+generation     sampling: tokens, texts and log-probabilities
+logprobs       log p(response | prompt) of tokens, answers and texts; perplexity; KL of two models
+losses         the formulas: tensors -> tensor
+policy         policy, reference and value on one network
+scorers        text -> toxicity: offline scorers, classifiers, Perspective
+stats          intervals, bootstrap, paired differences, verdicts
+plots          every figure as a function of a tidy table
+preferences    ratings and rankings: tables, conversions, agreement, win rates
+annotator      the simulated annotator and its published rubric
+feedback       ratings, rankings and responses from any OpenAI-compatible endpoint
+sft            supervised fine-tuning
+reward_models  one score for a prompt and a response, from ratings or rankings
+segments       segments of a response, and the token at which each ends
+rewards        where rewards are paid: on tokens, segments, or whole responses
+ppo            PPO in which any token may carry a reward
+rloo           its sequence-level peer
+annotate       annotation pages that work offline in a browser
+
+papers/        what one paper alone needs: rewardlm, ilf, fine_grained, alt
+course/        what makes a notebook run: assets, record, show, notebooks, runner, report, publish, cli
 """
 
 import os

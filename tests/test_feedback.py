@@ -1,4 +1,4 @@
-"""Feedback from language models, against real loopback endpoints (tests/endpoint.py)."""
+"""Feedback from language models, against real loopback endpoints (bench/endpoint.py)."""
 
 import asyncio
 import csv
@@ -29,7 +29,7 @@ class Server:
     def __init__(self, **options):
         command = [
             sys.executable,
-            str(Path(__file__).with_name("endpoint.py")),
+            str(Path(__file__).parents[1] / "bench" / "endpoint.py"),
             json.dumps(options),
         ]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)

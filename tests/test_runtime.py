@@ -180,7 +180,7 @@ def test_free_memory_releases_a_models_weights():
 def test_troubleshooting_quotes_what_the_code_says():
     root = runtime.project_root()
     sources = [
-        *(root / "lib").glob("*.py"),
+        *(root / "lib").rglob("*.py"),
         root / "Makefile",
         *(root / "notebooks").glob("*.ipynb"),
     ]

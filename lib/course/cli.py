@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
 from lib.course import record
 
@@ -11,6 +12,8 @@ try:
     from lib.course import notebooks, publish, report, runner
 except ModuleNotFoundError as error:
     sys.exit(f"{error.name} is missing. Try: pip install -c constraints.txt -e '.[notebooks]'")
+
+CHECKOUT = Path(__file__).resolve().parents[2]
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -45,10 +48,17 @@ def _annotate(options: argparse.Namespace) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    from lib import bench
+    if not (CHECKOUT / "bench" / "__init__.py").exists():
+        raise notebooks.RequestError(
+            f"the benchmarks are not installed with lib, and {CHECKOUT} has no folder bench/. Try again "
+            "in a checkout of the course (git clone, then make setup)."
+        )
+    if str(CHECKOUT) not in sys.path:  # an editable install finds lib alone
+        sys.path.append(str(CHECKOUT))
+    from bench import report as speed
 
     try:
-        bench.run(options.names, options.json, rounds=options.rounds, size=options.size)
+        speed.run(options.names, options.json, rounds=options.rounds, size=options.size)
     except ValueError as error:
         raise notebooks.RequestError(str(error)) from None
     return 0

@@ -7,6 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from conftest import WORDS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -29,7 +30,6 @@ from lib.papers.alt.training import (
     conditional_loss,
     token_weights,
 )
-from tests.conftest import WORDS
 
 TAGS = ("Excellent.", "Good.", "Mediocre.", "Bad.", "Horrible.")
 FIVE = Quantiles(TAGS)

@@ -116,7 +116,11 @@ def test_local_writer_marks_unfinished_drafts(tiny):
 def endpoint(tmp_path):
     """A loopback endpoint that answers four requests, refuses the fifth, and then answers again."""
     settings = {"script": ["ok"] * 4 + ["401!bad key"]}
-    command = [sys.executable, str(Path(__file__).with_name("endpoint.py")), json.dumps(settings)]
+    command = [
+        sys.executable,
+        str(Path(__file__).parents[2] / "bench" / "endpoint.py"),
+        json.dumps(settings),
+    ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         yield f"http://127.0.0.1:{int(process.stdout.readline())}"

@@ -7,19 +7,20 @@ import numpy as np
 import pytest
 import torch
 
-from lib import bench, encoding, logprobs
+from bench import cases, measure, report
+from lib import encoding, logprobs
 from lib.course import cli as command
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
 def records():
     """Every benchmark once, at the tiny size."""
-    return {name: bench.measure(name, make("tiny"), 1) for name, make in bench.BENCHMARKS.items()}
+    return {name: measure.measure(name, make("tiny"), 1) for name, make in cases.BENCHMARKS.items()}
 
 
-@pytest.mark.parametrize("name", bench.BENCHMARKS)
+@pytest.mark.parametrize("name", cases.BENCHMARKS)
 def test_a_record_says_what_made_it_and_both_sides_did_useful_work(records, name):
     record = records[name]
     assert {"device", "versions", "commit", "dtype", "date", "ceilings"} <= set(record)
@@ -28,10 +29,10 @@ def test_a_record_says_what_made_it_and_both_sides_did_useful_work(records, name
     assert len(sides) >= 2 and "ours" in sides
     for run in record["runs"]:
         assert run["units"] > 0 and run["seconds"] > 0
-    table = bench.summary(record)
+    table = measure.summary(record)
     assert table["side"].iloc[0] == "ours" and table["ratio"].iloc[0] == 1
     assert (table["share"] > 0).all()
-    assert record["name"] in bench.to_text(record) and record["what"] in bench.to_text(record)
+    assert record["name"] in measure.to_text(record) and record["what"] in measure.to_text(record)
     json.dumps(record, allow_nan=False)
 
 
@@ -49,27 +50,27 @@ def by_hand() -> dict:
 
 
 def test_ratio_rate_and_share_by_hand():
-    ours, peer = bench.summary(by_hand()).to_dict("records")
+    ours, peer = measure.summary(by_hand()).to_dict("records")
     assert ours["rate"] == 75 and peer["rate"] == 25
     assert (peer["ratio"], peer["low"], peer["high"], peer["n"]) == (3, 2, 4, 2)
     assert peer["share"] == 0.125 and ours["share"] == 0.375  # 0.5 s of arithmetic at the least
     limited = by_hand() | {"limit": 150}
-    assert bench.summary(limited)["share"].iloc[0] == 0.5
+    assert measure.summary(limited)["share"].iloc[0] == 0.5
 
 
 def test_linear_time_and_flat_memory_are_recognised():
-    fit = bench.growth_fit(by_hand())
+    fit = measure.growth_fit(by_hand())
     assert fit["time_exponent"] == pytest.approx(1) and fit["memory_spread"] == 990
-    assert "1,000 texts: time ~ size^1.00" in bench.to_text(by_hand())
+    assert "1,000 texts: time ~ size^1.00" in measure.to_text(by_hand())
 
 
 def test_peak_memory_sees_what_was_freed_again():
-    if not bench.PeakMemory.RESET.exists():
+    if not measure.PeakMemory.RESET.exists():
         pytest.skip("no resident peak on this system")
-    with bench.PeakMemory() as memory:
+    with measure.PeakMemory() as memory:
         torch.ones(40_000_000).sum()
     assert 150e6 < memory.rise < 250e6
-    with bench.PeakMemory() as memory:
+    with measure.PeakMemory() as memory:
         torch.ones(10).sum()
     assert memory.rise < 100e6
 
@@ -77,30 +78,30 @@ def test_peak_memory_sees_what_was_freed_again():
 def test_the_peer_of_logprob_computes_the_same_numbers():
     from trl.trainer.utils import add_fused_lm_head
 
-    model, tokenizer = bench.load("tiny")
+    model, tokenizer = cases.load("tiny")
     rng = np.random.default_rng(0)
     prompts, responses = (
         [rng.integers(6, 90, n).tolist() for n in sizes] for sizes in ([3, 9, 1], [5, 2, 30])
     )
     ours = logprobs.token_log_probs(model, prompts, responses)
     add_fused_lm_head(model)
-    theirs = bench._trl_log_probs(model, tokenizer.pad_token_id, prompts, responses, 2)
+    theirs = cases._trl_log_probs(model, tokenizer.pad_token_id, prompts, responses, 2)
     for a, b in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-4)
 
 
 def test_the_peer_of_sample_counts_tokens_up_to_the_end():
-    model, tokenizer = bench.load("tiny")
+    model, tokenizer = cases.load("tiny")
     end = tokenizer.eos_token_id
     model.get_output_embeddings().weight.data[end] *= 30  # sometimes the end, else anything
-    rows = bench._generated(model, tokenizer, bench.articles(6, "tiny"), 4, 3, 8)
+    rows = cases._generated(model, tokenizer, cases.articles(6, "tiny"), 4, 3, 8)
     assert len(rows) == 24 and len({len(row) for row in rows}) > 1
     assert all(end not in row[:-1] for row in rows)
 
 
 def test_separate_models_start_as_one_policy():
-    fresh, prompts, config = bench._rl("tiny", train="top", samples_per_prompt=1)
-    arrangement = bench._Separate(*fresh(), config)
+    fresh, prompts, config = cases._rl("tiny", train="top", samples_per_prompt=1)
+    arrangement = cases._Separate(*fresh(), config)
     ids, seen = encoding.pad_rows([[7, 8, 9, 10], [7, 8, 9, 11]], 0, "left")
     policy, reference = (
         arrangement.forward(model, ids, seen, 2)[0]
@@ -133,23 +134,23 @@ def test_the_course_table_shows_finished_runs(tmp_path, monkeypatch):
         folder = tmp_path / "runs" / "demo" / name
         folder.mkdir(parents=True)
         (folder / "run.json").write_text(json.dumps(run | {"status": status}))
-    assert bench.course_table().count("\n") == 2
-    assert "| 10_x | 1.5 min | 2.0 GB | CPU, 2 cores |" in bench.course_table()
+    assert report.course_table().count("\n") == 2
+    assert "| 10_x | 1.5 min | 2.0 GB | CPU, 2 cores |" in report.course_table()
 
 
 def test_the_figure_shows_every_peer(records):
-    figure = bench.figure([record | {"device": "here"} for record in records.values()])
+    figure = report.figure([record | {"device": "here"} for record in records.values()])
     labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
-    assert len(labels) == sum(len(bench.summary(r)) - 1 for r in records.values())
+    assert len(labels) == sum(len(measure.summary(r)) - 1 for r in records.values())
 
 
 def test_the_readme_shows_the_kept_records():
-    table, readme = bench.speed_table(bench.kept()), (ROOT / "README.md").read_text()
-    assert table.count("\n") > len(bench.BENCHMARKS)
+    table, readme = report.speed_table(report.kept()), (ROOT / "README.md").read_text()
+    assert table.count("\n") > len(cases.BENCHMARKS)
     assert table in readme, "put what `python -m lib bench table` prints into README.md"
 
 
 @pytest.mark.parametrize("size", ["real ", "", "demo"])
 def test_unknown_sizes_are_refused(size):
     with pytest.raises(ValueError, match="allowed: real, tiny"):
-        bench.load(size)
+        cases.load(size)

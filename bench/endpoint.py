@@ -1,4 +1,4 @@
-"""A chat endpoint on loopback for tests: a rate limit, faults at random, and a log of all it saw.
+"""A chat endpoint on loopback, for tests and benchmark: a rate limit, faults at random, a log of all it saw.
 
 `python endpoint.py '{"rate": 150, "faults": 0.3, "seed": 0}'` prints its port.  It answers a prompt with
 `say` (default: the prompt, reversed).  GET /log: one row a request, [time, prompt, outcome].
