@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,7 +13,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutput
 
-from lib import models, runtime
+from lib import encoding, models, runtime
 
 
 @dataclass
@@ -73,9 +73,7 @@ class TokenBatch:
         ids = torch.cat([self.prompt_ids, self.response_ids[:, :-1]], 1)
         seen = torch.ones_like(self.response_ids[:, :-1])  # padding after the end is read by nobody
         mask = torch.cat([self.prompt_mask, seen], 1)
-        inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
-        if "position_ids" in inspect.signature(type(model).forward).parameters:
-            inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
+        inputs = encoding.decoder_inputs(model, ids, mask)
         return {**inputs, "logits_to_keep": self.response_ids.shape[1]}
 
 
@@ -110,6 +108,19 @@ class SharedTrunkPolicy(torch.nn.Module):
         policy = [p for p in self.model.parameters() if p.requires_grad]
         value = [p for n, p in self.named_parameters() if n.startswith("value_")]
         return policy, value
+
+    @contextlib.contextmanager
+    def as_reference(self) -> Iterator[PreTrainedModel]:
+        """Within: the model is the reference, its trainable parameters at their initial values."""
+        trained = {name: p for name, p in self.model.named_parameters() if name in self.initial}
+        kept = {name: parameter.data for name, parameter in trained.items()}
+        try:
+            for name, parameter in trained.items():
+                parameter.data = self.initial[name]
+            yield self.model
+        finally:
+            for name, parameter in trained.items():
+                parameter.data = kept[name]
 
     def forward(
         self, batch: TokenBatch, reference: bool = False, logits: bool = True

@@ -38,6 +38,7 @@ from lib import (
     classifiers,
     encoding,
     hub,
+    logprobs,
     losses,
     models,
     preferences,
@@ -251,38 +252,29 @@ class RewardModel(torch.nn.Module):
         if cut := {k: v - before[k] for k, v in self.truncated.items() if v > before[k]}:
             told = ", ".join(f"{count} {name}" for name, count in cut.items())
             warnings.warn(f"cut to {self.max_length} tokens: {told} of {len(rows)}.", stacklevel=2)
-        found = torch.empty(len(rows), self.centre.shape[0])
-        shared = self._causal and all(a for a, _ in rows) and not runtime.plain_mode()
+        pooled = torch.empty(len(rows), self.centre.shape[0])
         bar = runtime.progress(total=len(rows), label="reward features", unit="text")
-        pooled = self._after_prefix if shared else self._pooled
         with models.fast_float32(self):
-            for places in _batches(rows, tokens_per_batch, shared):
-                found[places] = pooled([rows[i] for i in places]).float().cpu()
+            for places, features in self._pooled_batches(rows, tokens_per_batch):
+                pooled[places] = features.float().cpu()
                 bar.update(len(places))
         bar.close()
-        return found
+        return pooled
 
-    def _pooled(self, rows) -> torch.Tensor:
-        batch = self.batch(rows)
-        masks = batch["attention_mask"], batch["response_mask"]
-        return pool(self.hidden(**batch), *masks, self.pooling)
-
-    def _after_prefix(self, rows) -> torch.Tensor:
-        """`_pooled` for a decoder: each prompt goes through it once, however many responses it has."""
-        pad, device = encoding.pad_id(self.tokenizer), self.head.weight.device
-        number = {context: i for i, context in enumerate(dict.fromkeys(tuple(a) for a, _ in rows))}
-        ids, seen = (x.to(device) for x in encoding.pad_rows([*map(list, number)], pad, "left"))
-        positions = (seen.cumsum(-1) - 1).clamp(min=0)
-        prefix = {"input_ids": ids, "attention_mask": seen, "position_ids": positions}
-        cache = self.backbone(**prefix, use_cache=True).past_key_values
-        places = torch.tensor([number[tuple(a)] for a, _ in rows], device=device)
-        cache.batch_select_indices(places)
-        ids, inside = (x.to(device) for x in encoding.pad_rows([b for _, b in rows], pad, "right"))
-        seen = torch.cat([seen[places], inside], 1)
-        rest = {"attention_mask": seen, "past_key_values": cache, "use_cache": True}
-        positions = (seen.cumsum(-1) - 1)[:, -ids.shape[1] :]
-        out = self.backbone(input_ids=ids, position_ids=positions, **rest)
-        return pool(out.last_hidden_state, inside, inside, self.pooling)
+    def _pooled_batches(self, rows, budget: int) -> Iterator[tuple[list[int], torch.Tensor]]:
+        """Row numbers and pooled features; a decoder reads each prompt once for all of its responses."""
+        if self._causal:
+            contexts, responses = zip(*rows, strict=True) if rows else ((), ())
+            batches = logprobs.response_states(self.backbone, contexts, responses, budget)
+            for places, states in batches:
+                mean = self.pooling == "mean"
+                yield places, torch.stack([x.float().mean(0) if mean else x[-1] for x in states])
+            return
+        lengths = [len(before) + len(after) for before, after in rows]
+        for places in encoding.token_batches(lengths, budget):
+            batch = self.batch([rows[i] for i in places])
+            masks = batch["attention_mask"], batch["response_mask"]
+            yield places, pool(self.hidden(**batch), *masks, self.pooling)
 
     @torch.inference_mode()
     def score(self, prompts: Sequence[str], responses: Sequence[str]) -> np.ndarray:
@@ -419,24 +411,6 @@ def _read_backbone(folder: Path) -> PreTrainedModel:
         family = type(skeleton.get_encoder())
     model = family.from_pretrained(folder, use_safetensors=True, dtype="auto", **hub.SAFE)
     return model.to(runtime.get_device()).eval()
-
-
-def _batches(rows, budget: int, shared: bool) -> Iterator[list[int]]:
-    """Row numbers in batches of like length; with shared=True rows of one prompt stand together first."""
-    lengths = [len(a) + len(b) for a, b in rows]
-    if not shared:
-        yield from encoding.token_batches(lengths, budget)
-        return
-    batch, width = [], 0
-    order = [(len(a), a, len(b), i) for i, (a, b) in enumerate(rows)]
-    for *_, i in sorted(order):
-        width = max(width, lengths[i])
-        if batch and width * (len(batch) + 1) > budget:
-            yield batch
-            batch, width = [], lengths[i]
-        batch.append(i)
-    if batch:
-        yield batch
 
 
 def pool(
