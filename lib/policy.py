@@ -13,7 +13,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutput
 
-from lib import encoding, models, runtime
+from lib import encoding, logprobs, models, runtime
 
 
 @dataclass
@@ -63,6 +63,15 @@ class TokenBatch:
             return 0, 0
         return int(used[0]), self.prompt_mask.shape[1] - 1 - int(used[-1])
 
+    def padded_for(self, model: PreTrainedModel) -> TokenBatch:
+        """The same with prompts padded on the left where `model` is decoder-only: there the state that
+        predicts the first response token is that of the last prompt column."""
+        if model.config.is_encoder_decoder:
+            return self
+        order = self.prompt_mask.argsort(dim=1, stable=True)  # padding first, tokens as they stand
+        ids, mask = (x.gather(1, order) for x in (self.prompt_ids, self.prompt_mask))
+        return TokenBatch(ids, mask, self.response_ids, self.response_mask)
+
     def inputs(self, model: PreTrainedModel) -> dict:
         """Arguments with which `model` predicts every response token."""
         if model.config.is_encoder_decoder:
@@ -83,8 +92,9 @@ class SharedTrunkPolicy(torch.nn.Module):
     The trunk is what `set_trainable` froze: the lowest layers of a decoder-only model, or the encoder
     of an encoder-decoder.  The reference is the same network with the trainable parameters at their
     initial values.  Values are read by a two-layer head from the hidden state that predicts the
-    token, and send no gradient into the policy; or from `value_model`, a language model over the same
-    tokens that is trained whole (its output layer is taken off).  Dropout is off everywhere.
+    token, and send no gradient into the policy; or from `value_model`, a language model of any size and
+    class over the same tokens that is trained whole but for its output layer, which is not used (fine-grained
+    RLHF: T5-base beside T5-large).  Dropout is off everywhere.
     """
 
     def __init__(
@@ -100,14 +110,23 @@ class SharedTrunkPolicy(torch.nn.Module):
         self.initial = {name: parameter.detach().clone() for name, parameter in trainable.items()}
         if value_model is not None:
             value_model.float().requires_grad_(True).eval()
-            value_model.set_output_embeddings(torch.nn.Identity())
-        self.value_head = _value_head(models.state_width(value_model or model)).to(model.device)
+            head, embeddings = (
+                value_model.get_output_embeddings(),
+                value_model.get_input_embeddings(),
+            )
+            if (
+                head.weight is not embeddings.weight
+            ):  # where they are one, the embedding still learns
+                head.requires_grad_(False)
+        # what an output layer reads is not always as wide as the layers (OPT)
+        width = (value_model or model).get_output_embeddings().weight.shape[1]
+        self.value_head = _value_head(width).to(model.device)
 
     def parameter_groups(self) -> tuple[list[torch.nn.Parameter], list[torch.nn.Parameter]]:
         """Trainable parameters of the policy, and of the value function."""
         policy = [p for p in self.model.parameters() if p.requires_grad]
-        value = [p for n, p in self.named_parameters() if n.startswith("value_")]
-        return policy, value
+        named = [(n, p) for n, p in self.named_parameters() if n.startswith("value_")]
+        return policy, [p for _, p in named if p.requires_grad]
 
     @contextlib.contextmanager
     def as_reference(self) -> Iterator[PreTrainedModel]:
@@ -124,8 +143,10 @@ class SharedTrunkPolicy(torch.nn.Module):
 
     def forward(
         self, batch: TokenBatch, reference: bool = False, logits: bool = True
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Logits (tokens, vocabulary) that predict the response, values (tokens,) before each token.
+
+        The reference has no values: None.
 
         Tokens are `batch.places`, row by row; `batch.spread` puts them back.  Without `logits` what the
         output layer reads, (tokens, width), takes their place.  Fills `batch.trunk` where it is empty and
@@ -139,12 +160,18 @@ class SharedTrunkPolicy(torch.nn.Module):
                 output = self.model(**inputs)
         if self.model.config.is_encoder_decoder and not self._encoder_trains():
             batch.trunk = output.encoder_last_hidden_state
-        hidden = seen[0].detach()
-        if self.value_model is not None and not reference:
-            states = self.value_model(**batch.inputs(self.value_model)).logits
-            hidden = states[:, -places.shape[1] :][places]
-        found = output.logits.float() if logits else seen[0]
-        return found, self.value_head(hidden.float())[:, 0]
+        read = output.logits.float() if logits else seen[0]
+        if reference:
+            return read, None
+        return read, self.value_head(self._value_states(batch, seen[0]).float())[:, 0]
+
+    def _value_states(self, batch: TokenBatch, states: torch.Tensor) -> torch.Tensor:
+        """What values are read from, (tokens, width): the policy's states, or the value model's own."""
+        if self.value_model is None:
+            return states.detach()
+        inputs = batch.padded_for(self.value_model).inputs(self.value_model)
+        states = logprobs.output_layer_input(self.value_model, lambda: self.value_model(**inputs))
+        return states[:, -batch.places.shape[1] :][batch.places]
 
     def _encoder_trains(self) -> bool:
         return any(p.requires_grad for p in self.model.get_encoder().parameters())

@@ -45,6 +45,7 @@ from lib import (
     runtime,
     sft,
     stats,
+    training,
 )
 from lib.stats import Interval
 from lib.text import check_texts
@@ -590,7 +591,7 @@ def train_with_trl(
         raise ValueError("RewardTrainer needs pooling='last' and rankings. Use train() otherwise.")
     encoded = [a + b for a, b in model.encode(feedback.prompts, feedback.responses)]
     rows = [{"chosen_ids": encoded[a], "rejected_ids": encoded[b]} for a, b in feedback.pairs]
-    folder = runtime.claim_folder(folder, "trl.RewardTrainer", rows, arguments)
+    folder = training.claim_folder(folder, "trl.RewardTrainer", rows, arguments)
     runtime.quiet_libraries()
     fixed = {**sft.PLAIN, "max_length": None, "save_strategy": "epoch", "bf16": False}
     fixed["use_cpu"] = model.head.weight.device.type == "cpu"

@@ -329,20 +329,6 @@ def content_hash(*parts: object) -> str:
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
-def claim_folder(folder: Path | str, what: str, *key: object) -> Path:
-    """Make a folder for the checkpoints of one run, marked with the hash of what the run depends on.
-
-    Raises ValueError where it holds another run: resuming would mix two of them.
-    """
-    marker, found = Path(folder) / "made_for.txt", f"{what} {content_hash(*key)}\n"
-    if marker.exists() and marker.read_text(encoding="utf-8") != found:
-        raise ValueError(
-            f"{folder} holds a run with other settings or data ({what}). Give another folder, or delete it."
-        )
-    write_atomic(marker, found)
-    return Path(folder)
-
-
 class ReplyCache:
     """Crash-safe store of replies that cost money or time, keyed by content (SQLite, one file).
 

@@ -22,7 +22,7 @@ import transformers
 from accelerate.state import AcceleratorState
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lib import adapters, data, encoding, models, runtime
+from lib import adapters, data, encoding, models, runtime, training
 
 NO_LOSS = -100  # label of a token without loss
 PLAIN = {"logging_steps": 1, "report_to": "none", "disable_tqdm": True}
@@ -139,7 +139,7 @@ def train_sft(
     test = _dataset(model, held_out, max_length)[0] if held_out else None
     with tempfile.TemporaryDirectory() as scratch:
         output = Path(folder or scratch)
-        runtime.claim_folder(output, "SFT", rows, held_out, max_length, arguments)
+        training.claim_folder(output, "SFT", rows, held_out, max_length, arguments)
         arguments = {"save_strategy": "steps" if folder else "no", "save_steps": 50, **arguments}
         whole = output.glob("checkpoint-*/trainer_state.json")  # the file that is written last
         steps = [int(path.parent.name.removeprefix("checkpoint-")) for path in whole]

@@ -28,7 +28,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lib import encoding, generation, logprobs, losses, models, runtime
+from lib import encoding, generation, logprobs, losses, models, runtime, training
 from lib.papers.alt import conditions, critics, labels
 from lib.policy import SharedTrunkPolicy, TokenBatch
 
@@ -467,7 +467,7 @@ class ConditionalTraining:
         start = [p.flatten()[:4].tolist() for p in self.weights.values()]
         settings = (asdict(self.config), repr(self.labeller), self.conditioner.settings)
         asked = (self.prompts, self.held_out, self.requests)
-        folder = runtime.claim_folder(folder, "conditional training", *settings, *asked, start)
+        folder = training.claim_folder(folder, "conditional training", *settings, *asked, start)
         if (folder / "checkpoint.pt").exists():
             self._load(folder / "checkpoint.pt")
         if (folder / "history.jsonl").exists():
