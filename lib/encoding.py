@@ -7,6 +7,7 @@ token stands before it once where the tokenizer writes one, even where the chat 
 
 from __future__ import annotations
 
+import inspect
 import unicodedata
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -167,6 +168,27 @@ def pad_rows(
         ids[line, place] = torch.tensor(row, dtype=torch.long)
         mask[line, place] = 1
     return ids, mask
+
+
+def decoder_inputs(
+    model: PreTrainedModel,
+    ids: torch.Tensor,
+    mask: torch.Tensor,
+    cache: object = None,
+    *,
+    use_cache: bool = False,
+) -> dict:
+    """Arguments with which a decoder-only model reads new ids (rows, time), after what the cache holds.
+
+    mask (rows, cached + time) is 1 at real tokens.  Positions count those alone, so that padding on either
+    side changes nothing.
+    """
+    inputs = {"input_ids": ids, "attention_mask": mask, "past_key_values": cache}
+    inputs["use_cache"] = use_cache or cache is not None
+    if "position_ids" in inspect.signature(type(model).forward).parameters:
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        inputs["position_ids"] = positions[:, -ids.shape[1] :]
+    return inputs
 
 
 def token_batches(

@@ -23,7 +23,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lib import encoding, generation, models, ppo, rewards, runtime, sft
+from lib import adapters, encoding, generation, models, ppo, rewards, runtime, sft
 
 TRL_NAMES = {
     "kl": "kl", "entropy": "entropy", "grad_norm": "grad_norm", "learning_rate": "learning_rate",
@@ -43,22 +43,20 @@ def train_rloo(
 ) -> pd.DataFrame:
     """Train LoRA adapters on `policy`'s top layers in place; return the columns of `train_ppo` TRL can fill.
 
-    Adapters of rank `config.lora_rank` whatever `config.train` says; all layers compute in float32.
-    Per-token rewards are summed; KL is TRL's, a fixed beta.  `folder`: for `history.csv`, written as the run
-    goes; RLOO keeps no checkpoints.  `trl_settings`: further arguments of `trl.RLOOConfig`.  Raises
-    ValueError for samples_per_prompt < 2 and for encoder-decoder models.
+    Adapters of rank `config.lora_rank` whatever `config.train` says; all layers compute in float32.  Those
+    that the policy has already are put into its weights: they belong to the reference.  Per-token rewards
+    are summed; KL is TRL's, a fixed beta.  `folder`: for `history.csv`, written as the run goes; RLOO keeps
+    no checkpoints.  `trl_settings`: further arguments of `trl.RLOOConfig`.  Raises ValueError for
+    samples_per_prompt < 2 and for encoder-decoder models.
     """
-    import datasets
-    import trl
-
     check_settings(policy, config)
     runtime.quiet_libraries()
-    models.set_trainable(policy, "all")
-    top = models.decoder_layers(policy)[-config.layers :]
+    if not models.is_eight_bit(policy):
+        adapters.merge(policy)  # TRL's reference is the policy without adapters
+    models.to_dtype(policy, torch.float32)
     score = _Score(reward_fn, tokenizer, encoding.end_tokens(tokenizer, policy))
-    updates = (
-        config.epochs * config.batch // config.minibatch_size
-    )  # optimizer steps on one rollout
+    # optimizer steps on one rollout
+    updates = config.epochs * config.batch // config.minibatch_size
     started = time.perf_counter()
 
     def history_of(logged: list[dict]) -> pd.DataFrame:
@@ -69,18 +67,14 @@ def train_rloo(
             return None
         return {**history_of(logged).iloc[-1], "step": logged[-1]["step"] // updates}
 
-    rows = {"prompt": _without_start(tokenizer, prompts), "asked": list(prompts)}
-    adapters = models.lora_config(policy, top, config.lora_rank)
     with tempfile.TemporaryDirectory() as scratch, sft.own_precision():
-        trainer = trl.RLOOTrainer(
-            policy, reward_funcs=score, processing_class=tokenizer,
-            args=_trl_config(config, scratch, policy.device, trl_settings),
-            train_dataset=datasets.Dataset.from_dict(rows), peft_config=adapters,
-        )  # fmt: skip
-        trainer.remove_callback(transformers.PrinterCallback)
+        settings = _trl_config(config, scratch, policy.device, trl_settings)
+        trainer = _trainer(policy, tokenizer, prompts, score, settings, config)
         trainer.add_callback(sft.Recorder("RLOO", folder, asdict(config), newest_row))
+        sft.train_in_float32(policy)
         trainer.train()
     policy.eval()
+    adapters.adopt(policy)
     return history_of(trainer.state.log_history)
 
 
@@ -110,6 +104,21 @@ def _trl_config(config: ppo.PPOConfig, folder: str, device: torch.device, trl_se
         disable_dropout=True, save_strategy="no", use_cpu=device.type == "cpu",
         **{"bf16": False, **sft.PLAIN, **trl_settings},
     )  # fmt: skip
+
+
+def _trainer(policy, tokenizer, prompts, score, settings, config):
+    import datasets
+    import trl
+
+    top = models.decoder_layers(policy)[-config.layers :]
+    rows = {"prompt": _without_start(tokenizer, prompts), "asked": list(prompts)}
+    trainer = trl.RLOOTrainer(
+        policy, reward_funcs=score, args=settings, processing_class=tokenizer,
+        train_dataset=datasets.Dataset.from_dict(rows),
+        peft_config=adapters.lora_config(policy, top, config.lora_rank),
+    )  # fmt: skip
+    trainer.remove_callback(transformers.PrinterCallback)
+    return trainer
 
 
 def _without_start(tokenizer, prompts: Sequence[str]) -> list[str]:

@@ -22,7 +22,7 @@ import transformers
 from accelerate.state import AcceleratorState
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lib import data, encoding, models, runtime, training
+from lib import adapters, data, encoding, models, runtime, training
 
 NO_LOSS = -100  # label of a token without loss
 PLAIN = {"logging_steps": 1, "report_to": "none", "disable_tqdm": True}
@@ -123,7 +123,7 @@ def train_sft(
     max_length: int = 512,
     **arguments,
 ) -> pd.DataFrame:
-    """Train `model` in place (float32; bfloat16 autocast on CUDA) and return its history (`COLUMNS`).
+    """Train `model` in place (float32; autocast to 16 bits on CUDA) and return its history (`COLUMNS`).
 
     `rows` come from `encode_completions` or `encode_conversations`; `arguments` are those of
     `transformers.TrainingArguments`, such as learning_rate or num_train_epochs.  Checkpoints go to
@@ -134,7 +134,7 @@ def train_sft(
     if runtime.plain_mode() or any(
         p.requires_grad and p.dtype != torch.float32 for p in model.parameters()
     ):
-        model.float()
+        models.to_dtype(model, torch.float32)
     train, truncated = _dataset(model, rows, max_length)
     test = _dataset(model, held_out, max_length)[0] if held_out else None
     with tempfile.TemporaryDirectory() as scratch:
@@ -153,6 +153,7 @@ def train_sft(
             trainer = _trainer(model, tokenizer, train, test, output_dir=str(output), **arguments)
             recorder = Recorder("SFT", folder, arguments, _log_row)
             trainer.add_callback(recorder)
+            train_in_float32(model)
             trainer.train(resume_from_checkpoint=last)
     model.eval()
     history = recorder.history.frame().reindex(columns=COLUMNS)
@@ -267,7 +268,8 @@ def _trainer(model, tokenizer, train, test, **arguments):
     runtime.quiet_libraries()
     device, evaluate = model.device.type, "epoch" if test else "no"
     fixed = {**PLAIN, "save_total_limit": 2, "eval_strategy": evaluate, "use_cpu": device == "cpu"}
-    fixed["bf16"] = device == "cuda" and torch.cuda.is_bf16_supported()
+    fixed["bf16"] = device == "cuda" and runtime.cuda_has_bfloat16()
+    fixed["fp16"] = device == "cuda" and not fixed["bf16"]
     data = dict(model=model, processing_class=tokenizer, train_dataset=train, eval_dataset=test)
     if model.config.is_encoder_decoder:
         padding = copy.copy(
@@ -277,9 +279,35 @@ def _trainer(model, tokenizer, train, test, **arguments):
         padding.pad_token_id = encoding.pad_id(tokenizer)
         collator = transformers.DataCollatorForSeq2Seq(padding, model)
         settings = transformers.TrainingArguments(**fixed, **arguments)
-        trainer = transformers.Trainer(args=settings, data_collator=collator, **data)
+        trainer = _with_adapters(transformers.Trainer)(
+            args=settings, data_collator=collator, **data
+        )
     else:
         settings = trl.SFTConfig(max_length=None, **fixed, **arguments)
-        trainer = trl.SFTTrainer(args=settings, **data)
+        trainer = _with_adapters(trl.SFTTrainer)(args=settings, **data)
     trainer.remove_callback(transformers.PrinterCallback)
     return trainer
+
+
+def _with_adapters(trainer: type) -> type:
+    """A trainer that also continues from a checkpoint of adapters that transformers put on the model.
+
+    Its own code writes such checkpoints and cannot read them (transformers 5.23).
+    """
+
+    class Trainer(trainer):
+        def _load_from_checkpoint(self, checkpoint: str, model=None) -> None:
+            if (Path(checkpoint) / adapters.WEIGHTS).exists():
+                adapters.load_state(model or self.model, checkpoint)
+            else:
+                super()._load_from_checkpoint(checkpoint, model)
+
+    return Trainer
+
+
+def train_in_float32(model: PreTrainedModel) -> None:
+    """What trains of `model` becomes float32: TRL makes bfloat16 of it over 8-bit weights, too coarse for
+    the small steps of fine-tuning."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()

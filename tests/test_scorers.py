@@ -597,20 +597,6 @@ def test_fast_and_plain_log_probs_agree(kind, dtype, request, monkeypatch):
         np.testing.assert_allclose(ours, theirs, atol=bound)
 
 
-def test_models_that_change_logits_after_the_output_layer_take_the_plain_path(tiny, monkeypatch):
-    model, calls = copy.deepcopy(tiny[0]), []
-    model.config.final_logit_softcapping = 30.0
-    part = logprobs._response_part
-
-    def spy(model, values, responses):
-        calls.append(values.shape[-1])
-        return part(model, values, responses)
-
-    monkeypatch.setattr(logprobs, "_response_part", spy)
-    logprobs.token_log_probs(model, [[1]], [[2, 3]])
-    assert calls == [model.config.vocab_size]
-
-
 def test_sampled_ids_get_the_log_probs_they_were_sampled_with(tiny):
     model, tokenizer = tiny
     drawn = generation.sample(model, tokenizer, ["the cat", "a dog sat on"], n=4, max_new_tokens=8)

@@ -28,7 +28,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lib import encoding, generation, losses, models, runtime, training
+from lib import encoding, generation, logprobs, losses, models, runtime, training
 from lib.papers.alt import conditions, critics, labels
 from lib.policy import SharedTrunkPolicy, TokenBatch
 
@@ -439,18 +439,10 @@ class ConditionalTraining:
         ids, seen, response, mask = (x.to(device) for x in padded)
         return TokenBatch(ids, seen, response, mask), mask.float()
 
-    @torch.no_grad()
     def _reference_nll(self, prompts, responses) -> list[float]:
-        found = []
-        for start in range(0, len(prompts), self.config.forward_rows):
-            part = slice(start, start + self.config.forward_rows)
-            tokens, mask = self._tokens(prompts[part], responses[part])
-            logits = self._logits(_Rows(tokens), torch.arange(len(mask)), reference=True)
-            nll = cross_entropy(
-                logits.flatten(0, 1), tokens.response_ids.flatten(), reduction="none"
-            )
-            found += (nll.view_as(mask) * mask).sum(1).tolist()
-        return found
+        with self.network.as_reference() as reference:
+            log_probs = logprobs.token_log_probs(reference, prompts, responses)
+        return [-float(row.sum(dtype=np.float64)) for row in log_probs]
 
     def _sample(self, prompt_ids, n: int, *seed) -> generation.Samples:
         how = {name: getattr(self.config, name) for name in DECODING}
