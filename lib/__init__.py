@@ -23,6 +23,7 @@ sft            supervised fine-tuning
 reward_models  one score for a prompt and a response, from ratings or rankings
 segments       segments of a response, and the token at which each ends
 rewards        where rewards are paid: on tokens, segments, or whole responses
+training       what stands around a training loop: seeds by key, checkpoints, history, stops
 ppo            PPO in which any token may carry a reward
 rloo           its sequence-level peer
 annotate       annotation pages that work offline in a browser

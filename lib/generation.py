@@ -13,8 +13,9 @@ depend on how prompts are batched (up to rounding).
 from __future__ import annotations
 
 import inspect
+import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -24,7 +25,7 @@ from transformers import AttentionInterface, PreTrainedModel, PreTrainedTokenize
 from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.modeling_outputs import BaseModelOutput
 
-from lib import models, runtime
+from lib import encoding, models, runtime
 
 ROWS_PER_BATCH = {"cpu": 128, "mps": 128, "cuda": 512}
 # rows are dropped when fewer than this share still run (dropping copies the cache)
@@ -133,7 +134,9 @@ def sample(
     rows_per_batch = rows_per_batch or ROWS_PER_BATCH.get(model.device.type, 128)
     bar = runtime.progress(total=len(rows), label=label, unit="sample")
     with models.for_sampling(model):
-        for batch in _length_batches(prompt_ids, max(1, rows_per_batch // n)):
+        lengths = [len(ids) for ids in prompt_ids]
+        at_once = max(1, rows_per_batch // n)
+        for batch in encoding.token_batches(lengths, math.inf, rows=at_once):
             for first in range(0, n, rows_per_batch):  # one part, unless n is larger than a batch
                 part = range(first, min(n, first + rows_per_batch))
                 places = [index * n + j for index in batch for j in part]
@@ -152,16 +155,14 @@ def encode_prompts(
     prompts: Sequence[str] | Sequence[list[int]],
     max_new_tokens: int,
 ) -> list[list[int]]:
-    """Token ids of each prompt, with one start token at most, checked against the model's length."""
+    """Token ids of each prompt (`encoding.encode`), checked against the model's length."""
     limit = getattr(model.config, "max_position_embeddings", None)
     encoded = []
     for index, prompt in enumerate(prompts):
-        ids = list(tokenizer(prompt)["input_ids"]) if isinstance(prompt, str) else list(prompt)
-        start = tokenizer.bos_token_id
-        if start is not None and ids[:2] == [start, start]:  # a chat template brings its own
-            ids = ids[1:]
-        if not ids and start is not None:
-            ids = [start]
+        if isinstance(prompt, str):
+            ids = encoding.encode(tokenizer, prompt).prompt
+        else:
+            ids = encoding.one_start(tokenizer, prompt)
         if not ids:
             raise ValueError(f"prompt {index} is empty and this tokenizer has no start token.")
         if limit and not model.config.is_encoder_decoder and len(ids) + max_new_tokens > limit:
@@ -294,8 +295,8 @@ class _Row:
 def _sample_batch(model, tokenizer, prompt_ids, n, noise, how) -> list[_Row]:
     """Stages: 1 encode prompts, 2 draw a token per running row, 3 drop finished rows, 4 step the model."""
     decoder = _EncoderDecoder if model.config.is_encoder_decoder else _DecoderOnly
-    state = decoder(model, tokenizer.pad_token_id, prompt_ids, n, how.max_new_tokens)
-    ends = _end_tokens(model, tokenizer)
+    state = decoder(model, encoding.pad_id(tokenizer), prompt_ids, n, how.max_new_tokens)
+    ends = torch.tensor(encoding.end_tokens(tokenizer, model), dtype=torch.long)
     rows = [_Row() for _ in range(len(prompt_ids) * n)]
     running = torch.arange(len(rows))  # which row each line of the batch is
     for step in range(how.max_new_tokens):
@@ -456,7 +457,7 @@ class _DecoderOnly:
 
     def __init__(self, model, pad_id, prompt_ids, n, new_tokens):
         self.model = model
-        ids, mask = (x.to(model.device) for x in pad_rows(prompt_ids, pad_id, "left"))
+        ids, mask = (x.to(model.device) for x in encoding.pad_rows(prompt_ids, pad_id, "left"))
         if runtime.plain_mode():
             ids, mask, n = ids.repeat_interleave(n, 0), mask.repeat_interleave(n, 0), 1
         self.takes_positions = "position_ids" in inspect.signature(model.forward).parameters
@@ -481,7 +482,7 @@ class _DecoderOnly:
     def _encode_once(self, ids, n, new_tokens):
         """Prompts of like length together, so that little padding is computed; then one shared cache."""
         mask, longest, order, logits, parts = self.mask, ids.shape[1], [], [], []
-        for batch in token_batches(mask.sum(1).tolist(), PROMPT_TOKENS):
+        for batch in encoding.token_batches(mask.sum(1).tolist(), PROMPT_TOKENS):
             width = int(mask[batch].sum(1).max())
             self.mask, self.cache = mask[batch, -width:], None
             self._forward(ids[batch, -width:])
@@ -525,7 +526,9 @@ class _EncoderDecoder:
 
     def __init__(self, model, pad_id, prompt_ids, n, new_tokens):
         self.model = model
-        ids, self.mask = (x.to(model.device) for x in pad_rows(prompt_ids, pad_id, "right"))
+        ids, self.mask = (
+            x.to(model.device) for x in encoding.pad_rows(prompt_ids, pad_id, "right")
+        )
         states = model.get_encoder()(input_ids=ids, attention_mask=self.mask).last_hidden_state
         self.states, self.mask = states.repeat_interleave(n, 0), self.mask.repeat_interleave(n, 0)
         self.cache = None
@@ -543,41 +546,6 @@ class _EncoderDecoder:
             decoder_input_ids=tokens[:, None], past_key_values=self.cache, use_cache=True,
         )  # fmt: skip
         self.cache, self.logits = out.past_key_values, out.logits[:, -1]
-
-
-def pad_rows(rows: list[list[int]], pad_id: int, side: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids (rows, longest) padded on one side, and their mask (1 = real token)."""
-    width = max(map(len, rows))
-    ids = torch.full((len(rows), width), pad_id)
-    mask = torch.zeros_like(ids)
-    for line, row in enumerate(rows):
-        place = slice(width - len(row), width) if side == "left" else slice(0, len(row))
-        ids[line, place] = torch.tensor(row)
-        mask[line, place] = 1
-    return ids, mask
-
-
-def _end_tokens(model, tokenizer) -> torch.Tensor:
-    configured = getattr(model.generation_config, "eos_token_id", None)
-    configured = configured if isinstance(configured, list) else [configured]
-    found = {token for token in [*configured, tokenizer.eos_token_id] if token is not None}
-    return torch.tensor(sorted(found))
-
-
-def _length_batches(prompt_ids: list[list[int]], size: int) -> list[list[int]]:
-    """Prompt numbers in batches of `size`, prompts of like length together to waste little padding."""
-    order = sorted(range(len(prompt_ids)), key=lambda i: (len(prompt_ids[i]), i))
-    return [order[start : start + size] for start in range(0, len(order), size)]
-
-
-def token_batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
-    """Row numbers in batches of like length, longest first, with rows x longest <= budget tokens."""
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    start = 0
-    while start < len(order):
-        rows = 1 if runtime.plain_mode() else max(1, budget // max(1, lengths[order[start]]))
-        yield order[start : start + rows]
-        start += rows
 
 
 def _collect(tokenizer, prompts, prompt_ids, n, rows: list[_Row], seconds: float) -> Samples:

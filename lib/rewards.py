@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from lib import generation, segments
+from lib import generation, segments, stats
 from lib.text import is_empty, repetition_share, script_share
 
 RewardFunction = Callable[[generation.Samples], object]  # returns what `place_rewards` takes
@@ -21,12 +21,13 @@ def place_rewards(
     """What a reward function returned, as per-token rewards (batch, time) and each component's row sums.
 
     Given: one number a row (paid at its last real token), one array a row (a number for each response
-    token), or a dict of named components, each one of these; everything is added up.  Raises
-    ValueError for missing rows, arrays of another length than the response, and non-finite rewards.
+    token), or a dict of named components, each one of these; everything is added up.  A response without a
+    token has no place for a reward: nothing is paid, and its sums are 0.  Raises ValueError for missing
+    rows, arrays of another length than the response, and non-finite rewards.
     """
     parts = given if isinstance(given, dict) else {"reward": given}
     lengths = [len(ids) for ids in samples.response_ids]
-    total, sums = torch.zeros(len(lengths), max(lengths)), {}
+    total, sums = torch.zeros(len(lengths), max(lengths, default=0)), {}
     for name, rows in parts.items():
         if len(rows) != len(lengths):
             raise ValueError(f"reward {name!r} has {len(rows)} rows for {len(lengths)} samples.")
@@ -38,6 +39,8 @@ def place_rewards(
                     f"reward {name!r} of sample {i} is {row}; give one finite number, or one for each "
                     f"of its {length} response tokens."
                 )
+            if not length:
+                continue
             where = slice(length - 1, length) if row.shape == () else slice(0, length)
             total[i, where] += torch.from_numpy(np.atleast_1d(row)).float()
             sums[name][i] = row.sum()
@@ -91,7 +94,8 @@ class SegmentReward:
         Where all scores are alike the deviation counts as 1, and such scores pay nothing.
         """
         found = np.concatenate(self.score(prompts, responses))
-        return replace(self, mean=float(found.mean()), std=float(found.std()) or 1.0)
+        std = stats.spread(found, precision=np.float32) or 1.0
+        return replace(self, mean=float(found.mean()), std=std)
 
 
 def compose(parts: Sequence[SegmentReward], tokenizer: PreTrainedTokenizerBase) -> RewardFunction:

@@ -24,12 +24,11 @@ import pandas as pd
 import requests
 import tenacity
 import torch
-import transformers
 from scipy.special import expit
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from lib import generation, models, runtime
+from lib import classifiers, encoding, hub, models, runtime
 from lib.course import assets
 from lib.replies import LONGEST_WAIT, ReplyStore, retry_after
 from lib.text import check_texts, is_empty, words
@@ -133,17 +132,17 @@ def check_roles(reward: Scorer, judge: Scorer, allow_same: bool = False) -> None
 def load_scorer(name: str, role: str | None = None, **options) -> Scorer:
     """A scorer by name: an offline one, "perspective", or any Hub id or folder of a classifier.
 
-    `options` go to the scorer (on_missing, label, revision, ...).  Raises ValueError for other names.
+    A classifier's name may hold its revision and the label to report: `name@revision#label`.  `options` go
+    to the scorer (on_missing, label, revision, tokenizer, ...).  Raises ValueError for other names.
     """
     if name in SCORERS:
         return SCORERS[name](role=role, **options)
-    if "/" not in name and not Path(name).is_dir():
+    if "/" not in name and not Path(hub.parse_name(name).name).is_dir():
         known = ", ".join(SCORERS)
         raise ValueError(
             f"unknown scorer {name!r}; allowed: {known}, a folder, or a Hub id: {DEFAULT_CLASSIFIER}."
         )
-    folder = assets.resolve_model(name, revision=options.pop("revision", None))
-    return ClassifierScorer.from_folder(folder, name=name, role=role, **options)
+    return ClassifierScorer.load(name, role=role, **options)
 
 
 def _today() -> str:
@@ -242,28 +241,34 @@ class ClassifierScorer(Scorer):
     def __init__(
         self, model, tokenizer, *, label: str | None = None, max_tokens: int = 512, **options
     ):
-        labels = [model.config.id2label[i] for i in range(model.config.num_labels)]
+        labels = classifiers.label_names(model)
         self.column = toxic_label(labels, label)
         super().__init__(
             **{"version": "local", "detects": f"{labels[self.column]!r} of {labels}"} | options
         )
         self.model, self.tokenizer = model.eval(), tokenizer
-        longest = getattr(model.config, "max_position_embeddings", None) or max_tokens
-        if "roberta" in model.config.model_type:  # its positions start after the padding id
-            longest -= model.config.pad_token_id + 1
+        longest = models.longest_text(model.config, max_tokens)
         self.max_tokens = min(max_tokens, longest, tokenizer.model_max_length)
 
     @classmethod
-    def from_folder(cls, folder: Path, *, device: torch.device | None = None, **options):
-        """Load a classifier's safetensors; never remote code or pickled weights."""
-        device = device or runtime.get_device()
-        model = transformers.AutoModelForSequenceClassification.from_pretrained(
-            folder, dtype=runtime.inference_dtype(device), use_safetensors=True
-        )
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-        if folder.parent.name == "snapshots":  # a Hub folder is named after its commit
-            options = {"version": folder.name[:12]} | options
-        return cls(model.to(device), tokenizer, **options)
+    def load(
+        cls,
+        name: str,
+        *,
+        revision: str | None = None,
+        label: str | None = None,
+        tokenizer: str | None = None,
+        device: torch.device | None = None,
+        **options,
+    ):
+        """A classifier by folder or Hub id (see `classifiers.load_classifier`)."""
+        place = {"revision": revision, "tokenizer": tokenizer, "device": device}
+        model, words = classifiers.load_classifier(name, **place)
+        commit = hub.commit_of(hub.resolve_model(name, revision))
+        if commit is not None:
+            options = {"version": commit[:12]} | options
+        wanted = hub.parse_name(name, revision)
+        return cls(model, words, name=wanted.name, label=label or wanted.label, **options)
 
     @torch.inference_mode()
     def _score(self, texts: list[str]) -> np.ndarray:
@@ -271,15 +276,15 @@ class ClassifierScorer(Scorer):
         self.truncated += sum(bool(e.overflowing) for e in encoded.encodings or [])
         ids, scores, device = encoded["input_ids"], np.empty(len(texts)), self.model.device
         budget = self.TOKENS_PER_BATCH.get(device.type, 8192)
-        batches = [*generation.token_batches([len(row) for row in ids], budget)]
+        batches = [*encoding.token_batches([len(row) for row in ids], budget)]
         few = len(batches) < 3  # packing takes longer than it saves
         with (
             contextlib.nullcontext() if few else models.packed(self.model),
             first_token(self.model),
         ):
             for batch in batches:
-                pad = self.tokenizer.pad_token_id or 0
-                rows, mask = generation.pad_rows([ids[i] for i in batch], pad, "right")
+                pad = encoding.pad_id(self.tokenizer)
+                rows, mask = encoding.pad_rows([ids[i] for i in batch], pad, "right")
                 logits = self._logits(rows.to(device), mask.to(device))
                 scores[batch] = self._probability(logits.double()).cpu().numpy()
         return scores
@@ -292,7 +297,7 @@ class ClassifierScorer(Scorer):
             eager = "eager" if ids.shape[1] <= self.EAGER_TOKENS else None
             how = "normalised_last" if reads_first_token(self.model) else eager
         with models.attending([config] if how else [], how):
-            return self.model(input_ids=ids, attention_mask=mask).logits
+            return classifiers.classify(self.model, ids, mask)
 
     def _probability(self, logits: torch.Tensor) -> torch.Tensor:
         several = self.model.config.problem_type == "multi_label_classification"
@@ -363,8 +368,8 @@ AttentionMaskInterface.register("normalised_last", lambda attention_mask, **_: a
 
 def toxic_label(labels: Sequence[str], label: str | None = None) -> int:
     """Index of the label asked for, else of the one whose name says it; ValueError where undecided."""
-    if label in labels:
-        return list(labels).index(label)
+    if label in labels or (label is None and len(labels) == 1):
+        return 0 if label is None else list(labels).index(label)
     names = [re.sub("[- ]", "_", str(name).strip().lower()) for name in labels]
     exact = [names.index(known) for known in TOXIC_LABELS if known in names]
     says_so = re.compile("(?!no|un).*(toxic|hate|offens|abus)")

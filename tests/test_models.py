@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from lib import models, runtime
+from lib import int8, models, runtime
 
 
 def test_tiny_models_are_reproducible_and_leave_the_global_seed_alone():
@@ -139,7 +139,7 @@ def test_packed_weights_give_the_same_numbers(tiny, monkeypatch):
 
 
 def test_eight_bits_need_bitsandbytes(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(int8.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(
         ValueError, match="eight_bit=True needs bitsandbytes, which is not installed"
     ):

@@ -1,7 +1,9 @@
 """Seeds, records, caches: what every notebook stands on."""
 
+import ast
 import json
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -122,10 +124,89 @@ def test_secret_reads_dotenv_and_names_what_is_missing(tmp_path, monkeypatch):
 
 
 def test_plain_mode_samples_in_float32(monkeypatch):
-    runtime.inference_dtype.cache_clear()
+    monkeypatch.delenv("LIB_DTYPE", raising=False)
     monkeypatch.setenv("LIB_PLAIN", "1")
     assert runtime.inference_dtype() == torch.float32
-    runtime.inference_dtype.cache_clear()
+
+
+def test_the_number_type_is_chosen_by_what_the_machine_is_or_by_a_setting(monkeypatch):
+    monkeypatch.delenv("LIB_DTYPE", raising=False)
+    monkeypatch.delenv("LIB_PLAIN", raising=False)
+    cpu, card = torch.device("cpu"), torch.device("cuda")
+    for flags, known in ((["amx_bf16"], True), (["avx512_bf16"], True), (["avx512f"], False)):
+        monkeypatch.setattr(runtime, "cpu_flags", lambda flags=flags: set(flags))
+        runtime.cpu_has_bfloat16.cache_clear()
+        supported = known and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        expected = torch.bfloat16 if supported else torch.float32
+        assert runtime.inference_dtype(cpu) == expected
+    runtime.cpu_has_bfloat16.cache_clear()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for native in (True, False):  # a T4 has bfloat16 by emulation alone
+
+        def supported(including_emulation=True, native=native):
+            return native or including_emulation
+
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+        assert runtime.inference_dtype(card) == (torch.bfloat16 if native else torch.float16)
+    for name in ("float32", "bfloat16", "float16"):
+        monkeypatch.setenv("LIB_DTYPE", name)
+        assert runtime.inference_dtype(cpu) == runtime.inference_dtype(card) == getattr(torch, name)
+    monkeypatch.setenv("LIB_DTYPE", "int8")
+    with pytest.raises(
+        ValueError, match="LIB_DTYPE is 'int8'; allowed: float32, bfloat16, float16"
+    ):
+        runtime.inference_dtype()
+
+
+CLOCKS = {"perf_counter", "monotonic", "process_time", "time", "time_ns", "perf_counter_ns"}
+MAY_WAIT = {
+    "course",
+    "feedback.py",
+    "chat.py",
+    "scorers.py",
+}  # deadlines and pauses of downloads and calls
+
+
+def decisions_by_time(tree: ast.AST) -> list[str]:
+    """Comparisons, in a function that reads a clock, of what it read or of what was made of it."""
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    return [f"{f.name}: {text}" for f in functions for text in _compared_times(f)]
+
+
+def _compared_times(function: ast.FunctionDef) -> list[str]:
+    timed: set[str] = set()
+
+    def of_time(node: ast.AST) -> bool:
+        names = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
+        calls = {called(n) for n in ast.walk(node) if isinstance(n, ast.Call)}
+        return bool(names & timed or calls & CLOCKS)
+
+    for _ in range(3):  # what is made of a time may be made into something else again
+        for node in ast.walk(function):
+            if isinstance(node, ast.Assign) and of_time(node.value):
+                timed |= {
+                    n.id for t in node.targets for n in ast.walk(t) if isinstance(n, ast.Name)
+                }
+            adds = isinstance(node, ast.Call) and called(node) in ("append", "extend")
+            if adds and any(map(of_time, node.args)) and isinstance(node.func.value, ast.Name):
+                timed.add(node.func.value.id)
+    compared = [node for node in ast.walk(function) if isinstance(node, ast.Compare)]
+    return [ast.unparse(node) for node in compared if of_time(node)]
+
+
+def called(node: ast.Call) -> str:
+    return getattr(node.func, "attr", getattr(node.func, "id", ""))
+
+
+def test_no_function_decides_by_a_stopwatch():
+    """Two runs on one machine must take the same numeric path, however busy it is."""
+    sample = "def f():\n    t = []\n    t.append(time.perf_counter())\n    return t[0] > 1.2 * t[1]"
+    assert decisions_by_time(ast.parse(sample)) == ["f: t[0] > 1.2 * t[1]"]
+    root = runtime.project_root() / "lib"
+    for path in root.rglob("*.py"):
+        if not MAY_WAIT & set(path.relative_to(root).parts):
+            source = path.read_text(encoding="utf-8")
+            assert not decisions_by_time(ast.parse(source)), path
 
 
 def test_scale_settings_names_what_is_missing():
@@ -230,9 +311,44 @@ def test_what_ran_here_takes_the_place_of_what_was_kept():
 
 
 def test_free_memory_releases_a_models_weights():
-    layer = torch.nn.Linear(10, 10)
+    layer = torch.nn.BatchNorm1d(10)
     runtime.free_memory(layer)
-    assert layer.weight.device.type == "meta"
+    assert {x.device.type for x in [*layer.parameters(), *layer.buffers()]} == {"meta"}
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path):
+    target = tmp_path / "model"
+    with pytest.raises(KeyError), runtime.atomic_folder(target) as staging:
+        (staging / "weights").write_text("half")
+        raise KeyError
+    assert not [*tmp_path.iterdir()]
+    for text in ("old", "new"):
+        with runtime.atomic_folder(target) as staging:
+            (staging / "weights").write_text(text)
+            assert (target / "weights").exists() == (text == "new")
+        assert (target / "weights").read_text() == text
+    with pytest.raises(KeyError), runtime.atomic_folder(target) as staging:
+        raise KeyError
+    assert (target / "weights").read_text() == "new" and [*tmp_path.iterdir()] == [target]
+
+
+KILLED = """
+import os, signal, sys
+from lib import runtime
+with runtime.atomic_folder(sys.argv[1]) as staging:
+    (staging / "config.json").write_text("{}")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_killed_writer_leaves_nothing_that_could_be_loaded(tmp_path):
+    target = tmp_path / "model"
+    done = subprocess.run([sys.executable, "-c", KILLED, str(target)])
+    assert done.returncode == -signal.SIGKILL and not target.exists()
+    assert all(path.name.startswith(".") for path in tmp_path.iterdir())
+    with runtime.atomic_folder(target) as staging:
+        (staging / "config.json").write_text("{}")
+    assert [*tmp_path.iterdir()] == [target]
 
 
 def test_troubleshooting_quotes_what_the_code_says():

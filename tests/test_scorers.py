@@ -26,7 +26,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from lib import generation, logprobs, scorers
+from lib import encoding, generation, logprobs, scorers
 from lib.models import build_tiny_model
 from lib.text import (
     distinct_n,
@@ -373,7 +373,7 @@ def test_the_toxic_label_is_found_by_name_or_asked_for():
 @properties
 @given(st.lists(st.integers(0, 50), max_size=40), st.integers(1, 200))
 def test_batches_cover_every_row_once_within_the_budget(lengths, budget):
-    batches = list(generation.token_batches(lengths, budget))
+    batches = list(encoding.token_batches(lengths, budget))
     assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
     for batch in batches:
         assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= budget
@@ -599,20 +599,6 @@ def test_fast_and_plain_log_probs_agree(kind, dtype, request, monkeypatch):
         np.testing.assert_allclose(ours, theirs, atol=bound)
 
 
-def test_models_that_change_logits_after_the_output_layer_take_the_plain_path(tiny, monkeypatch):
-    model, calls = copy.deepcopy(tiny[0]), []
-    model.config.final_logit_softcapping = 30.0
-    part = logprobs._response_part
-
-    def spy(model, values, responses):
-        calls.append(values.shape[-1])
-        return part(model, values, responses)
-
-    monkeypatch.setattr(logprobs, "_response_part", spy)
-    logprobs.token_log_probs(model, [[1]], [[2, 3]])
-    assert calls == [model.config.vocab_size]
-
-
 def test_sampled_ids_get_the_log_probs_they_were_sampled_with(tiny):
     model, tokenizer = tiny
     drawn = generation.sample(model, tokenizer, ["the cat", "a dog sat on"], n=4, max_new_tokens=8)
@@ -655,22 +641,22 @@ def bpe_tokenizer(**special) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=core, **special)
 
 
-def test_encode_pair_counts_a_joining_token_as_continuation():
+def test_encode_counts_a_joining_token_as_continuation():
     tokenizer = bpe_tokenizer()
-    assert logprobs.encode_pair(tokenizer, "ca", "bc") == ([2], [3, 2])
-    assert logprobs.encode_pair(tokenizer, "c", "abc") == ([2], [3, 2])
-    assert logprobs.encode_pair(tokenizer, "cab", "") == ([2, 3], [])
+    assert encoding.encode(tokenizer, "ca", "bc", joined=True) == ([2], [3, 2])
+    assert encoding.encode(tokenizer, "c", "abc", joined=True) == ([2], [3, 2])
+    assert encoding.encode(tokenizer, "cab", "", joined=True) == ([2, 3], [])
     with_start = bpe_tokenizer(bos_token="<s>")
-    assert logprobs.encode_pair(with_start, "a", "b") == ([4], [3])
-    assert logprobs.encode_pair(with_start, "", "ab") == ([4], [3])
-    assert logprobs.encode_pair(with_start, "c", "ab") == ([2], [3])
+    assert encoding.encode(with_start, "a", "b", joined=True) == ([4], [3])
+    assert encoding.encode(with_start, "", "ab", joined=True) == ([4], [3])
+    assert encoding.encode(with_start, "c", "ab", joined=True) == ([2], [3])
 
 
 @properties
 @given(st.text("abc", max_size=12), st.text("abc", min_size=1, max_size=12))
-def test_encode_pair_gives_the_tokens_of_the_whole_text(context, continuation):
+def test_encode_gives_the_tokens_of_the_whole_text(context, continuation):
     tokenizer = bpe_tokenizer()
-    prompt, response = logprobs.encode_pair(tokenizer, context, continuation)
+    prompt, response = encoding.encode(tokenizer, context, continuation, joined=True)
     assert prompt + response == tokenizer(context + continuation)["input_ids"]
     assert response
 

@@ -28,7 +28,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lib import generation, losses, models, runtime
+from lib import encoding, generation, logprobs, losses, models, runtime, training
 from lib.papers.alt import conditions, critics, labels
 from lib.policy import SharedTrunkPolicy, TokenBatch
 
@@ -433,24 +433,16 @@ class ConditionalTraining:
 
     def _tokens(self, prompts, responses) -> tuple[TokenBatch, torch.Tensor]:
         side = "right" if self.policy.config.is_encoder_decoder else "left"
-        pad, device = self.tokenizer.pad_token_id, self.policy.device
-        padded = generation.pad_rows(prompts, pad, side)
-        padded += generation.pad_rows(responses, pad, "right")
+        pad, device = encoding.pad_id(self.tokenizer), self.policy.device
+        padded = encoding.pad_rows(prompts, pad, side)
+        padded += encoding.pad_rows(responses, pad, "right")
         ids, seen, response, mask = (x.to(device) for x in padded)
         return TokenBatch(ids, seen, response, mask), mask.float()
 
-    @torch.no_grad()
     def _reference_nll(self, prompts, responses) -> list[float]:
-        found = []
-        for start in range(0, len(prompts), self.config.forward_rows):
-            part = slice(start, start + self.config.forward_rows)
-            tokens, mask = self._tokens(prompts[part], responses[part])
-            logits = self._logits(_Rows(tokens), torch.arange(len(mask)), reference=True)
-            nll = cross_entropy(
-                logits.flatten(0, 1), tokens.response_ids.flatten(), reduction="none"
-            )
-            found += (nll.view_as(mask) * mask).sum(1).tolist()
-        return found
+        with self.network.as_reference() as reference:
+            log_probs = logprobs.token_log_probs(reference, prompts, responses)
+        return [-float(row.sum(dtype=np.float64)) for row in log_probs]
 
     def _sample(self, prompt_ids, n: int, *seed) -> generation.Samples:
         how = {name: getattr(self.config, name) for name in DECODING}
@@ -475,7 +467,7 @@ class ConditionalTraining:
         start = [p.flatten()[:4].tolist() for p in self.weights.values()]
         settings = (asdict(self.config), repr(self.labeller), self.conditioner.settings)
         asked = (self.prompts, self.held_out, self.requests)
-        folder = runtime.claim_folder(folder, "conditional training", *settings, *asked, start)
+        folder = training.claim_folder(folder, "conditional training", *settings, *asked, start)
         if (folder / "checkpoint.pt").exists():
             self._load(folder / "checkpoint.pt")
         if (folder / "history.jsonl").exists():
