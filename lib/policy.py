@@ -11,7 +11,8 @@ import torch
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
-from lib import encoding, models, runtime
+from lib import encoding, models, runtime, values
+from lib.values import ValueFunction
 
 
 @dataclass
@@ -92,13 +93,20 @@ class SharedTrunkPolicy(torch.nn.Module):
     initial values.  Values are read by a two-layer head from the hidden state that predicts the
     token, and send no gradient into the policy; or from `value_model`, a language model of any size and
     class over the same tokens that is trained whole but for its output layer, which is not used (fine-grained
-    RLHF: T5-base beside T5-large).  Dropout is off everywhere.
+    RLHF: T5-base beside T5-large); a `ValueFunction` of an earlier training goes on.  Dropout is off
+    everywhere.
     """
 
     def __init__(
-        self, model: PreTrainedModel, frozen: int, value_model: PreTrainedModel | None = None
+        self,
+        model: PreTrainedModel,
+        frozen: int,
+        value_model: PreTrainedModel | ValueFunction | None = None,
     ):
         super().__init__()
+        head = None
+        if isinstance(value_model, ValueFunction):
+            head, value_model = value_model.head, value_model.model
         self.model, self.value_model = model.eval(), value_model
         self.trunk_layers = (
             [] if model.config.is_encoder_decoder else [*models.decoder_layers(model)[:frozen]]
@@ -106,15 +114,18 @@ class SharedTrunkPolicy(torch.nn.Module):
         self.layers_give_tuples = False
         trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.initial = {name: parameter.detach().clone() for name, parameter in trainable.items()}
-        if value_model is not None:
-            value_model.float().requires_grad_(True).eval()
-            head = value_model.get_output_embeddings()
-            # where the weights are those of the embedding, that still learns
-            tied = head.weight is value_model.get_input_embeddings().weight
-            head.requires_grad_(tied)
         # what an output layer reads is not always as wide as the layers (OPT)
-        width = (value_model or model).get_output_embeddings().weight.shape[1]
-        self.value_head = _value_head(width).to(model.device)
+        width = (self.value_model or model).get_output_embeddings().weight.shape[1]
+        self.value_head = values.make_head(width) if head is None else head
+        self.value_head.to(model.device)
+        if self.value_model is not None:
+            self._train_value_model()
+
+    def _train_value_model(self) -> None:
+        model = self.value_model.float().requires_grad_(True).eval()
+        output_layer = model.get_output_embeddings()
+        if output_layer.weight is not model.get_input_embeddings().weight:
+            output_layer.requires_grad_(False)  # where they are one, the embedding still learns
 
     def parameter_groups(self) -> tuple[list[torch.nn.Parameter], list[torch.nn.Parameter]]:
         """Trainable parameters of the policy, and of the value function."""
@@ -161,7 +172,8 @@ class SharedTrunkPolicy(torch.nn.Module):
         """What values are read from, (tokens, width): the policy's states, or the value model's own."""
         if self.value_model is None:
             return states.detach()
-        inputs, seen = batch.padded_for(self.value_model).inputs(self.value_model), []
+        inputs = batch.padded_for(self.value_model).inputs(self.value_model)
+        seen = []
         with _flat_input(self.value_model, batch.places, seen, logits=False):
             self.value_model(**inputs)
         return seen[0]
@@ -213,14 +225,3 @@ def _flat_input(model: PreTrainedModel, places: torch.Tensor, seen: list, logits
         yield
     finally:
         hook.remove()
-
-
-def _value_head(width: int) -> torch.nn.Module:
-    """hidden state -> scalar; starts at 0 everywhere."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        inner = [torch.nn.LayerNorm(width, elementwise_affine=False), torch.nn.Linear(width, width)]
-        last = torch.nn.Linear(width, 1)
-    torch.nn.init.zeros_(last.weight)
-    torch.nn.init.zeros_(last.bias)
-    return torch.nn.Sequential(*inner, torch.nn.GELU(), last)

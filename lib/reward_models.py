@@ -82,6 +82,7 @@ def load_backbone(
         folder = hub.resolve_model(name)
         revision = hub.commit_of(folder)
         if eight_bit or adapters.is_folder(folder):
+            dtype = dtype if eight_bit else dtype or torch.float32
             options = {"dtype": dtype, "tokenizer": tokenizer, "eight_bit": eight_bit}
             policy, words = models.load_policy(name, **options)
             model = _body_of(policy)
