@@ -7,6 +7,7 @@ A notebook calls `start_run` once and hands everything to the `Run` it gets back
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
 import os
@@ -151,6 +152,24 @@ class Run:
         for reason, runs in left_out.items():
             print(f"stored {', '.join(runs)}: {reason}: not mixed")
         return {table: pd.concat(rows, ignore_index=True) for table, rows in parts.items()}
+
+    def keep(self, name: str, model, tokenizer, **card) -> Path:
+        """Keep a trained model in `models/<name>/` of this run's folder; return that folder.
+
+        `card`: what `lib.cards.describe` takes (settings, metrics, data, licence).  A later run of the
+        notebook replaces it.  `models.load_policy` or `reward_models.load` read the folder, and so does any
+        notebook parameter that names a model.
+        """
+        from lib import models
+
+        made_by = {"notebook": self.notebook, "scale": self.scale, "seed": self.seed}
+        card["settings"] = made_by | card.get("settings", {})
+        folder = models.save(model, tokenizer, self.folder / "models" / name, card=card)
+        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        with contextlib.suppress(ValueError):  # a folder elsewhere is named whole
+            folder = folder.relative_to(runtime.project_root())
+        print(f"kept: {folder} ({size / 1e6:.0f} MB)")
+        return folder
 
     def finish(self) -> pd.DataFrame:
         """Write `results.json` and return the metrics as a table."""

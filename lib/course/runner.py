@@ -160,9 +160,13 @@ def _new_record(name: str, scale: str, given: dict, source_hash: str) -> dict:
 
 
 def _clear_folder(folder: Path, everything: bool) -> None:
-    """Remove what an older run left; its finished steps (`work/`) only if `everything` is to go."""
+    """Remove what an older run left; its finished steps (`work/`) only if `everything` is to go.
+
+    What it trained stays until this run keeps something under the same name.
+    """
+    stays = (".lock", "models") if everything else (".lock", "models", "work")
     for path in folder.iterdir():
-        if path.name not in ((".lock",) if everything else (".lock", "work")):
+        if path.name not in stays:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
