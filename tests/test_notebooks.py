@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -56,7 +57,7 @@ def test_parameters(path):
     tagged = [c for c in cells(path, "code") if "parameters" in c.metadata.get("tags", [])]
     assert tagged == [cells(path, "code")[1]]
     lines = tagged[0].source.splitlines()
-    assert len(lines) <= 10
+    assert len(lines) <= 12
     for line in lines:
         assert re.match(r"[A-Z][A-Z_]*(: [\w\[\]| ]+)? = .+", line), line
     assert 'SCALE = "demo"' in tagged[0].source and "SEED = " in tagged[0].source
@@ -248,6 +249,27 @@ def test_smoke(path, tmp_path):
     for figure in results["figures"]:
         assert (folder / f"{figure['name']}.png").stat().st_size > 5000
         assert figure["alt"] and figure["caption"]
+
+
+def test_what_11_trains_is_measured_by_10_and_trained_on(tmp_path):
+    """PPO's policy of 11 is kept; 10 loads it by its folder, and 11 goes on from it with own prompts."""
+    path = ROOT / "notebooks/11_fine_tune_and_rlaf.ipynb"
+    folder = run_notebook(path, tmp_path, "-p", "ARMS", '["PPO"]', "-p", "STEPS", "2")
+    kept = tmp_path / "kept"
+    shutil.copytree(folder / "models" / "PPO", kept)
+    card = json.loads((kept / "card.json").read_text())
+    assert card["settings"]["notebook"] == path.stem and card["settings"]["steps"] == 2
+    meter = ROOT / "notebooks/10_toxicity_meter.ipynb"
+    measured = run_notebook(meter, tmp_path, "-p", "MODELS", json.dumps([str(kept)]))
+    assert json.loads((measured / "results.json").read_text())["metrics"]
+    assert json.loads((measured / "run.json").read_text())["parameters"]["MODELS"] == [str(kept)]
+    prompts = tmp_path / "mine.txt"
+    prompts.write_text(
+        "".join(f"The {n} said that the\n" for n in ["cat", "dog", "man", "king", "girl", "boat"])
+    )
+    options = ["-p", "MODEL", str(kept), "-p", "PROMPTS", str(prompts), "-p", "ARMS", '["PPO"]']
+    again = run_notebook(path, tmp_path, *options, "-p", "STEPS", "1")
+    assert json.loads((again / "settings.json").read_text())["model"] == str(kept)
 
 
 def test_toxicity_meter_reads_rewardlm_tables(tmp_path):
