@@ -79,9 +79,7 @@ def load_policy(
         model, words = build_tiny_model(name)
         return model.to(device), words
     folder = hub.resolve_model(name, revision)
-    card = cards.read(folder)
-    if card.get("kind", POLICY) != POLICY:
-        raise ValueError(f"{name} holds a {card['kind']}. Load it with reward_models.load.")
+    card = _policy_card(folder, name)
     if adapters.is_folder(folder):
         place = {"dtype": dtype, "device": device, "eight_bit": eight_bit, "tokenizer": tokenizer}
         model, words = _load_over_base(folder, card, base, place)
@@ -95,6 +93,24 @@ def load_policy(
     if value is not None:
         model.value_function = value
     return model.eval(), words
+
+
+def check_name(name: str) -> str:
+    """`name`, if it names something that may be a policy, without loading its weights.
+
+    Raises ValueError for an unknown name and for a kept reward model; AssetError where it cannot be had.
+    """
+    if name not in TINY_MODELS:
+        _policy_card(hub.resolve_model(name, weights=False), name)
+    return name
+
+
+def _policy_card(folder: Path, name: str) -> dict:
+    """The card of a folder, {} without one; ValueError where it says that the folder holds no policy."""
+    card = cards.read(folder)
+    if card.get("kind", POLICY) != POLICY:
+        raise ValueError(f"{name} holds a {card['kind']}. Load it with reward_models.load.")
+    return card
 
 
 def load_tokenizer(name: str | Path, revision: str | None = None) -> PreTrainedTokenizerBase:

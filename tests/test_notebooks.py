@@ -11,10 +11,15 @@ import sys
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pandas as pd
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
+from lib import data, generation, models, reward_models
 from lib.course import record
+from lib.papers.fine_grained import models as fine_grained
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -178,6 +183,14 @@ def settle(path, tmp_path, monkeypatch) -> dict:
     return scope
 
 
+def with_parameter(path, name, value, copy):
+    """Write a copy of a notebook in which a parameter has another value."""
+    book = nbformat.read(path, as_version=4)
+    for cell in book.cells:
+        cell.source = re.sub(rf"(?m)^{name} = .*", f"{name} = {value!r}", cell.source)
+    nbformat.write(book, copy)
+
+
 @pytest.mark.parametrize("path", WITH_STORED, ids=lambda p: p.stem)
 def test_stored_runs_have_the_settings_of_the_demo(path, tmp_path, monkeypatch, capsys):
     """All of them are used where nothing is changed, and the run's own settings are written down."""
@@ -206,10 +219,7 @@ def test_stored_runs_of_other_settings_are_left_out(name, tmp_path, monkeypatch,
     """One more step, another model: nothing stored is averaged in, and a line says why."""
     number, value = {"STEPS": ("11", 40), "MODEL": ("30", "tiny")}[name]
     path = next(p for p in WITH_STORED if p.stem.startswith(number))
-    book = nbformat.read(path, as_version=4)
-    for cell in book.cells:
-        cell.source = re.sub(rf"(?m)^{name} = .*", f"{name} = {value!r}", cell.source)
-    nbformat.write(book, tmp_path / path.name)
+    with_parameter(path, name, value, tmp_path / path.name)
     scope = settle(tmp_path / path.name, tmp_path, monkeypatch)
     said = capsys.readouterr().out
     assert scope["stored"] == {}
@@ -270,6 +280,83 @@ def test_what_11_trains_is_measured_by_10_and_trained_on(tmp_path):
     options = ["-p", "MODEL", str(kept), "-p", "PROMPTS", str(prompts), "-p", "ARMS", '["PPO"]']
     again = run_notebook(path, tmp_path, *options, "-p", "STEPS", "1")
     assert json.loads((again / "settings.json").read_text())["model"] == str(kept)
+
+
+def test_kept_reward_models_of_41_pay_in_44(tmp_path):
+    """R1 finds nothing right and R2 nothing wrong, once their heads say so: the notebook pays that."""
+    kept = run_notebook(ROOT / "notebooks/41_fine_grained_reward_models.ipynb", tmp_path) / "models"
+    assert sorted(p.name for p in kept.iterdir()) == ["R1", "R2", "R3", "preference"]
+    loaded = fine_grained.load_all(kept)
+    assert {name: model.segmenter.unit for name, model in loaded.items()} == {
+        "R1": "sub_sentence", "R2": "sentence", "R3": "sequence",
+    }  # fmt: skip
+    assert loaded["R3"].std > 0 and not loaded["R1"].context
+    for name, bias in {"R1": -5.0, "R2": 5.0}.items():
+        torch.nn.init.zeros_(loaded[name].head.weight)
+        torch.nn.init.constant_(loaded[name].head.bias, bias)
+        models.save(loaded[name], loaded[name].tokenizer, kept / name)
+    folder = run_notebook(
+        ROOT / "notebooks/44_learned_dense_rewards.ipynb",
+        tmp_path, "-p", "REWARD_MODELS", str(kept),
+    )  # fmt: skip
+    scores = pd.read_csv(folder / "scores.csv")
+    assert {"SFT", "dense"} == set(scores.arm)
+    assert (scores.R1 <= -0.3).all() and (scores.R2 >= 0.5).all()
+    metrics = json.loads((folder / "results.json").read_text())["metrics"]
+    assert "R1/learned/accuracy" in metrics and "R1/shuffled labels/accuracy" not in metrics
+    assert [p.name for p in (folder / "models").iterdir()] == ["dense"]
+    models.load_policy(str(folder / "models" / "dense"))
+
+
+def test_a_kept_policy_of_43_is_the_one_that_was_measured(tmp_path):
+    """Every part is another than the scale's; the kept policy gives the samples that were measured."""
+    for name, seed in {"base": 3, "start": 4}.items():
+        models.save(*models.build_tiny_model("tiny", seed=seed), tmp_path / name)
+    texts = [f"{a} {b} {c}" for a in ("you", "we", "they") for b in ("like", "see", "are")
+             for c in ("one", "two", "three", "four")]  # fmt: skip
+    (tmp_path / "prompts.txt").write_text("\n".join(texts))
+    swapped = {
+        "MODEL": tmp_path / "base", "START_FROM": tmp_path / "start", "PROMPTS": tmp_path / "prompts.txt",
+        "REWARD": "lexicon-threats", "JUDGE": "lexicon-insults", "ARMS": '["dense"]',
+    }  # fmt: skip
+    options = [part for name, value in swapped.items() for part in ("-p", name, str(value))]
+    folder = run_notebook(
+        ROOT / "notebooks/43_detoxify_with_dense_rewards.ipynb", tmp_path, *options
+    )
+    kept = folder / "models" / "dense"
+    policy, tokenizer = models.load_policy(str(kept), dtype=torch.float32)
+    ids = torch.tensor([[6, 7, 8, 9], [9, 8, 7, 6]]).to(policy.device)
+    plain = AutoModelForCausalLM.from_pretrained(kept).to(policy.device)
+    before = models.load_policy(str(tmp_path / "start"), dtype=torch.float32)[0]
+    with torch.no_grad():
+        logits, again, old = (model(ids).logits for model in (policy, plain, before))
+    torch.testing.assert_close(logits, again)
+    assert (logits - old).abs().max() > 1e-3
+
+    prompts = data.load_prompts(tmp_path / "prompts.txt", n=48, seed=0)
+    _, test = data.split_groups(prompts, n_test=16, seed=0)
+    drawn = generation.sample(policy, tokenizer, test["prompt"], n=4, seed=1, max_new_tokens=12)
+    sums = np.reshape([row.sum() for row in drawn.model_log_probs], (-1, 4)).sum(1)
+    measured = pd.read_csv(folder / "measured.csv")
+    np.testing.assert_allclose(measured[measured.arm == "dense"].log_prob, sums, rtol=1e-4)
+
+
+@pytest.mark.parametrize("number, name", [
+    ("40", "MODEL"), ("42", "START_FROM"), ("43", "MODEL"), ("43", "START_FROM"), ("44", "MODEL"),
+    ("44", "START_FROM"),
+])  # fmt: skip
+def test_a_model_that_is_none_is_refused_before_anything_runs(number, name, tmp_path, monkeypatch):
+    model, tokenizer = models.build_tiny_model("tiny")
+    reward = reward_models.RewardModel(model.base_model, tokenizer)
+    models.save(reward, tokenizer, tmp_path / "reward")
+    path = next(p for p in NOTEBOOKS if p.stem.startswith(number))
+    for value, why in {
+        "nowhere": "unknown model",
+        str(tmp_path / "reward"): "reward model",
+    }.items():
+        with_parameter(path, name, value, tmp_path / path.name)
+        with pytest.raises(ValueError, match=why):
+            settle(tmp_path / path.name, tmp_path, monkeypatch)
 
 
 def test_toxicity_meter_reads_rewardlm_tables(tmp_path):

@@ -34,6 +34,7 @@ from lib.segments import SHORTEST, Segmenter
 from lib.text import check_texts
 
 UNITS = {"C1": "sub_sentence", "C2": "sentence", "C3": "sequence"}
+REWARDS = {"R1": "C1", "R2": "C2", "R3": "C3"}
 SAME = 0.85  # likeness from which a piece of text says what a passage sentence says
 RELATIONS = 20  # numbers that `_relations` gives for each segment
 
@@ -398,6 +399,29 @@ def _relations(hidden, ids, row: _Row, member, count) -> torch.Tensor:
 def load(folder: Path | str) -> FineGrainedModel:
     """What `FineGrainedModel.save` wrote, its normaliser too."""
     return reward_models.load(folder, FineGrainedModel)
+
+
+def load_all(folder: Path | str) -> dict[str, FineGrainedModel]:
+    """R1, R2 and R3 by name, from the folders of these names in `folder`.
+
+    Raises ValueError where one is missing or judges other segments than its name says.
+    """
+    folder = Path(folder).expanduser()
+    missing = [name for name in REWARDS if not (folder / name).is_dir()]
+    if missing:
+        raise ValueError(
+            f"{folder} has no folder {', '.join(missing)}; needed are {', '.join(REWARDS)}. Notebook 41 "
+            "keeps them in runs/<scale>/41_fine_grained_reward_models/models."
+        )
+    loaded = {name: load(folder / name) for name in REWARDS}
+    for name, category in REWARDS.items():
+        unit = loaded[name].segmenter.unit
+        if unit != UNITS[category]:
+            raise ValueError(
+                f"{folder / name} judges the unit {unit!r}; {name} judges {UNITS[category]!r}. Were the "
+                "folders renamed?"
+            )
+    return loaded
 
 
 # --- training ------------------------------------------------------------------------------------
