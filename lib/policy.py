@@ -8,9 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from transformers import (
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
 from lib import encoding, models, runtime
