@@ -14,8 +14,8 @@ from lib.annotator import SimulatedAnnotator
 from lib.answers import first_line, parse_whole, without_reasoning
 from lib.chat import ChatClient, Reply, chat, with_defaults
 from lib.papers.alt import labels
+from lib.rewards import Judge
 
-Judge = Callable[[Sequence[str], Sequence[str]], Sequence[float]]  # prompts, responses -> scores
 Feedback = Callable[[Sequence[str], Sequence[str]], list[dict]]  # -> score, feedback, attributes
 
 
