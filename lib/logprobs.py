@@ -10,10 +10,7 @@ import numpy as np
 import pandas as pd
 import torch
 import transformers
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lib import generation, models, runtime
 from lib.text import is_empty

@@ -7,9 +7,7 @@ import inspect
 from dataclasses import dataclass
 
 import torch
-from transformers import (
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
 from lib import models, runtime
