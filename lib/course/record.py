@@ -142,7 +142,7 @@ class Run:
         folder = runtime.project_root() / "data" / "results" / self.notebook / place
         parts: dict[str, list[pd.DataFrame]] = {}
         left_out: dict[str, list[str]] = {}
-        for run, paths in _kept_runs(folder).items():
+        for run, paths in _stored_runs(folder).items():
             reason = _other_settings(folder / f"settings-{run}.json", wanted)
             if reason:
                 left_out.setdefault(reason, []).append(run)
@@ -203,7 +203,7 @@ def start_run(notebook: str, *, scale: str, seed: int) -> Run:
     return Run(notebook, scale, seed, place.results_folder(notebook))
 
 
-def _kept_runs(folder: Path) -> dict[str, dict[str, Path]]:
+def _stored_runs(folder: Path) -> dict[str, dict[str, Path]]:
     """Run -> table -> file, of the files `<table>-<run>.csv` in a folder."""
     runs: dict[str, dict[str, Path]] = {}
     for path in sorted(folder.glob("*-*.csv")):
@@ -216,14 +216,15 @@ def _other_settings(path: Path, wanted: dict) -> str:
     """How the settings in a file differ from those wanted, in words; "" where they are the same."""
     if not path.exists():
         return f"there is no {path.name} that says how it was made"
-    kept = json.loads(path.read_text(encoding="utf-8"))
-    names = [name for name in {**wanted, **kept} if kept.get(name) != wanted.get(name)]
+    recorded = json.loads(path.read_text(encoding="utf-8"))
+    names = [name for name in {**wanted, **recorded} if recorded.get(name) != wanted.get(name)]
     if not names:
         return ""
-    was, here = (
-        ", ".join(f"{name}={_short(side.get(name))}" for name in names) for side in (kept, wanted)
-    )
-    return f"made with {was}, this run has {here}"
+    return f"made with {_listed(names, recorded)}, this run has {_listed(names, wanted)}"
+
+
+def _listed(names: list[str], settings: dict) -> str:
+    return ", ".join(f"{name}={_short(settings.get(name))}" for name in names)
 
 
 def _short(value: object) -> str:
