@@ -367,7 +367,9 @@ def test_troubleshooting_quotes_what_the_code_says():
 
 
 def test_tables_and_figures_do_without_torch():
-    modules = "annotator, course.record, plots, preferences, stats"
+    modules = (
+        "annotator, chat, course.record, papers.sparse_feedback.sheets, plots, preferences, stats"
+    )
     imports = ", ".join(f"lib.{name}" for name in modules.split(", "))
     code = f"import sys, {imports}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
