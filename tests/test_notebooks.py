@@ -389,6 +389,24 @@ def test_toxicity_meter_reads_rewardlm_tables(tmp_path):
     assert found["measured_tox_RL_m/perspective_gt_0.5_toxic_prompts/count"]["value"] == 1
 
 
+def test_collecting_reads_the_export_of_the_comparison_page_alone(tmp_path):
+    """Without marked spans the sections on spans show our sample, and say so; nothing has to be chained."""
+    records = json.loads((ROOT / "data/samples/qa_feedback.json").read_text(encoding="utf-8"))
+    note = {"annotator": "Ann", "seconds": 3, "finished": True, "marks": {}}
+    for record in records:
+        del record["feedback"]
+        record |= {"preference": [2] * 6, "annotation": {"preference": note}}
+    export = tmp_path / "compare.json"
+    export.write_text(json.dumps(records), encoding="utf-8")
+    path = ROOT / "notebooks/40_collect_fine_grained_feedback.ipynb"
+    parameters = ("-p", "FEEDBACK_JSON", str(export), "-p", "SECOND_JSON", str(export))
+    results = json.loads((run_notebook(path, tmp_path, *parameters) / "results.json").read_text())
+    assert results["metrics"]["first_wins"]["value"] == 0
+    claims = {claim["claim"]: claim for claim in results["claims"]}
+    assert claims["People prefer the answer shown first"]["verdict"] == "opposite"
+    assert claims["One score would hide several different errors"]["here"].startswith("our sample")
+
+
 def test_a_judge_without_a_price_is_not_asked(monkeypatch, tmp_path):
     """MAX_COST is a cap or an error: the section that judges released outputs never buys without one."""
     from lib import chat

@@ -115,7 +115,8 @@ function load() { // the work of `who`; false if there is none
   }).length > 0;
 }
 function save(item) {
-  merge(marks[item.id], JSON.parse(storage.getItem(slot(item)) || "{}")); // another tab may have written
+  const news = merge(marks[item.id], JSON.parse(storage.getItem(slot(item)) || "{}")); // another tab may have written
+  if (news) setTimeout(refresh); // its event will bring nothing new any more
   assess(item);
   try {
     storage.setItem(slot(item), JSON.stringify(marks[item.id]));
@@ -134,8 +135,7 @@ window.addEventListener("storage", ({ key, newValue }) => {
   assess(item);
   if (news) refresh();
 });
-function rename(name) { // to that annotator's own labels
-  if (busy()) return ($("who").value = who);
+function rename(name) { // to that annotator's own labels; an open form stays open
   const [old, before] = [who, marks];
   const moves = !old && ITEMS.some((item) => states[item.id] !== "new"); // work done before a name was given is the name's
   who = name;
@@ -148,7 +148,7 @@ function rename(name) { // to that annotator's own labels
   }
   storage.setItem(PREFIX + "who", name);
   $("who").value = name;
-  draw();
+  refresh();
   const now = moves ? "; the labels made so far are yours." : known ? "; your labels are back." : ", from the start.";
   const then = old ? " The labels of " + old + " stay in this browser under that name." : "";
   say("You annotate as " + (name || "nobody") + now + then, "good");
@@ -316,7 +316,11 @@ function start() {
   for (const [id, act] of Object.entries(acts)) $(id).addEventListener("click", act);
   $("chooser").onchange = (event) => go(event.target.selectedIndex);
   $("import").onchange = openFile;
-  $("who").onchange = (event) => { if (event.target.value.trim() !== who) rename(event.target.value.trim()); };
+  $("who").onchange = () => {
+    const name = $("who").value.trim();
+    if (busy()) $("who").value = who;
+    else if (name !== who) rename(name);
+  };
   document.addEventListener("keydown", (event) => {
     const key = event.key.toLowerCase(), writing = event.target.matches("textarea, input:not([type=radio]):not([type=checkbox])");
     if (!(event.ctrlKey || event.metaKey) || writing || !"zy".includes(key)) return; // a text field undoes its own typing

@@ -1,7 +1,8 @@
 // Spans page: error spans of whole words, missing information, a corrected answer.
 // Marks: "span:FROM-TO" (word numbers), "missing:TYPE:PASSAGE:SENTENCES", "text", "clean", "status".
 const TYPES = DATA.types, MISSING = DATA.missing;
-let pick = null, anchor = null, single = false, cursor = 0, panel = null; // words selected, first of them, only one, keyboard, open form
+let pick = null, anchor = null, single = false, cursor = 0; // words selected, the first of them, only one, where the keyboard is
+let panel = null, drawn = ""; // the open form; the labels as they stand on the screen
 const chars = (item) => item.chars || (item.chars = Array.from(item.record["prediction 1"])); // code points, as in Python
 const textOf = (item, from, to) => chars(item).slice(item.words[from][0], item.words[to][1]).join("");
 const typeOf = (span) => TYPES.find((type) => type.name === span.type);
@@ -357,6 +358,7 @@ function draw() {
   const item = current(), tick = (event) => mark("the tick", { clean: event.target.checked });
   pick = anchor = panel = null;
   cursor = 0;
+  drawn = "";
   $("main").replaceChildren(el("div", { class: "columns" }, sources(item), el("div", {}, answerPart(),
     el("h2", {}, "Missing information"), el("ul", { class: "labels", id: "missing" }), missingForm(item), said("missing-said"),
     choice("checkbox", "clean", 1, false, "Nothing is wrong and nothing is missing.", tick),
@@ -364,11 +366,14 @@ function draw() {
   unpick();
   refresh();
 }
-function refresh() { // everything but the open forms
-  const item = current(), mine = view(item), edit = $("corrected");
-  drawWords(item, mine.spans);
-  $("spans").replaceChildren(...mine.spans.map(spanRow));
-  $("missing").replaceChildren(...mine.missing.map(missingRow));
+function refresh() { // everything but the open forms; words are left alone where nothing has changed: someone may be dragging
+  const item = current(), mine = view(item), edit = $("corrected"), labels = JSON.stringify([mine.spans, mine.missing]);
+  if (labels !== drawn) {
+    drawWords(item, mine.spans);
+    $("spans").replaceChildren(...mine.spans.map(spanRow));
+    $("missing").replaceChildren(...mine.missing.map(missingRow));
+  }
+  drawn = labels;
   document.querySelector("input[name=clean]").checked = Boolean(mine.clean);
   if (lines(edit.value) !== lines(mine.text)) edit.value = mine.text;
   refreshFinish();

@@ -30,6 +30,12 @@ def opened(page, path):
     return page.inner_text("#message")
 
 
+def reload(page):
+    """Load the page anew, once the browser has taken what was written (writing does not wait for it)."""
+    page.wait_for_timeout(300)
+    page.reload()
+
+
 def drag(page, first, last, shown="picked"):
     """Drag with the mouse from inside one word to inside another (not at the very middle of a letter)."""
     for word, act in ((first, page.mouse.down), (last, page.mouse.up)):
@@ -56,6 +62,15 @@ def labels(page):
     """(title, what follows it) of the labels in the list."""
     read = "spans => spans.map(span => span.lastChild.textContent.split(': '))"
     return page.locator("#spans li > span").evaluate_all(read)
+
+
+def until(page, text):
+    """Wait until an expression of the page is true (its policy forbids strings as code later on)."""
+    for _ in range(300):
+        if page.evaluate(text):
+            return
+        page.wait_for_timeout(100)
+    raise AssertionError(f"never true: {text}")
 
 
 def hidden_by_scrolling(page, selector):

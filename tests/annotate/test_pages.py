@@ -17,6 +17,8 @@ from acts import (
     label,
     labels,
     opened,
+    reload,
+    until,
 )
 
 from lib import annotate, sft
@@ -69,14 +71,14 @@ def test_select_label_reload_export_validate_train(open_page, tmp_path, tiny):
     items = [item(), item(question="And who?")]
     page = open_page(items)
     label_everything(page)
-    page.reload()
+    reload(page)
     assert "Continued" in page.inner_text("#saved")
     assert page.locator("#spans li").count() == 3 and page.locator("#missing li").count() == 1
     assert page.input_value("#corrected").endswith("1791.")
     page.click("#submit", force=True)
     assert page.inner_text("#counted") == "1 of 2 finished"
     assert page.inner_text("#question") == "And who?"
-    page.reload()
+    reload(page)
     assert page.inner_text("#question") == "And who?"
     page.check("input[name=clean]")
     page.click("#submit", force=True)
@@ -185,7 +187,7 @@ def test_comparison_names_the_conflicting_triple(open_page, tmp_path):
     assert "Answers A, B and C contradict each other: A over B, C over A, B over C." in told
     page.click("#submit", force=True)
     assert page.inner_text("#counted") == "0 of 1 finished"
-    page.reload()
+    reload(page)
     assert "A, B and C contradict" in page.inner_text("#left")
     say(1, 1)
     page.click("#submit", force=True)
@@ -282,7 +284,7 @@ def test_without_storage_the_page_says_so_and_works(open_page, chromium, tmp_pat
     page.context.add_init_script(
         "Object.defineProperty(window, 'localStorage', {get() { throw new Error('no'); }})"
     )
-    page.reload()
+    reload(page)
     assert "does not save here" in page.inner_text("#saved")
     page.check("input[name=clean]")
     page.click("#submit", force=True)
@@ -304,7 +306,7 @@ def test_inside_a_notebook_output(open_page, tmp_path):
     covering = "document.elementFromPoint(innerWidth / 2, 300).tagName"
     assert page.evaluate(covering) == "IFRAME"  # it lies on the still excerpt
     outer.write_text(re.sub("<iframe.*</iframe>", "", shown, flags=re.S), encoding="utf-8")
-    page.reload()
+    reload(page)
     assert (
         page.locator("text=Still excerpt").is_visible()
         and page.locator("text=inner.html").is_visible()
@@ -323,12 +325,12 @@ def test_two_tabs_lose_nothing(open_page):
     two.wait_for_selector("#spans li")
     label(two, 12, 13, "Incoherent")
     two.fill("#corrected", "Written in tab two.")
-    one.wait_for_function("document.querySelector('#corrected').value === 'Written in tab two.'")
+    until(one, "document.querySelector('#corrected').value === 'Written in tab two.'")
     one.click("#next")  # the step that used to write the first tab's own state over the second's
     one.check("input[name=clean]")
-    two.wait_for_function("document.querySelector('#chooser').options[1].text.includes('begun')")
+    until(two, "document.querySelector('#chooser').options[1].text.includes('begun')")
     for page in (one, two):
-        page.reload()
+        reload(page)
         page.select_option("#chooser", index=0)
         assert [kind for kind, _ in labels(page)] == ["Irrelevant", "Incoherent"]
         assert page.input_value("#corrected") == "Written in tab two."
@@ -349,9 +351,18 @@ def test_tabs_that_write_at_the_same_moment_converge(open_page):
     stale = "([key, text]) => { const t = JSON.parse(text); t.clean = { t: Date.now(), v: false };"
     stale += " localStorage.setItem(key, JSON.stringify(t)); }"
     one.evaluate(stale, [one.evaluate(key), before])
-    one.wait_for_function(f"localStorage.getItem({key}).includes('span:12-13')")
-    one.reload()
+    until(one, f"localStorage.getItem({key}).includes('span:12-13')")
+    reload(one)
     assert one.locator("#spans li").count() == 2
+
+
+def test_what_another_tab_wrote_is_shown_when_this_one_saves(open_page):
+    """The clock may save between another tab's write and the event that tells of it."""
+    page = open_page([item()])
+    page.evaluate("""() => localStorage.setItem(slot(ITEMS[0]), JSON.stringify({ "span:3-4":
+      { t: 5, v: { from: 3, to: 4, type: "Irrelevant", earlier: "", source: null } } }))""")
+    page.evaluate("save(ITEMS[0])")
+    until(page, "document.querySelectorAll('#spans li').length === 1")
 
 
 def test_merging_does_not_depend_on_the_order(open_page):
@@ -450,12 +461,31 @@ def test_annotator_and_time_are_exported_and_people_kept_apart(open_page, tmp_pa
     ann, bob = (record["annotation"]["feedback"] for record in (ann, bob))
     assert (ann["annotator"], bob["annotator"]) == ("Ann", "Bob")
     assert 4 <= ann["seconds"] < 60 and bob["seconds"] < ann["seconds"]
-    page.reload()
+    reload(page)
     assert page.input_value("#who") == "Ann" and page.inner_text("#counted") == "1 of 2 finished"
     mixed = [*json.loads((tmp_path / "ann.json").read_text(encoding="utf-8"))]
     mixed += json.loads((tmp_path / "bob.json").read_text(encoding="utf-8"))
     (tmp_path / "mixed.json").write_text(json.dumps(mixed), encoding="utf-8")
     assert "the work of Ann and Bob" in opened(page, tmp_path / "mixed.json")
+
+
+def test_a_second_tab_follows_the_name_given_in_the_first(open_page, tmp_path):
+    one = open_page([item()])
+    two = open_page([item()], beside=one)
+    label(two, 3, 4)
+    drag(two, 12, 13)
+    two.click("#label")  # a form is open there
+    one.fill("#who", "Ann")
+    one.press("#who", "Enter")
+    until(two, "document.querySelector('#who').value === 'Ann'")
+    choose(two, "Incoherent")
+    two.click("#add")
+    reload(one)
+    assert [kind for kind, _ in labels(one)] == ["Irrelevant", "Incoherent"]
+    (entry,) = one.evaluate(
+        "Object.keys(localStorage).filter((name) => name.endsWith(ITEMS[0].id))"
+    )
+    assert ":Ann:" in entry
 
 
 def test_time_does_not_run_while_nobody_is_there(open_page):
@@ -523,6 +553,11 @@ def test_a_label_changes_its_type_in_place(open_page):
     page.keyboard.press("5")
     page.keyboard.press("Enter")
     assert labels(page) == [["Incoherent", "“was built”"]]
+    page.focus('#answer [data-i="3"]')
+    page.keyboard.press("Delete")
+    assert labels(page) == [] and "Undo brings it back" in page.inner_text("#picked")
+    page.keyboard.press("Control+z")
+    assert labels(page) == [["Incoherent", "“was built”"]]
     page.click("text=Add missing information >> nth=0")
     page.check("#miss input[value=Missing-Answer]")
     page.select_option("#miss-passage", "1")
@@ -576,7 +611,7 @@ def test_start_over_one_record_and_all(open_page, records):
     page.click("#undo")
     assert page.inner_text("#counted") == "2 of 2 finished"
     page.click("#restart")
-    page.reload()
+    reload(page)
     assert page.inner_text("#counted") == "0 of 2 finished"
     review = open_page(records[:2])  # over means: as the page came
     review.click("#spans li button >> nth=1")
