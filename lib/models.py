@@ -174,7 +174,7 @@ def _base_of(folder: Path, card: dict, config: dict) -> str:
     return f"{name}@{revision}" if revision else name
 
 
-def check_policy(config: PretrainedConfig, name: str) -> None:
+def check_policy(config: PretrainedConfig, name: str = "this model") -> None:
     """Raise ValueError for a model that cannot continue a text: an encoder alone."""
     fills_gaps = type(config) in MODEL_FOR_MASKED_LM_MAPPING
     writes = config.is_encoder_decoder or getattr(config, "is_decoder", False)

@@ -52,6 +52,7 @@ def train_rloo(
         raise ValueError(f"samples_per_prompt is {given}; RLOO compares samples: give 2 or more.")
     if policy.config.is_encoder_decoder:
         raise ValueError("TRL's RLOO trains decoder-only models; use ppo.train_ppo for this one.")
+    models.check_policy(policy.config)
     runtime.quiet_libraries()
     if not models.is_eight_bit(policy):
         adapters.merge(policy)  # TRL's reference is the policy without adapters
