@@ -22,7 +22,6 @@ import torch
 from torch.utils._pytree import tree_map
 from transformers import (
     MODEL_FOR_MASKED_LM_MAPPING,
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
@@ -114,7 +113,7 @@ def load_tokenizer(name: str | Path, revision: str | None = None) -> PreTrainedT
 
 
 def _load_weights(folder, name, dtype, device, eight_bit=False) -> PreTrainedModel:
-    config = AutoConfig.from_pretrained(folder, **hub.SAFE)
+    config = hub.read_config(folder)
     check_policy(config, name)
     family = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     options = int8.loading_options(device) if eight_bit else {}

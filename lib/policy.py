@@ -8,9 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from transformers import (
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
 from lib import encoding, models, runtime, values
@@ -125,9 +123,10 @@ class SharedTrunkPolicy(torch.nn.Module):
 
     def _train_value_model(self) -> None:
         model = self.value_model.float().requires_grad_(True).eval()
+        # its output layer does not train, unless it is one with the embedding, which does
         output_layer = model.get_output_embeddings()
-        if output_layer.weight is not model.get_input_embeddings().weight:
-            output_layer.requires_grad_(False)  # where they are one, the embedding still learns
+        tied = output_layer.weight is model.get_input_embeddings().weight
+        output_layer.requires_grad_(tied)
 
     def parameter_groups(self) -> tuple[list[torch.nn.Parameter], list[torch.nn.Parameter]]:
         """Trainable parameters of the policy, and of the value function."""
@@ -153,11 +152,9 @@ class SharedTrunkPolicy(torch.nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Logits (tokens, vocabulary) that predict the response, values (tokens,) before each token.
 
-        The reference has no values: None.
-
-        Tokens are `batch.places`, row by row; `batch.spread` puts them back.  Without `logits` what the
-        output layer reads, (tokens, width), takes their place.  Fills `batch.trunk` where it is empty and
-        takes it from there otherwise.
+        The reference has no values: None.  Tokens are `batch.places`, row by row; `batch.spread` puts them
+        back.  Without `logits` what the output layer reads, (tokens, width), takes their place.  Fills
+        `batch.trunk` where it is empty and takes it from there otherwise.
         """
         places, inputs, seen = batch.places, batch.inputs(self.model), []
         with self._trunk(batch, inputs), _flat_input(self.model, places, seen, logits):

@@ -136,7 +136,7 @@ def train_ppo(
     Its `value_function`, trained with it, is kept by `models.save`.
 
     Args:
-        reward_fn: samples -> what `rewards.place_rewards` takes: numbers for responses or for tokens.
+        reward_fn: samples -> numbers for responses or for tokens, in any form `rewards.as_components` takes.
         held_out: prompts whose mean reward chooses the weights that the policy ends with; without
             them it ends with the last.
         value_model: a language model of any size over the same tokens; None: a head on the policy.  The

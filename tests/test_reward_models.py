@@ -252,6 +252,19 @@ def test_cached_features_train_the_same_head_as_the_frozen_backbone():
     torch.testing.assert_close(found[0], found[1], atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.parametrize("value", [0.0, 0.1, 77.7])
+def test_a_feature_that_does_not_vary_is_not_blown_up(value):
+    model = decoder()
+    width = len(model.scale)
+    features = torch.randn(7, width)
+    features[:, 0] = value
+    model.fit_scale(features)
+    assert model.scale[0] == 1.0
+    torch.testing.assert_close(model.scale[1:], features.std(0)[1:])
+    model.fit_scale(features[:1])  # one row has no spread at all
+    assert (model.scale == 1).all()
+
+
 def test_training_stops_where_the_loss_is_not_finite():
     model, feedback = decoder(), toy_feedback(4)
     features = model.features(feedback.prompts, feedback.responses)
