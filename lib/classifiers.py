@@ -21,7 +21,6 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
-    AutoConfig,
     AutoModelForSequenceClassification,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -58,7 +57,7 @@ def load_classifier(
     if is_trlx(folder):
         folder = convert_trlx(folder, tokenizer or TRLX_BASE)
         tokenizer = None
-    config = AutoConfig.from_pretrained(folder, **hub.SAFE)
+    config = hub.read_config(folder)
     model, report = AutoModelForSequenceClassification.from_pretrained(
         folder,
         config=config,
@@ -251,7 +250,7 @@ def convert_trlx(folder: Path, base: str = TRLX_BASE) -> Path:
     if target.exists():
         return target
     small = hub.resolve_model(base, weights=False)
-    config = AutoConfig.from_pretrained(small, **hub.SAFE)
+    config = hub.read_config(small)
     config.num_labels = 1
     config.architectures = ["GPTJForSequenceClassification"]
     tensors = _trlx_tensors(folder / "model.safetensors", config)

@@ -22,7 +22,6 @@ import torch
 from torch.utils._pytree import tree_map
 from transformers import (
     MODEL_FOR_MASKED_LM_MAPPING,
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
@@ -130,7 +129,7 @@ def load_tokenizer(name: str | Path, revision: str | None = None) -> PreTrainedT
 
 
 def _load_weights(folder, name, dtype, device, eight_bit=False) -> PreTrainedModel:
-    config = AutoConfig.from_pretrained(folder, **hub.SAFE)
+    config = hub.read_config(folder)
     check_policy(config, name)
     family = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     options = int8.loading_options(device) if eight_bit else {}
@@ -190,7 +189,7 @@ def _base_of(folder: Path, card: dict, config: dict) -> str:
     return f"{name}@{revision}" if revision else name
 
 
-def check_policy(config: PretrainedConfig, name: str) -> None:
+def check_policy(config: PretrainedConfig, name: str = "this model") -> None:
     """Raise ValueError for a model that cannot continue a text: an encoder alone."""
     fills_gaps = type(config) in MODEL_FOR_MASKED_LM_MAPPING
     writes = config.is_encoder_decoder or getattr(config, "is_decoder", False)

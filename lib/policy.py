@@ -123,9 +123,10 @@ class SharedTrunkPolicy(torch.nn.Module):
 
     def _train_value_model(self) -> None:
         model = self.value_model.float().requires_grad_(True).eval()
+        # its output layer does not train, unless it is one with the embedding, which does
         output_layer = model.get_output_embeddings()
-        if output_layer.weight is not model.get_input_embeddings().weight:
-            output_layer.requires_grad_(False)  # where they are one, the embedding still learns
+        tied = output_layer.weight is model.get_input_embeddings().weight
+        output_layer.requires_grad_(tied)
 
     def parameter_groups(self) -> tuple[list[torch.nn.Parameter], list[torch.nn.Parameter]]:
         """Trainable parameters of the policy, and of the value function."""

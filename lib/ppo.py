@@ -224,6 +224,7 @@ def make_learner(
     Raises ValueError where the processes do not divide the rows, and for a value model that cannot read
     the policy's tokens.
     """
+    models.check_policy(policy.config)
     own_model = value_model.model if isinstance(value_model, ValueFunction) else value_model
     if own_model is not None:
         check_value_model(own_model, tokenizer)

@@ -30,7 +30,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from scipy.special import expit
-from transformers import AutoConfig, AutoModel, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from lib import (
@@ -88,7 +88,7 @@ def load_backbone(
             model = _body_of(policy)
         else:
             options = {"dtype": dtype or torch.float32, "use_safetensors": True, **hub.SAFE}
-            model = AutoModel.from_pretrained(folder, **options)
+            model = AutoModel.from_pretrained(folder, config=hub.read_config(folder), **options)
             words = models.load_tokenizer(tokenizer or folder)
     model = model.get_encoder() if model.config.is_encoder_decoder else model
     if keep_layers is not None:
@@ -411,7 +411,7 @@ def _load_kept_backbone(folder: Path, card: dict) -> PreTrainedModel:
 
 def _read_backbone(folder: Path) -> PreTrainedModel:
     """A backbone that was written whole; of an encoder-decoder its encoder alone, which has its own class."""
-    config = AutoConfig.from_pretrained(folder, **hub.SAFE)
+    config = hub.read_config(folder)
     with torch.device("meta"):
         skeleton = AutoModel.from_config(config, **hub.SAFE)
     family = type(skeleton)

@@ -80,6 +80,7 @@ def train_rloo(
 
 def check_settings(policy: PreTrainedModel, config: ppo.PPOConfig) -> None:
     """Raise ValueError for what TRL's RLOO cannot train."""
+    models.check_policy(policy.config)
     if config.samples_per_prompt < 2:
         raise ValueError(
             f"samples_per_prompt is {config.samples_per_prompt}; RLOO compares samples: give 2 or more."

@@ -131,6 +131,7 @@ def train_sft(
     A trunk that `models.set_trainable` froze keeps its dtype, and logits are computed where loss
     falls (neither with LIB_PLAIN=1).
     """
+    models.check_policy(model.config)
     if runtime.plain_mode() or any(
         p.requires_grad and p.dtype != torch.float32 for p in model.parameters()
     ):
