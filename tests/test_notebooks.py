@@ -393,11 +393,11 @@ def test_collecting_reads_the_export_of_the_comparison_page_alone(tmp_path):
     """Without marked spans the sections on spans show our sample, and say so; nothing has to be chained."""
     records = json.loads((ROOT / "data/samples/qa_feedback.json").read_text(encoding="utf-8"))
     note = {"annotator": "Ann", "seconds": 3, "finished": True, "marks": {}}
-    for record in records:
-        del record["feedback"]
-        record |= {"preference": [2] * 6, "annotation": {"preference": note}}
+    for item in items:
+        del item["feedback"]
+        item |= {"preference": [2] * 6, "annotation": {"preference": note}}
     export = tmp_path / "compare.json"
-    export.write_text(json.dumps(records), encoding="utf-8")
+    export.write_text(json.dumps(items), encoding="utf-8")
     path = ROOT / "notebooks/40_collect_fine_grained_feedback.ipynb"
     parameters = ("-p", "FEEDBACK_JSON", str(export), "-p", "SECOND_JSON", str(export))
     results = json.loads((run_notebook(path, tmp_path, *parameters) / "results.json").read_text())
