@@ -391,7 +391,7 @@ def test_toxicity_meter_reads_rewardlm_tables(tmp_path):
 
 def test_collecting_reads_the_export_of_the_comparison_page_alone(tmp_path):
     """Without marked spans the sections on spans show our sample, and say so; nothing has to be chained."""
-    records = json.loads((ROOT / "data/samples/qa_feedback.json").read_text(encoding="utf-8"))
+    items = json.loads((ROOT / "data/samples/qa_feedback.json").read_text(encoding="utf-8"))
     note = {"annotator": "Ann", "seconds": 3, "finished": True, "marks": {}}
     for item in items:
         del item["feedback"]
