@@ -79,9 +79,10 @@ def resolve_model(name: str | Path, revision: str | None = None, *, weights: boo
         if wanted.revision:
             raise ValueError(f"the offline asset {wanted.name!r} has no revisions; leave it out.")
         return assets.fetch(wanted.name)
-    folder = Path(wanted.name).expanduser()
-    if folder.is_dir():
-        return as_safetensors(folder.resolve())
+    for root in (Path(), runtime.project_root()):  # Jupyter starts in notebooks/
+        folder = root / Path(wanted.name).expanduser()
+        if folder.is_dir():
+            return as_safetensors(folder.resolve())
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", wanted.name):
         raise ValueError(
             f"unknown model {wanted.name!r}; allowed: policy, encoder, an existing folder, or a Hub id "

@@ -18,7 +18,7 @@ BADGE_IMAGE = "https://colab.research.google.com/assets/colab-badge.svg"
 BADGE = re.compile(r" ?\[!\[(?:Open in )?Colab\]\([^)]*\)\]\([^)]*\)")
 GITHUB = re.compile(r"https://github\.com/([\w.-]+)/([\w.-]+?)(?:\.git)?/?")
 SETUP_CELL = """\
-# Set-up: nothing to do where the course is installed; elsewhere it is found or fetched.
+# Set-up: nothing to do where the course is installed; elsewhere it is fetched.
 import glob
 import os
 import runpy
@@ -31,15 +31,13 @@ except ImportError:
     address = os.environ.get("COURSE_REPO") or REPOSITORY
     home = os.environ.get("COURSE_HOME", "learning-from-feedback")
     places = [home, ".", "..", "/kaggle/input/*", "/content/drive/MyDrive/*"]
-    installers = [
-        p for place in places for p in glob.glob(f"{{place}}/lib/course/install.py")
-    ]
+    installers = [p for x in places for p in glob.glob(f"{{x}}/lib/course/install.py")]
     if not installers and not address:
         raise ModuleNotFoundError(
-            "The course is not installed here, and this notebook knows no address of it. "
-            "On your own machine: `make setup`, then `make lab`. On a hosted one: upload or "
-            "mount the course's folder and set COURSE_HOME to it, or set COURSE_REPO to its "
-            "git address (`%env COURSE_REPO=https://...`), and run this cell again."
+            "The course is not installed here, and no address of it is known. On your "
+            "own machine: `make setup`, then `make lab`. On a hosted one: upload or "
+            "mount the course and set COURSE_HOME to its folder, or set COURSE_REPO to "
+            "its git address (`%env COURSE_REPO=https://...`). Then run this cell again."
         ) from None
     if not installers:
         print(f"Fetching the course from {{address}} ...")
