@@ -420,9 +420,9 @@ class _Run:
                 turn = max(self.next_turn + 1 / self.client.requests_per_second, now - 0.5)
                 self.next_turn = turn
             self.pause(turn - now)
+        self.pause(0)
         while not self.takes_off(body):
             self.pause(0.01)  # until the calls in flight have told their cost
-        self.pause(0)
 
     def takes_off(self, body: dict) -> bool:
         """Count a call as in flight if the cap on cost leaves room for it beside the others."""
