@@ -67,9 +67,10 @@ def parse_whole(text: str, low: int, high: int) -> tuple[int | None, str]:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of one attempt: the text of an answer, or None and the reason.
+    """What came of one attempt: the text of an answer ("" where it says nothing), or None without one.
 
-    passing: another try may help; lasting: every other request would meet it too.
+    problem: why there is nothing to read.  passing: another try may help; lasting: every other request
+    would meet it too.
     """
 
     text: str | None = None
@@ -95,10 +96,9 @@ def read_answer(raw: object) -> Outcome:
     if reason == "error" or text is None:
         return Outcome(problem=f"an answer without a message: {_excerpt(raw)}", passing=True)
     if message.get("refusal"):
-        refusal = f"the model refused: {_excerpt(message['refusal'])}"
-        return Outcome(finish_reason="refusal", problem=refusal)
+        return Outcome("", "refusal", f"the model refused: {_excerpt(message['refusal'])}")
     if reason == "content_filter":
-        return Outcome(finish_reason=reason, problem="the provider's content filter cut the answer")
+        return Outcome("", reason, "the provider's content filter cut the answer")
     if without_reasoning(text).strip():
         return Outcome(text, reason)
     text = text.strip()  # "", or reasoning without an answer after it
@@ -112,11 +112,16 @@ def _content(content: object) -> str | None:
     if content is None:
         return ""
     if isinstance(content, str):
-        return content
+        return _whole(content)
     if not isinstance(content, list):
         return None
     texts = [part.get("text") if isinstance(part, dict) else part for part in content]
-    return "".join(text for text in texts if isinstance(text, str))
+    return _whole("".join(text for text in texts if isinstance(text, str)))
+
+
+def _whole(text: str) -> str:
+    """The text without half emoji (lone surrogates), which no file can hold."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def read_failure(status: int, error: object, wait: float | None = None) -> Outcome:

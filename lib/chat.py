@@ -19,7 +19,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -87,7 +87,9 @@ def _parameters(request: dict) -> dict:
 class Reply:
     """One answer.  `text` is None where there is none; `error` then says why.  Times are UTC."""
 
-    text: str | None  # as the model wrote it, with its reasoning where it wrote that too
+    text: (
+        str | None
+    )  # as written, with the model's reasoning where it wrote that; "": it says nothing
     model: str
     parameters: dict
     key: str
@@ -195,13 +197,13 @@ class ChatClient:
     ) -> list[Reply]:
         """The replies to `chat` requests, in order; equal requests are asked once.
 
-        A request that is refused (400, too long for the model, a content filter) or gets no answer in
-        `attempts` tries stops the run, or with on_error="keep" becomes a reply without text; an answer
-        that is empty three times becomes a reply with the text "".  Neither is stored: the next run asks
-        again.  Raises BudgetReached, and EndpointError: at once where key, address or model are refused,
-        credit or a daily limit is used up, or the first replies are cut off before they say anything.
-        Both hold what was answered.  A KeyboardInterrupt waits for the calls in flight; what is answered
-        is stored in every case.
+        A request that is refused (400, too long for the model) or gets no answer in `attempts` tries stops
+        the run, or with on_error="keep" becomes a reply without text; an answer that says nothing (a
+        refusal, a content filter, three times empty) is a reply with the text "".  Neither is stored: the
+        next run asks again.  Raises BudgetReached, and EndpointError: at once where key, address or model
+        are refused, credit or a daily limit is used up, or the first replies are cut off before they say
+        anything.  Both hold what was answered.  A KeyboardInterrupt waits for the calls in flight; what is
+        answered is stored in every case.
         """
         if on_error not in ("raise", "keep"):
             raise ValueError(f"on_error is {on_error!r}; allowed: 'raise', 'keep'.")
@@ -345,8 +347,10 @@ class _Run:
         self.replies: dict[str, Reply] = {}
         self.stop: BaseException | None = None
         self.stopped = threading.Event()
+        self.finished = threading.Event()
         self.lock = threading.Lock()
         self.in_flight = 0  # calls sent whose cost is not counted yet
+        self.left = 0  # requests that are not settled
         self.answered = 0
         self.refused = 0
         self.cut_off = 0  # answers that reached their token limit without a word
@@ -359,17 +363,18 @@ class _Run:
         named = client.key_name or not is_loopback(client.base_url)
         name = client.key_name or "OPENAI_API_KEY"
         self.secret = runtime.secret(name, "This endpoint") if named else ""
+        self.left = len(jobs)
         self.bar = runtime.progress(total=len(jobs), label=self.label, unit="call")
         self.openai = openai.OpenAI(
             api_key=self.secret or "none", base_url=client.base_url, http_client=_Http(self),
             timeout=client.timeout, max_retries=client.attempts - 1,
         )  # fmt: skip
         with self.openai, self.bar, ThreadPoolExecutor(client.concurrency) as pool:
-            futures = [pool.submit(self.job, key, request) for key, request in jobs.items()]
             try:
-                for future in futures:
-                    while not wait([future], timeout=1).done:  # a wait that Ctrl-C can end
-                        pass
+                for key, request in jobs.items():
+                    pool.submit(self.job, key, request)
+                while not self.finished.wait(0.2):  # a wait that Ctrl-C can end
+                    pass
             except KeyboardInterrupt:
                 self.halt(KeyboardInterrupt("stopped; every reply so far is stored"))
 
@@ -387,6 +392,7 @@ class _Run:
         """One request, unless another run buys or has bought it; an error stops the run."""
         store = self.client.store
         try:
+            self.pause(0)
             while not store.claim(key):
                 self.pause(0.2)
             try:
@@ -395,12 +401,16 @@ class _Run:
             finally:
                 store.release(key)
         except _Stopped:
-            return
+            pass
         except Exception as error:
             self.halt(error)
-        cost = f"cost {self.client.spent:.4f}" if self.client.price else ""
-        self.bar.set_postfix_str(cost, refresh=False)
-        self.bar.update()
+        with self.lock:
+            cost = f"cost {self.client.spent:.4f}" if self.client.price else ""
+            self.bar.set_postfix_str(cost, refresh=False)
+            self.bar.update()
+            self.left -= 1
+            if not self.left:
+                self.finished.set()
 
     def wait_for_turn(self, body: dict) -> None:
         """Wait until rate and cap on cost allow this attempt; raises where the run is stopped."""
@@ -410,9 +420,9 @@ class _Run:
                 turn = max(self.next_turn + 1 / self.client.requests_per_second, now - 0.5)
                 self.next_turn = turn
             self.pause(turn - now)
+        self.pause(0)
         while not self.takes_off(body):
             self.pause(0.01)  # until the calls in flight have told their cost
-        self.pause(0)
 
     def takes_off(self, body: dict) -> bool:
         """Count a call as in flight if the cap on cost leaves room for it beside the others."""

@@ -158,6 +158,11 @@ def test_content_in_parts_is_one_text(scripted, tmp_path):
     assert len(one.asked) == 1
 
 
+def test_half_an_emoji_does_not_get_in(scripted, tmp_path):
+    one = scripted(lambda body: completion("so \ud83d so"))
+    assert ask_one(one, tmp_path)[1].text == "so \ufffd so"
+
+
 @pytest.mark.parametrize("usage", [None, {}, [], {"prompt_tokens": 7, "completion_tokens": None}])
 def test_what_was_not_counted_is_estimated(scripted, tmp_path, usage):
     one = scripted(lambda body: completion("6") | {"usage": usage})

@@ -158,6 +158,14 @@ def test_a_reply_that_was_cut_or_kept_back_says_so(scripted, tmp_path):
     assert protocols.usable(rated)["score"].tolist() == [6]
 
 
+def test_a_refused_response_is_empty_and_told(scripted, tmp_path):
+    replies = [completion("fine"), completion(None, refusal="I will not")]
+    one = scripted(lambda body: replies.pop(0))
+    with pytest.warns(UserWarning, match="1 of 2 responses are empty, first: the model refused"):
+        items = protocols.generate(client(one, tmp_path, concurrency=1), ITEMS[:1], n=2)
+    assert items[0]["responses"] == ["fine", ""]
+
+
 def test_responses_that_end_inside_their_reasoning_are_refused(scripted, tmp_path):
     one = scripted(lambda body: completion("<think>Well", "length"))
     with pytest.raises(

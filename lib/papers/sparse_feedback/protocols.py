@@ -291,7 +291,8 @@ def generate(client: ChatClient, items: Iterable[dict], n: int = 5, **parameters
     """n responses to each {instruction, input}: the same items with `responses` (and their model).
 
     `parameters` go to the endpoint (default max_tokens 128, temperature 1).  A model's reasoning is left
-    out.  A response that could not be had raises EndpointError; what was answered is stored.
+    out; a response that was refused, filtered or empty is "", with a warning.  Raises EndpointError, also
+    where responses ended inside their reasoning; what was answered is stored.
     """
     if n < 1:
         raise ValueError(f"n is {n!r}; at least one response per instruction is needed.")
@@ -303,6 +304,10 @@ def generate(client: ChatClient, items: Iterable[dict], n: int = 5, **parameters
     replies = client.ask(requests, label="responses")
     if cut := [reply for reply in replies if reply.finish_reason == "length" and not reply.answer]:
         raise EndpointError(f"{len(cut)} of {len(replies)} responses are empty: {CUT_OFF}.")
+    if silent := [reply.error for reply in replies if not reply.answer]:
+        warnings.warn(
+            f"{len(silent)} of {len(replies)} responses are empty, first: {silent[0]}", stacklevel=2
+        )
     texts = [reply.answer for reply in replies]
     return [
         {**item, "responses": texts[k * n : (k + 1) * n], "generator": client.model}
