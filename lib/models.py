@@ -83,6 +83,7 @@ def load_policy(
         place = {"dtype": dtype, "device": device, "eight_bit": eight_bit, "tokenizer": tokenizer}
         model, words = _load_over_base(folder, card, base, place)
     else:
+        check_policy(hub.read_config(folder), name)
         words = load_tokenizer(tokenizer or folder)
         dtype = dtype or runtime.inference_dtype(device)
         model = _load_weights(folder, name, dtype, device, eight_bit)
@@ -130,7 +131,6 @@ def load_tokenizer(name: str | Path, revision: str | None = None) -> PreTrainedT
 
 def _load_weights(folder, name, dtype, device, eight_bit=False) -> PreTrainedModel:
     config = hub.read_config(folder)
-    check_policy(config, name)
     family = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     options = int8.loading_options(device) if eight_bit else {}
     options |= {"use_safetensors": True, "output_loading_info": True, **hub.SAFE}

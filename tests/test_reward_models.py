@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import WORDS, asset
+from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
 from lib import losses, models, preferences, reward_models, stats
@@ -341,11 +342,16 @@ def test_a_model_can_start_again_from_its_trained_state():
 
 def test_weights_that_the_card_does_not_explain_are_refused(tmp_path):
     backbone, tokenizer = reward_models.load_backbone("tiny")
-    models.set_trainable(backbone, "lora")
-    model = RewardModel(backbone, tokenizer)
-    model.save(tmp_path, "tiny")  # the card lacks the adapters
-    with pytest.raises(ValueError, match="weights that the card does not explain"):
-        reward_models.load(tmp_path)
+    folder = RewardModel(backbone, tokenizer).save(tmp_path / "kept", "tiny")
+    weights = load_file(folder / reward_models.WEIGHTS)
+    save_file(weights | {"lora_A": torch.ones(2)}, folder / reward_models.WEIGHTS)
+    with pytest.raises(ValueError, match="weights that the card does not explain, first 'lora_A'"):
+        reward_models.load(folder)
+    save_file({"centre": weights["centre"]}, folder / reward_models.WEIGHTS)
+    with pytest.raises(
+        ValueError, match="weights that the card does not explain, first 'head.bias'"
+    ):
+        reward_models.load(folder)
 
 
 def test_trl_computes_the_same_loss_and_learns(tmp_path):
