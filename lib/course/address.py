@@ -37,7 +37,7 @@ except ImportError:
             "The course is not installed here, and no address of it is known. On your "
             "own machine: `make setup`, then `make lab`. On a hosted one: upload or "
             "mount the course and set COURSE_HOME to its folder, or set COURSE_REPO to "
-            "its git address (`%env COURSE_REPO=https://...`). Then run this cell again."
+            "its git address (`%env COURSE_REPO=https://...`). Then run it again."
         ) from None
     if not installers:
         print(f"Fetching the course from {{address}} ...")
