@@ -16,9 +16,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from lib import (
-    runtime,
-)
+from lib import runtime
 from lib.course.record import SHOWN_PACKAGES
 
 ROUNDS = 5

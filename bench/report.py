@@ -11,10 +11,7 @@ from pathlib import Path
 import pandas as pd
 
 from bench import cases, measure
-from lib import (
-    plots,
-    runtime,
-)
+from lib import plots, runtime
 
 
 def course_table() -> str:

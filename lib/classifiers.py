@@ -14,6 +14,7 @@ import copy
 import inspect
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +22,6 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
-    AutoConfig,
     AutoModelForSequenceClassification,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -58,7 +58,7 @@ def load_classifier(
     if is_trlx(folder):
         folder = convert_trlx(folder, tokenizer or TRLX_BASE)
         tokenizer = None
-    config = AutoConfig.from_pretrained(folder, **hub.SAFE)
+    config = hub.read_config(folder)
     model, report = AutoModelForSequenceClassification.from_pretrained(
         folder,
         config=config,
@@ -140,6 +140,10 @@ class ClassifierReward:
         self.tokenizer = copy.copy(tokenizer)
         self.tokenizer.truncation_side = "left"
         self._pair = not reads_last_token(model)
+        self._types = getattr(model.config, "type_vocab_size", 0) > 1
+        start = getattr(model.config, "text_start", None)  # of a converted model
+        if template is None and start is not None:
+            template = partial("{}{}{}".format, start)
         self.template = template
         self.column = _column(label_names(model), label)
         self.max_length = min(max_length, models.longest_text(model.config, max_length))
@@ -167,13 +171,14 @@ class ClassifierReward:
         return before + encoding.with_end(after, encoding.end_tokens(tokenizer))
 
     def _encode_pair(self, prompt: str, response: str) -> _Row:
-        row = self.tokenizer(prompt, response, verbose=False)
+        both = {"verbose": False, "return_token_type_ids": self._types}
+        row = self.tokenizer(prompt, response, **both)
         if len(row["input_ids"]) > self.max_length:
             self.truncated += 1
             cut = {"truncation": "longest_first", "max_length": self.max_length}
-            row = self.tokenizer(prompt, response, verbose=False, **cut)
-        types = row.get("token_type_ids")
-        return _Row(list(row["input_ids"]), None if types is None else list(types))
+            row = self.tokenizer(prompt, response, **both, **cut)
+        types = list(row["token_type_ids"]) if self._types else None
+        return _Row(list(row["input_ids"]), types)
 
     @torch.inference_mode()
     def score(
@@ -251,16 +256,17 @@ def convert_trlx(folder: Path, base: str = TRLX_BASE) -> Path:
     if target.exists():
         return target
     small = hub.resolve_model(base, weights=False)
-    config = AutoConfig.from_pretrained(small, **hub.SAFE)
+    config = hub.read_config(small)
     config.num_labels = 1
     config.architectures = ["GPTJForSequenceClassification"]
+    config.text_start = TRLX_START
     tensors = _trlx_tensors(folder / "model.safetensors", config)
     with runtime.atomic_folder(target) as staging:
         save_file(tensors, staging / "model.safetensors", metadata={"format": "pt"})
         config.save_pretrained(staging)
         models.load_tokenizer(small).save_pretrained(staging)
-        facts = {"kind": "classifier", "start": TRLX_START, "base": {"name": base}}
-        cards.write(staging, {"settings": {}, "metrics": {}, **facts})
+        facts = {"kind": "classifier", "base": {"name": base}, "converted": str(folder)}
+        cards.write(staging, cards.describe(facts))
     return target
 
 

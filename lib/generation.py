@@ -114,6 +114,7 @@ def sample(
     decoding settings, an empty prompt without a start token, or a prompt too long for the model.
     """
     settings = Decoding(**decoding)
+    models.check_policy(model.config)
     if n < 1:
         raise ValueError(f"n is {n!r}; at least one sample per prompt is drawn.")
     started = time.perf_counter()

@@ -21,6 +21,7 @@ import filelock
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from transformers import AutoConfig, PretrainedConfig
 
 from lib import runtime
 from lib.course import assets
@@ -133,6 +134,21 @@ def _snapshot(wanted: ModelName, patterns: list[str]) -> Path:
             "or the offline asset 'policy'."
         ) from None
     return Path(folder)
+
+
+def read_config(folder: Path) -> PretrainedConfig:
+    """A model's configuration.  Raises ValueError where it has none, or is of a kind transformers lacks."""
+    try:
+        return AutoConfig.from_pretrained(folder, **SAFE)
+    except (OSError, ValueError, KeyError) as error:
+        why = (str(error).strip() or type(error).__name__).splitlines()[0]
+        needs_code = "trust_remote_code" in str(error)
+        remedy = (
+            "It brings code of its own, which is never run here; choose a model that transformers knows."
+            if needs_code
+            else "Is it a model's folder (config.json, weights, tokenizer)?"
+        )
+        raise ValueError(f"{readable(folder)} cannot be loaded: {why} {remedy}") from None
 
 
 def tensor_names(path: Path) -> list[str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+ROUNDING = 16  # relative precisions: sums of many equal numbers are off by a few
 MAX_LOG_RATIO = 20.0  # exp() of a difference of log-probabilities stays finite in float32
 
 
@@ -34,12 +35,13 @@ def whiten(values: torch.Tensor, mask: torch.Tensor, shift_mean: bool = True) ->
     """(x - mean) / std over real tokens (population std); padding becomes 0.  Same shape.
 
     With shift_mean=False the mean is put back after scaling, as for rewards, whose sign carries
-    meaning (Stiennon et al. 2020).  Constant values become 0 (or their mean) rather than noise.
+    meaning (Stiennon et al. 2020).  Values that are equal up to rounding become 0 (or their mean).
     """
     mean = masked_mean(values, mask)
     centred = values - mean
-    std = masked_mean(centred.masked_fill(mask == 0, 0.0) ** 2, mask).sqrt()
-    scaled = centred / std.clamp(min=1e-6)
+    std = _spread(values, mask)
+    scaled = centred / torch.where(std > 0, std, 1.0)
+    scaled = torch.where(std > 0, scaled, 0.0)
     return (scaled if shift_mean else scaled + mean).masked_fill(mask == 0, 0.0)
 
 
@@ -50,12 +52,30 @@ def explained_variance(
 
     NaN where all returns are equal, because then there is nothing to explain.
     """
+    unexplained = _variance(returns - values, mask) / _variance(returns, mask)
+    return torch.where(_spread(returns, mask) > 0, 1 - unexplained, torch.nan)
 
-    def variance(x: torch.Tensor) -> torch.Tensor:
-        return masked_mean((x - masked_mean(x, mask)).masked_fill(mask == 0, 0.0) ** 2, mask)
 
-    total = variance(returns)
-    return torch.where(total > 1e-12, 1 - variance(returns - values) / total, torch.nan)
+def rounding(values: torch.Tensor, dim: int | None = None) -> torch.Tensor:
+    """A deviation up to this is rounding, not spread: it grows with the values and their precision.
+
+    Equal rewards of 77.7 have a computed deviation of about 1e-5, and dividing by it makes noise of size 1.
+    """
+    largest = values.abs().amax() if dim is None else values.abs().amax(dim)
+    return ROUNDING * torch.finfo(values.dtype).eps * largest
+
+
+def _variance(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Population variance over real tokens."""
+    centred = (values - masked_mean(values, mask)).masked_fill(mask == 0, 0.0)
+    return masked_mean(centred**2, mask)
+
+
+def _spread(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Population deviation over real tokens; exactly 0 where they are equal up to rounding."""
+    std = _variance(values, mask).sqrt()
+    least = rounding(values.masked_fill(mask == 0, 0.0))
+    return torch.where(std > least, std, 0.0)
 
 
 # --- PPO -----------------------------------------------------------------------------------------

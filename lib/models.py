@@ -22,7 +22,6 @@ import torch
 from torch.utils._pytree import tree_map
 from transformers import (
     MODEL_FOR_MASKED_LM_MAPPING,
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
@@ -36,7 +35,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from lib import adapters, cards, hub, int8, runtime
+from lib import adapters, cards, hub, int8, runtime, values
 from lib.int8 import has_eight_bit as has_eight_bit
 from lib.int8 import is_eight_bit as is_eight_bit
 
@@ -80,10 +79,17 @@ def load_policy(
         raise ValueError(f"{name} holds a {card['kind']}. Load it with reward_models.load.")
     if adapters.is_folder(folder):
         place = {"dtype": dtype, "device": device, "eight_bit": eight_bit, "tokenizer": tokenizer}
-        return _load_over_base(folder, card, base, place)
-    words = load_tokenizer(tokenizer or folder)
-    model = _load_weights(folder, name, dtype or runtime.inference_dtype(device), device, eight_bit)
-    remember_origin(model, name=own_name(name), revision=hub.commit_of(folder), tokenizer=tokenizer)
+        model, words = _load_over_base(folder, card, base, place)
+    else:
+        check_policy(hub.read_config(folder), name)
+        words = load_tokenizer(tokenizer or folder)
+        dtype = dtype or runtime.inference_dtype(device)
+        model = _load_weights(folder, name, dtype, device, eight_bit)
+        origin = {"name": own_name(name), "revision": hub.commit_of(folder), "tokenizer": tokenizer}
+        remember_origin(model, **origin)
+    value = values.read(folder, lambda own: _load_weights(own, own, torch.float32, device))
+    if value is not None:
+        model.value_function = value
     return model.eval(), words
 
 
@@ -103,9 +109,8 @@ def load_tokenizer(name: str | Path, revision: str | None = None) -> PreTrainedT
     return prepare_tokenizer(tokenizer)
 
 
-def _load_weights(folder, name, dtype, device, eight_bit) -> PreTrainedModel:
-    config = AutoConfig.from_pretrained(folder, **hub.SAFE)
-    check_policy(config, name)
+def _load_weights(folder, name, dtype, device, eight_bit=False) -> PreTrainedModel:
+    config = hub.read_config(folder)
     family = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     options = int8.loading_options(device) if eight_bit else {}
     options |= {"use_safetensors": True, "output_loading_info": True, **hub.SAFE}
@@ -143,7 +148,7 @@ def _load_over_base(folder: Path, card: dict, base: str | None, place: dict):
     if adapters.adapted_layers(model):
         adapters.merge(model)
     adapters.attach(model, folder)
-    return model.eval(), tokenizer
+    return model, tokenizer
 
 
 def own_name(name: str) -> str:
@@ -164,7 +169,7 @@ def _base_of(folder: Path, card: dict, config: dict) -> str:
     return f"{name}@{revision}" if revision else name
 
 
-def check_policy(config: PretrainedConfig, name: str) -> None:
+def check_policy(config: PretrainedConfig, name: str = "this model") -> None:
     """Raise ValueError for a model that cannot continue a text: an encoder alone."""
     fills_gaps = type(config) in MODEL_FOR_MASKED_LM_MAPPING
     writes = config.is_encoder_decoder or getattr(config, "is_decoder", False)
@@ -372,10 +377,11 @@ def save(
     """Keep a trained model in `folder`, with its tokenizer and a card; return the folder.
 
     A policy whose layers trained is written whole, in safetensors; one with adapters as adapters, and the
-    model under them beside it (in "base") where it has no name or was trained too.  A policy with its value
-    model, and reward models, write themselves (their `write`).  `load_policy` and `reward_models.load` read
-    the folder, plain transformers and peft the policies in it.  `card`: see `cards.describe`; what the model
-    was trained from is added.  The folder appears whole or not at all, and takes the place of an older one.
+    model under them beside it (in "base") where it has no name or was trained too; the value function that
+    PPO trained with it too.  Reward models write themselves (their `write`).  `load_policy` and
+    `reward_models.load` read the folder, plain transformers and peft the policies in it.  `card`: see
+    `cards.describe`; what the model was trained from is added.  The folder appears whole or not at all, and
+    takes the place of an older one.
     Raises ValueError for a model in 8 bits without adapters, in which nothing was trained.
     """
     facts = cards.describe(card)
@@ -390,6 +396,9 @@ def save(
 def write_policy(model: PreTrainedModel, folder: Path, place: Path) -> dict:
     """Write a model's weights into `folder`, which will stand at `place`; return what its card says of it."""
     facts = {"kind": POLICY, "base": origin_of(model), "eight_bit": is_eight_bit(model)}
+    if hasattr(model, "value_function"):  # PPO trained it
+        values.write(model.value_function, folder)
+        facts["value_function"] = True
     if not adapters.adapted_layers(model):
         if is_eight_bit(model):
             raise ValueError(

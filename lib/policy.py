@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from transformers import (
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
-from lib import encoding, logprobs, models
+from lib import encoding, models, values
+from lib.values import ValueFunction
 
 
 @dataclass
@@ -93,13 +92,20 @@ class SharedTrunkPolicy(torch.nn.Module):
     initial values.  Values are read by a two-layer head from the hidden state that predicts the
     token, and send no gradient into the policy; or from `value_model`, a language model of any size and
     class over the same tokens that is trained whole but for its output layer, which is not used (fine-grained
-    RLHF: T5-base beside T5-large).  Dropout is off everywhere.
+    RLHF: T5-base beside T5-large); a `ValueFunction` of an earlier training goes on.  Dropout is off
+    everywhere.
     """
 
     def __init__(
-        self, model: PreTrainedModel, frozen: int, value_model: PreTrainedModel | None = None
+        self,
+        model: PreTrainedModel,
+        frozen: int,
+        value_model: PreTrainedModel | ValueFunction | None = None,
     ):
         super().__init__()
+        head = None
+        if isinstance(value_model, ValueFunction):
+            head, value_model = value_model.head, value_model.model
         self.model, self.value_model = model.eval(), value_model
         self.trunk_layers = (
             [] if model.config.is_encoder_decoder else [*models.decoder_layers(model)[:frozen]]
@@ -107,19 +113,19 @@ class SharedTrunkPolicy(torch.nn.Module):
         self.layers_give_tuples = False
         trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.initial = {name: parameter.detach().clone() for name, parameter in trainable.items()}
-        if value_model is not None:
-            value_model.float().requires_grad_(True).eval()
-            head, embeddings = (
-                value_model.get_output_embeddings(),
-                value_model.get_input_embeddings(),
-            )
-            if (
-                head.weight is not embeddings.weight
-            ):  # where they are one, the embedding still learns
-                head.requires_grad_(False)
         # what an output layer reads is not always as wide as the layers (OPT)
-        width = (value_model or model).get_output_embeddings().weight.shape[1]
-        self.value_head = _value_head(width).to(model.device)
+        width = (self.value_model or model).get_output_embeddings().weight.shape[1]
+        self.value_head = values.make_head(width) if head is None else head
+        self.value_head.to(model.device)
+        if self.value_model is not None:
+            self._train_value_model()
+
+    def _train_value_model(self) -> None:
+        model = self.value_model.float().requires_grad_(True).eval()
+        # its output layer does not train, unless it is one with the embedding, which does
+        output_layer = model.get_output_embeddings()
+        tied = output_layer.weight is model.get_input_embeddings().weight
+        output_layer.requires_grad_(tied)
 
     def parameter_groups(self) -> tuple[list[torch.nn.Parameter], list[torch.nn.Parameter]]:
         """Trainable parameters of the policy, and of the value function."""
@@ -145,11 +151,9 @@ class SharedTrunkPolicy(torch.nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Logits (tokens, vocabulary) that predict the response, values (tokens,) before each token.
 
-        The reference has no values: None.
-
-        Tokens are `batch.places`, row by row; `batch.spread` puts them back.  Without `logits` what the
-        output layer reads, (tokens, width), takes their place.  Fills `batch.trunk` where it is empty and
-        takes it from there otherwise.
+        The reference has no values: None.  Tokens are `batch.places`, row by row; `batch.spread` puts them
+        back.  Without `logits` what the output layer reads, (tokens, width), takes their place.  Fills
+        `batch.trunk` where it is empty and takes it from there otherwise.
         """
         places, inputs, seen = batch.places, batch.inputs(self.model), []
         with self._trunk(batch, inputs), _flat_input(self.model, places, seen, logits):
@@ -169,8 +173,10 @@ class SharedTrunkPolicy(torch.nn.Module):
         if self.value_model is None:
             return states.detach()
         inputs = batch.padded_for(self.value_model).inputs(self.value_model)
-        states = logprobs.output_layer_input(self.value_model, lambda: self.value_model(**inputs))
-        return states[:, -batch.places.shape[1] :][batch.places]
+        seen = []
+        with _flat_input(self.value_model, batch.places, seen, logits=False):
+            self.value_model(**inputs)
+        return seen[0]
 
     def _encoder_trains(self) -> bool:
         return any(p.requires_grad for p in self.model.get_encoder().parameters())
@@ -219,14 +225,3 @@ def _flat_input(model: PreTrainedModel, places: torch.Tensor, seen: list, logits
         yield
     finally:
         hook.remove()
-
-
-def _value_head(width: int) -> torch.nn.Module:
-    """hidden state -> scalar; starts at 0 everywhere."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        inner = [torch.nn.LayerNorm(width, elementwise_affine=False), torch.nn.Linear(width, width)]
-        last = torch.nn.Linear(width, 1)
-    torch.nn.init.zeros_(last.weight)
-    torch.nn.init.zeros_(last.bias)
-    return torch.nn.Sequential(*inner, torch.nn.GELU(), last)

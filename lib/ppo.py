@@ -30,6 +30,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lib import encoding, generation, losses, models, rewards, runtime, training
 from lib.policy import SharedTrunkPolicy, TokenBatch
+from lib.values import ValueFunction
 
 STAGES = ("sample", "score", "forward", "update")
 MAY_BE_ZERO = {"top_k", "warmup_steps", "gamma", "lam", "entropy_coef", "kl_coef", "seed"}
@@ -126,17 +127,20 @@ def train_ppo(
     config: PPOConfig | None = None,
     *,
     held_out: Sequence[str] = (),
-    value_model: PreTrainedModel | None = None,
+    value_model: PreTrainedModel | ValueFunction | None = None,
     folder: Path | str | None = None,
     accelerator: Accelerator | None = None,
 ) -> pd.DataFrame:
     """Train `policy` in place; return its history, one row a step (columns: `describe_step`).
 
+    Its `value_function`, trained with it, is kept by `models.save`.
+
     Args:
-        reward_fn: samples -> what `rewards.place_rewards` takes: numbers for responses or for tokens.
+        reward_fn: samples -> numbers for responses or for tokens, in any form `rewards.as_components` takes.
         held_out: prompts whose mean reward chooses the weights that the policy ends with; without
             them it ends with the last.
-        value_model: a language model of any size over the same tokens; None: a head on the policy.
+        value_model: a language model of any size over the same tokens; None: a head on the policy.  The
+            `policy.value_function` of an earlier training goes on.
         folder: for history and checkpoints, from which a killed run continues.
 
     `history.attrs`: stopped (the reason, or None), best_step, held_out_start, ratio_distribution.  Raises
@@ -212,7 +216,7 @@ def make_learner(
     policy: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     config: PPOConfig,
-    value_model: PreTrainedModel | None = None,
+    value_model: PreTrainedModel | ValueFunction | None = None,
     accelerator: Accelerator | None = None,
 ) -> Learner:
     """Choose what trains and make its optimizer.
@@ -220,8 +224,10 @@ def make_learner(
     Raises ValueError where the processes do not divide the rows, and for a value model that cannot read
     the policy's tokens.
     """
-    if value_model is not None:
-        check_value_model(value_model, tokenizer)
+    models.check_policy(policy.config)
+    own_model = value_model.model if isinstance(value_model, ValueFunction) else value_model
+    if own_model is not None:
+        check_value_model(own_model, tokenizer)
     accelerator = accelerator or Accelerator(cpu=policy.device.type == "cpu")
     world = accelerator.num_processes
     if config.minibatch_size % world or config.prompts_per_step % world:
@@ -684,6 +690,8 @@ class _Run:
         if self.best.step is not None:
             training.copy_weights(self.best.weights, self.learner.weights())
             best = self.best.step
+        shared = self.learner.shared
+        self.learner.policy.value_function = ValueFunction(shared.value_head, shared.value_model)
         distribution = "softmax(logits / temperature)"
         if self.config.top_k > 0 or self.config.top_p < 1:
             distribution += ", unfiltered, unlike sampling"

@@ -26,7 +26,7 @@ from scipy import optimize, stats
 from sklearn.metrics import cohen_kappa_score
 
 from lib import data, runtime
-from lib.stats import Interval, bootstrap, proportion
+from lib.stats import Interval, bootstrap, proportion, spread
 from lib.text import words
 
 VERDICTS = ("(a)", "equal", "(b)")  # the order of rows and columns in tables
@@ -555,7 +555,7 @@ def length_controlled(rows: pd.DataFrame, seed: int = 0, resamples: int = 200) -
     """
     sizes = [rows[name].map(lambda text: len(words(text))) for name in ("response1", "response2")]
     x, y = (sizes[1] - sizes[0]).to_numpy(float), rows["points"].to_numpy(float)
-    x = x / (x.std() or 1.0)
+    x = x / (spread(x) or 1.0)
 
     def at_equal_length(x, y):
         def loss(w):

@@ -29,7 +29,7 @@ import pandas as pd
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModel, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from lib import (
@@ -81,12 +81,13 @@ def load_backbone(
         folder = hub.resolve_model(name)
         revision = hub.commit_of(folder)
         if eight_bit or adapters.is_folder(folder):
+            dtype = dtype if eight_bit else dtype or torch.float32
             options = {"dtype": dtype, "tokenizer": tokenizer, "eight_bit": eight_bit}
             policy, words = models.load_policy(name, **options)
             model = _body_of(policy)
         else:
             options = {"dtype": dtype or torch.float32, "use_safetensors": True, **hub.SAFE}
-            model = AutoModel.from_pretrained(folder, **options)
+            model = AutoModel.from_pretrained(folder, config=hub.read_config(folder), **options)
             words = models.load_tokenizer(tokenizer or folder)
     model = model.get_encoder() if model.config.is_encoder_decoder else model
     if keep_layers is not None:
@@ -231,9 +232,14 @@ class RewardModel(torch.nn.Module):
         return self.head((features.float() - self.centre) / self.scale)
 
     def fit_scale(self, features: torch.Tensor) -> None:
-        """Centre and scale of the features, from training rows."""
+        """Centre and scale of the features, from training rows; 1 where a feature does not vary."""
         self.centre.copy_(features.mean(0))
-        self.scale.copy_(features.std(0).clamp(min=1e-6))
+        if len(features) < 2:
+            self.scale.fill_(1.0)
+            return
+        std = features.std(0)
+        varies = std > losses.rounding(features, dim=0)
+        self.scale.copy_(torch.where(varies, std, 1.0))
 
     def batch(self, rows: Sequence[tuple[list, list]]) -> dict[str, torch.Tensor]:
         """Encoded rows as input_ids, attention_mask and response_mask, each (rows, time)."""
@@ -404,7 +410,7 @@ def _load_kept_backbone(folder: Path, card: dict) -> PreTrainedModel:
 
 def _read_backbone(folder: Path) -> PreTrainedModel:
     """A backbone that was written whole; of an encoder-decoder its encoder alone, which has its own class."""
-    config = AutoConfig.from_pretrained(folder, **hub.SAFE)
+    config = hub.read_config(folder)
     with torch.device("meta"):
         skeleton = AutoModel.from_config(config, **hub.SAFE)
     family = type(skeleton)

@@ -223,6 +223,7 @@ def _drop_weights(model: torch.nn.Module) -> None:
     """Put weights without memory (on the meta device) in the place of a model's."""
     import torch
 
+    vars(model).pop("value_function", None)  # PPO's, which belongs to the policy
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:

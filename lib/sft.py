@@ -130,9 +130,9 @@ def train_sft(
     `folder`, from which a killed run continues; ValueError where it belongs to another run.
     A trunk that `models.set_trainable` froze keeps its dtype.
     """
-    trained = [p for p in model.parameters() if p.requires_grad]
-    if any(p.dtype != torch.float32 for p in trained):
-        model.float()
+    models.check_policy(model.config)
+    if any(p.requires_grad and p.dtype != torch.float32 for p in model.parameters()):
+        models.to_dtype(model, torch.float32)
     train, truncated = _dataset(model, rows, max_length)
     test = _dataset(model, held_out, max_length)[0] if held_out else None
     with tempfile.TemporaryDirectory() as scratch:
@@ -149,13 +149,54 @@ def train_sft(
             models.fast_float32(model),
         ):
             trainer = _trainer(model, tokenizer, train, test, output_dir=str(output), **arguments)
+            recorder = Recorder("SFT", folder, arguments, _log_row)
+            trainer.add_callback(recorder)
             train_in_float32(model)
             trainer.train(resume_from_checkpoint=last)
     model.eval()
-    history = pd.DataFrame(trainer.state.log_history).groupby("step", as_index=False).first()
-    history = history.rename(columns={"eval_loss": "held_out_loss"}).reindex(columns=COLUMNS)
+    history = recorder.history.frame().reindex(columns=COLUMNS)
     history.attrs["truncated"] = truncated
     return history
+
+
+class Recorder(transformers.TrainerCallback):
+    """Hands what a transformers or TRL trainer logs to `training.History`, as it logs it.
+
+    `row_of(logged)` makes a row of the whole log so far, or None.
+    """
+
+    def __init__(self, what, folder, settings, row_of):
+        self.what = what
+        self.folder = folder
+        self.settings = settings
+        self.row_of = row_of
+        self.history = None
+
+    def on_train_begin(self, args, state, control, **_):
+        self.history = training.History(self.what, self.folder, self.settings)
+        for last in range(1, len(state.log_history) + 1):  # of the run that this one continues
+            self._add(state.log_history[:last])
+
+    def on_log(self, args, state, control, **_):
+        self._add(state.log_history)
+
+    def on_train_end(self, args, state, control, **_):
+        self.history.close()
+
+    def _add(self, logged: list[dict]) -> None:
+        row = self.row_of(logged)
+        if row is not None:
+            self.history.add(row)
+
+
+def _log_row(logged: list[dict]) -> dict | None:
+    """A row of `COLUMNS` from the newest entry of a trainer's log."""
+    entry = dict(logged[-1])
+    if "eval_loss" in entry:
+        entry["held_out_loss"] = entry.pop("eval_loss")
+    if not {"loss", "held_out_loss"} & set(entry):  # the summary at the end
+        return None
+    return {name: entry[name] for name in COLUMNS if name in entry}
 
 
 @contextlib.contextmanager

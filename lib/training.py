@@ -4,7 +4,7 @@ The loops are `ppo.train_ppo` and the conditioning loop of Quark and ALT; a loop
 none of this stands inside it.  The folder of a run:
 
     made_for.txt         what the run depends on: another run is refused (`claim_folder`)
-    history.csv          one row a step, rewritten at every step (`History`)
+    history.csv          one row a step, there as soon as the step is done (`History`)
     checkpoint-000020/   weights as safetensors, optimizer.pt, state.json; only the newest stays
     tensorboard/         where REPORT_TO=tensorboard
 
@@ -232,7 +232,8 @@ class History:
         rows: those of a checkpoint; later ones in the file are dropped, for they come again.
         writes: False on all processes but the first.
 
-    A row's first value is its step.  Raises what `report_to` raises.
+    A row's first value is its step; a second row of the same step is merged into the first.  Raises what
+    `report_to` raises.
     """
 
     def __init__(
@@ -252,12 +253,17 @@ class History:
         return len(self.rows)
 
     def add(self, row: Mapping) -> None:
-        """Keep a row, write the file anew, and report the row's numbers."""
-        self.rows.append(dict(row))
-        self._write()
+        """Keep a row, write it to the file, and report its numbers."""
+        (name, step), *_ = row.items()
+        if self.rows and self.rows[-1].get(name) == step:
+            self.rows[-1].update(row)
+            self._write()
+        else:
+            self.rows.append(dict(row))
+            self._append()
         if self._report is not None:
-            (_, step), *values = row.items()
-            numbers = {k: float(v) for k, v in values if isinstance(v, (bool, int, float))}
+            numbers = {k: float(v) for k, v in row.items() if isinstance(v, (bool, int, float))}
+            del numbers[name]
             self._report.log(numbers, int(step))
 
     def frame(self) -> pd.DataFrame:
@@ -270,8 +276,20 @@ class History:
             self._report.close()
 
     def _write(self) -> None:
+        """The whole file."""
+        self._columns = list(self.frame())
         if self.folder and self.rows:
             runtime.write_atomic(self.folder / "history.csv", self.frame().to_csv(index=False))
+
+    def _append(self) -> None:
+        """The last row, in the time of one row; the whole file where it brings a new column."""
+        row = self.rows[-1]
+        if not set(row) <= set(self._columns):
+            self._write()
+        elif self.folder:
+            line = pd.DataFrame([row], columns=self._columns).to_csv(header=False, index=False)
+            with open(self.folder / "history.csv", "a", encoding="utf-8", newline="") as file:
+                file.write(line)
 
 
 def report_to() -> str:

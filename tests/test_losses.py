@@ -59,6 +59,27 @@ def test_whiten_of_constant_values_is_not_noise():
     torch.testing.assert_close(losses.whiten(constant, MASK, shift_mean=False), 0.7 * MASK)
 
 
+@pytest.mark.parametrize("shape", [(3, 1), (7, 1), (16, 20), (32, 48)])
+@pytest.mark.parametrize("value", [0.1, 0.3, 3.3, 77.7, -1000.1, 1e-9, 0.0])
+def test_equal_rewards_have_no_spread_whatever_their_size(value, shape):
+    """The deviation of equal numbers is computed as rounding dust; dividing by it makes noise."""
+    equal, mask = torch.full(shape, value), torch.ones(shape)
+    dust = equal * (1 + 1e-7 * torch.arange(equal.numel()).view(shape).remainder(2))
+    for values in (equal, dust):
+        assert (losses.whiten(values, mask) == 0).all()
+        kept_mean = losses.whiten(values, mask, shift_mean=False)
+        torch.testing.assert_close(kept_mean, equal, rtol=1e-5, atol=0)
+        assert losses.explained_variance(torch.zeros(shape), values, mask).isnan()
+
+
+@pytest.mark.parametrize("size", [1e-9, 1.0, 1e6])
+def test_whitening_does_not_depend_on_the_unit(size):
+    values = size * torch.tensor([[1.0, 2, 3], [6, 50, 50]])
+    torch.testing.assert_close(losses.whiten(values, MASK), losses.whiten(values / size, MASK))
+    explained = losses.explained_variance(0.5 * values, values, MASK)
+    assert explained.item() == pytest.approx(0.75, abs=1e-5)
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 10_000))
 def test_whitened_values_have_mean_0_and_variance_1(seed):

@@ -240,6 +240,20 @@ def test_dense_and_final_reward_of_the_same_total():
     assert (gradients[0] - gradients[1]).norm() > 0.1 * gradients[1].norm()
 
 
+def test_ppo_learns_nothing_from_equal_rewards():
+    """Neither from equal numbers nor from the rounding of their mean: the policy stands still."""
+    model, tokenizer = toy()
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    config = dataclasses.replace(
+        SHORT, steps=1, prompts_per_step=6, minibatch_size=3, max_new_tokens=1, lam=1.0, kl_coef=0.0,
+        epochs=1,
+    )  # fmt: skip
+    prompts = ["yes no"] * 6  # a value head that starts at 0 expects the same of each
+    ppo.train_ppo(model, tokenizer, prompts, lambda s: [77.7] * len(s), config)
+    moved = max((p - before[n]).abs().max().item() for n, p in model.named_parameters())
+    assert moved < 1e-5
+
+
 # --- the shared trunk ----------------------------------------------------------------------------
 
 KINDS = [
@@ -650,12 +664,14 @@ def test_two_processes_give_the_losses_of_one(tmp_path):
     pd.testing.assert_frame_equal(two, one, rtol=1e-4, atol=1e-4, check_dtype=False)
 
 
-def test_rloo_learns_from_the_same_reward_function():
+def test_rloo_learns_from_the_same_reward_function(tmp_path):
     config = dataclasses.replace(
         TOY, steps=12, prompts_per_step=4, samples_per_prompt=4, layers=2, learning_rate=3e-2
     )
     model, tokenizer = toy()
-    history = rloo.train_rloo(model, tokenizer, PROMPTS, share_of_yes, config)
+    history = rloo.train_rloo(model, tokenizer, PROMPTS, share_of_yes, config, folder=tmp_path)
+    on_disk = pd.read_csv(tmp_path / "history.csv").drop(columns="seconds_step")
+    pd.testing.assert_frame_equal(on_disk, history.drop(columns="seconds_step"), check_dtype=False)
     assert history["step"].tolist() == list(range(1, 13))
     assert history["reward"].tail(3).mean() > history["reward"].head(3).mean() + 0.05
     np.testing.assert_allclose(history["reward"], history["reward/yes"], rtol=1e-5)

@@ -142,6 +142,11 @@ def test_the_history_is_on_disk_after_every_row(tmp_path):
     table = pd.read_csv(tmp_path / "history.csv")
     assert list(table) == ["step", "reward", "held_out_reward"] and len(table) == 2
     pd.testing.assert_frame_equal(table, history.frame())
+    history.add({"step": 2, "reward": 0.8})  # the same step again
+    history.add({"step": 3, "reward": 0.9})
+    table = pd.read_csv(tmp_path / "history.csv")
+    assert table["reward"].tolist() == [0.5, 0.8, 0.9] and len(history) == 3
+    pd.testing.assert_frame_equal(table, history.frame())
     # a killed run goes on from its checkpoint's rows: what came after is dropped and comes again
     again = training.History("PPO", tmp_path, rows=history.rows[:1])
     assert len(pd.read_csv(tmp_path / "history.csv")) == len(again) == 1

@@ -10,7 +10,69 @@ import pandas as pd
 from lib import data, generation, rewards, scorers
 from lib.stats import Interval, bootstrap, exceedance, paired_difference, proportion
 
+REWARDLM_COLUMNS = ("prompts", "responses", "prompt_score", "response_score")
+REWARDLM_SCORES = ("prompt_score", "response_score", "pro_API_response_score")
 SCORE_COLUMNS = {"perspective": "pro_API_response_score", "roberta": "response_score"}
+_ARMS = ("PT", "FT", "RL")
+
+
+def read_rewardlm_csv(path: str | Path) -> pd.DataFrame:
+    """A result table of RewardLM: prompts, responses, prompt_score, response_score, and what else it has.
+
+    Score columns (also pro_API_response_score) are floats in [0, 1]; -1 ("not scored") and empty or
+    NaN ("unsupported") become NaN, and `<column>_missing` then says which ("" where there is a score).
+    Other columns stay text.  A nameless first column of whole numbers becomes the index.  Raises
+    ValueError with file and line (where the record starts), FileNotFoundError.
+    """
+    path = Path(path).expanduser()
+    records = data.csv_records(path)
+    header = data.csv_header(path, records, REWARDLM_COLUMNS)
+    lines, rows = [], []
+    for line, fields in records:
+        lines.append(line)
+        rows.append(fields)
+    if not rows:
+        raise ValueError(f"{path.name} has a header but no rows; at least one is needed.")
+    table = pd.DataFrame(rows, columns=header, dtype=object)
+    if header[0] == "" and table[""].str.fullmatch(r"\d+").all():
+        table = table.set_index(table.pop("").astype(int).rename(None))
+    for column in filter(header.__contains__, REWARDLM_SCORES):
+        read = [
+            data.unit_score(value, f"{path.name}, line {line}, {column}")
+            for line, value in zip(lines, table[column], strict=True)
+        ]
+        table[column] = [score for score, _ in read]
+        table[f"{column}_missing"] = [why for _, why in read]
+    return table
+
+
+def load_dialoconan(path: str | Path) -> list[list[dict[str, str]]]:
+    """Dialogues of the reader's own DIALOCONAN.csv as conversations: hate turns "user", counter "assistant".
+
+    Columns text, dialogue_id, turn_id, type (HS or CN).  Turns are put in order; an unanswered last turn
+    and empty turns' pairs are left out.  The data may not be redistributed: nothing of it is stored here.
+    Raises ValueError with file and line, FileNotFoundError.
+    """
+    path = Path(path).expanduser()
+    records = data.csv_records(path)
+    header = data.csv_header(path, records, ("text", "dialogue_id", "turn_id", "type"))
+    dialogues: dict[str, list[tuple[int, str, str]]] = {}
+    for line, fields in records:
+        row = dict(zip(header, fields, strict=True))
+        if row["type"] not in ("HS", "CN") or not row["turn_id"].isdigit():
+            raise ValueError(
+                f"{path.name}, line {line}: type {row['type']!r}, turn_id {row['turn_id']!r}; allowed: HS or "
+                "CN, and a whole number."
+            )
+        turn = (int(row["turn_id"]), row["type"], " ".join(row["text"].split()))
+        dialogues.setdefault(row["dialogue_id"], []).append(turn)
+    conversations = []
+    for turns in map(sorted, dialogues.values()):
+        pairs = zip(turns[::2], turns[1::2], strict=False)  # an odd last turn has no answer
+        whole = [(a, b) for a, b in pairs if (a[1], b[1]) == ("HS", "CN") and a[2] and b[2]]
+        talk = [(r, t) for a, b in whole for r, t in (("user", a[2]), ("assistant", b[2]))]
+        conversations.append([{"role": role, "content": text} for role, text in talk])
+    return [talk for talk in conversations if talk]
 
 
 def describe_condition(table: pd.DataFrame, threshold: float = 0.5, seed: int = 0) -> dict:
@@ -99,9 +161,6 @@ def order_conditions(names: list[str]) -> list[str]:
     return sorted(names, key=lambda name: min([_ARMS.index(a) for a in _arms_in(name)], default=3))
 
 
-_ARMS = ("PT", "FT", "RL")
-
-
 def _arms_in(name: str) -> list[str]:
     return [part for part in Path(name).stem.split("_") if part in _ARMS]
 
@@ -109,69 +168,6 @@ def _arms_in(name: str) -> list[str]:
 def _model_of(name: str) -> tuple[str, ...] | None:
     parts = Path(name).stem.split("_")
     return tuple(p for p in parts if p not in _ARMS) if _arms_in(name) else None
-
-
-REWARDLM_COLUMNS = ("prompts", "responses", "prompt_score", "response_score")
-REWARDLM_SCORES = ("prompt_score", "response_score", "pro_API_response_score")
-
-
-def read_rewardlm_csv(path: str | Path) -> pd.DataFrame:
-    """A result table of RewardLM: prompts, responses, prompt_score, response_score, and what else it has.
-
-    Score columns (also pro_API_response_score) are floats in [0, 1]; -1 ("not scored") and empty or
-    NaN ("unsupported") become NaN, and `<column>_missing` then says which ("" where there is a score).
-    Other columns stay text.  A nameless first column of whole numbers becomes the index.  Raises
-    ValueError with file and line (where the record starts), FileNotFoundError.
-    """
-    path = Path(path).expanduser()
-    records = data.csv_records(path)
-    header = data.csv_header(path, records, REWARDLM_COLUMNS)
-    lines, rows = [], []
-    for line, fields in records:
-        lines.append(line)
-        rows.append(fields)
-    if not rows:
-        raise ValueError(f"{path.name} has a header but no rows; at least one is needed.")
-    table = pd.DataFrame(rows, columns=header, dtype=object)
-    if header[0] == "" and table[""].str.fullmatch(r"\d+").all():
-        table = table.set_index(table.pop("").astype(int).rename(None))
-    for column in filter(header.__contains__, REWARDLM_SCORES):
-        read = [
-            data.unit_score(value, f"{path.name}, line {line}, {column}")
-            for line, value in zip(lines, table[column], strict=True)
-        ]
-        table[column] = [score for score, _ in read]
-        table[f"{column}_missing"] = [why for _, why in read]
-    return table
-
-
-def load_dialoconan(path: str | Path) -> list[list[dict[str, str]]]:
-    """Dialogues of the reader's own DIALOCONAN.csv as conversations: hate turns "user", counter "assistant".
-
-    Columns text, dialogue_id, turn_id, type (HS or CN).  Turns are put in order; an unanswered last turn
-    and empty turns' pairs are left out.  The data may not be redistributed: nothing of it is stored here.
-    Raises ValueError with file and line, FileNotFoundError.
-    """
-    path = Path(path).expanduser()
-    records = data.csv_records(path)
-    header = data.csv_header(path, records, ("text", "dialogue_id", "turn_id", "type"))
-    dialogues: dict[str, list[tuple[int, str, str]]] = {}
-    for line, fields in records:
-        row = dict(zip(header, fields, strict=True))
-        if row["type"] not in ("HS", "CN") or not row["turn_id"].isdigit():
-            raise ValueError(
-                f"{path.name}, line {line}: type {row['type']!r}, turn_id {row['turn_id']!r}; allowed: HS or "
-                "CN, and a whole number."
-            )
-        turn = (int(row["turn_id"]), row["type"], " ".join(row["text"].split()))
-        dialogues.setdefault(row["dialogue_id"], []).append(turn)
-    conversations = []
-    for turns in map(sorted, dialogues.values()):
-        pairs = zip(turns[::2], turns[1::2], strict=False)  # an odd last turn has no answer
-        whole = [(a, b) for a, b in pairs if (a[1], b[1]) == ("HS", "CN") and a[2] and b[2]]
-        talk = [(r, t) for a, b in whole for r, t in (("user", a[2]), ("assistant", b[2]))]
-        conversations.append([{"role": role, "content": text} for role, text in talk])
-    return [talk for talk in conversations if talk]
 
 
 class CleanTextReward:

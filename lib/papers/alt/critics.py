@@ -12,8 +12,8 @@ from lib import feedback as llm
 from lib import runtime, scorers
 from lib.annotator import SimulatedAnnotator
 from lib.papers.alt import labels
+from lib.rewards import Judge
 
-Judge = Callable[[Sequence[str], Sequence[str]], Sequence[float]]  # prompts, responses -> scores
 Feedback = Callable[[Sequence[str], Sequence[str]], list[dict]]  # -> score, feedback, attributes
 
 

@@ -108,6 +108,21 @@ class Quantiles(_Tagged):
         return item.score if self.of == "score" else item.attributes.get(self.of)
 
 
+def parse_category(text: str | None, names: Sequence[str]) -> str | None:
+    """The name that the text's first line starts with (the longest), whatever case and quotes; or None.
+
+    "harmful." is Harmful; "Feedback: 'Harmless and helpful'" is found; "not harmful" is nothing.
+    """
+
+    def plain(value: str) -> str:
+        return " ".join(re.findall(r"[a-z0-9]+", value.lower()))
+
+    first = next((line for line in (text or "").splitlines() if line.strip()), "")
+    said = re.sub(r"^(feedback|label|answer) ", "", plain(first)) + " "
+    found = [name for name in names if said.startswith(plain(name) + " ")]
+    return max(found, key=len, default=None)
+
+
 @dataclass(frozen=True)
 class Categories(_Tagged):
     """The label is a name in the feedback, up to case, quotes and what follows it (`parse_category`)."""
@@ -297,18 +312,3 @@ def to_item(row: dict) -> Item:
 
 def read_lines(path: Path | str) -> list[dict]:
     return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
-
-
-def parse_category(text: str | None, names: Sequence[str]) -> str | None:
-    """The name that the text's first line starts with (the longest), whatever case and quotes; or None.
-
-    "harmful." is Harmful; "Feedback: 'Harmless and helpful'" is found; "not harmful" is nothing.
-    """
-
-    def plain(value: str) -> str:
-        return " ".join(re.findall(r"[a-z0-9]+", value.lower()))
-
-    first = next((line for line in (text or "").splitlines() if line.strip()), "")
-    said = re.sub(r"^(feedback|label|answer) ", "", plain(first)) + " "
-    found = [name for name in names if said.startswith(plain(name) + " ")]
-    return max(found, key=len, default=None)

@@ -27,7 +27,7 @@ import torch
 from torch.nn.functional import binary_cross_entropy_with_logits, normalize
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from lib import encoding, models, reward_models, runtime
+from lib import encoding, models, reward_models, runtime, stats
 from lib.papers.fine_grained import schema as qa
 from lib.reward_models import Feedback, TrainConfig
 from lib.segments import SHORTEST, Segmenter
@@ -336,9 +336,13 @@ class FineGrainedModel(reward_models.RewardModel):
         return [np.where(np.isnan(row), self.mean, row) for row in found]
 
     def fit_normaliser(self, scores: Sequence[np.ndarray]) -> None:
-        """Mean and deviation of these scores (of training texts), stored with the model."""
+        """Mean and deviation of these scores (of training texts), stored with the model.
+
+        Where all scores are alike the deviation counts as 1.
+        """
         found = np.concatenate([np.ravel(row) for row in scores])
-        values = torch.tensor([found.mean(), max(found.std(), 1e-6)], dtype=torch.float64)
+        std = stats.spread(found, precision=np.float32) or 1.0
+        values = torch.tensor([found.mean(), std], dtype=torch.float64)
         self.normaliser.copy_(values)
 
 
