@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 import pandas as pd
@@ -49,6 +49,11 @@ class Decoding:
         for name, given, good, allowed in checks:
             if not good:
                 raise ValueError(f"{name} is {given!r}; it must be {allowed}.")
+
+
+def decoding_of(config: object) -> dict:
+    """The fields of `Decoding` as a trainer's config has them, for `sample`."""
+    return {field.name: getattr(config, field.name) for field in fields(Decoding)}
 
 
 @dataclass

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutput
 
 from lib import encoding, models, values
@@ -24,6 +24,21 @@ class TokenBatch:
     response_ids: torch.Tensor  # (batch, time)
     response_mask: torch.Tensor  # (batch, time), 1 = real token
     trunk: torch.Tensor | None = None  # hidden states on top of the frozen trunk
+
+    @classmethod
+    def of(
+        cls,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        prompt_ids: Sequence[list[int]],
+        response_ids: Sequence[list[int]],
+    ) -> TokenBatch:
+        """Prompts and responses, a list of token ids each, padded as the model needs it, on its device."""
+        side = "right" if model.config.is_encoder_decoder else "left"
+        fill = encoding.pad_id(tokenizer)
+        padded = encoding.pad_rows(prompt_ids, fill, side)
+        padded += encoding.pad_rows(response_ids, fill, "right")
+        return cls(*(x.to(model.device) for x in padded))
 
     @property
     def places(self) -> torch.Tensor:

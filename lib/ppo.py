@@ -28,14 +28,13 @@ from accelerate.utils import gather_object
 from torch.nn.functional import cross_entropy, pad
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lib import encoding, generation, losses, models, rewards, runtime, training
+from lib import generation, losses, models, rewards, runtime, training
 from lib.policy import SharedTrunkPolicy, TokenBatch
 from lib.values import ValueFunction
 
 STAGES = ("sample", "score", "forward", "update")
 MAY_BE_ZERO = {"top_k", "warmup_steps", "gamma", "lam", "entropy_coef", "kl_coef", "seed"}
 MAY_BE_ZERO |= {"value_pretrain_steps", "stop_entropy"}
-DECODING = ("max_new_tokens", "temperature", "top_k", "top_p")  # passed on to generation.sample
 
 
 @dataclass(frozen=True)
@@ -88,13 +87,10 @@ class PPOConfig:
     seed: int = 0  # FG: 42
 
     def __post_init__(self):
-        for name, value in asdict(self).items():
-            number = type(value) in (int, float)
-            if number and (value < 0 or (value == 0 and name not in MAY_BE_ZERO)):
-                allowed = "at least" if name in MAY_BE_ZERO else "above"
-                raise ValueError(f"{name} is {value!r}; it must be {allowed} 0.")
-            if name in ("gamma", "lam", "top_p") and value > 1:
-                raise ValueError(f"{name} is {value!r}; it must be at most 1.")
+        training.check_numbers(asdict(self), MAY_BE_ZERO)
+        for name in ("gamma", "lam", "top_p"):
+            if getattr(self, name) > 1:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be at most 1.")
         if self.batch % self.minibatch_size:
             raise ValueError(
                 f"minibatch_size {self.minibatch_size} does not divide prompts_per_step x "
@@ -296,7 +292,7 @@ def draw(learner: Learner, prompts: Sequence[str], n: int, *key) -> generation.S
     noise = torch.rand(share * world * n, config.max_new_tokens, generator=generator)
     mine = prompts[rank * share : (rank + 1) * share]
     noise = noise[rank * share * n :][: len(mine) * n]
-    decoding = {name: getattr(config, name) for name in DECODING}
+    decoding = generation.decoding_of(config)
     return generation.sample(learner.policy, learner.tokenizer, mine, n=n, noise=noise, **decoding)
 
 
@@ -309,7 +305,8 @@ def roll_out(learner: Learner, samples: generation.Samples) -> Rollout:
 
     Logits are dropped after each few rows; the trunk's hidden states are kept for the update.
     """
-    tokens = as_batch(learner, samples)
+    pair = (samples.prompt_ids, samples.response_ids)
+    tokens = TokenBatch.of(learner.policy, learner.tokenizer, *pair)
     finished, parts = [], []
     # prompts of like length need little padding
     order = tokens.prompt_mask.sum(1).argsort(stable=True)
@@ -325,15 +322,6 @@ def roll_out(learner: Learner, samples: generation.Samples) -> Rollout:
     back = order.argsort()
     joined = (torch.cat(columns)[back] for columns in zip(*parts, strict=True))
     return Rollout(tokens, tokens.response_mask.float(), *joined)
-
-
-def as_batch(learner: Learner, samples: generation.Samples) -> TokenBatch:
-    """Prompts and responses as padded tensors on the learner's device."""
-    side = "right" if learner.policy.config.is_encoder_decoder else "left"
-    fill, device = encoding.pad_id(learner.tokenizer), learner.policy.device
-    padded = encoding.pad_rows(samples.prompt_ids, fill, side)
-    padded += encoding.pad_rows(samples.response_ids, fill, "right")
-    return TokenBatch(*(x.to(device) for x in padded))
 
 
 def evaluate(

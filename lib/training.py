@@ -22,7 +22,7 @@ import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,6 +60,18 @@ def laps(turn: range, count: int, seed: int, *key: object) -> list[int]:
         order = torch.randperm(count, generator=generator_for(seed, *key, lap))
         orders[lap] = order.tolist()
     return [orders[lap][place] for lap, place in places]
+
+
+# --- settings ------------------------------------------------------------------------------------
+
+
+def check_numbers(settings: Mapping[str, object], may_be_zero: Container[str]) -> None:
+    """Raise ValueError for a number below 0, or for 0 unless its name is among `may_be_zero`."""
+    for name, value in settings.items():
+        number = type(value) in (int, float)
+        if number and (value < 0 or (value == 0 and name not in may_be_zero)):
+            allowed = "at least" if name in may_be_zero else "above"
+            raise ValueError(f"{name} is {value!r}; it must be {allowed} 0.")
 
 
 # --- optimizer -----------------------------------------------------------------------------------
@@ -217,6 +229,19 @@ def load_checkpoint(folder: Path | str, device: torch.device | str = "cpu") -> C
 def _sync(path: Path) -> None:
     with open(path, "rb+") as handle:
         os.fsync(handle.fileno())
+
+
+# --- rows ----------------------------------------------------------------------------------------
+
+
+def write_rows(path: Path | str, rows: Iterable[dict]) -> Path:
+    """JSON lines, a row a line; a reader sees the whole file or none."""
+    return runtime.write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def read_rows(path: Path | str) -> list[dict]:
+    """What `write_rows` wrote."""
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
 
 
 # --- history -------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from lib import (
     rloo,
     sft,
 )
-from lib.papers.alt import conditions, critics, labels, training
+from lib.papers.alt import conditions, critics, labels, loop
 
 WORDS = [
     "the",
@@ -327,14 +327,16 @@ def test_an_encoder_decoder_learns_short_answers_in_a_batch_as_alone(pad):
 
 def test_conditional_training_without_a_pad_token():
     tokenizer, tags = word_tokenizer(pad=None), ("yes", "no")
-    config = training.ConditioningConfig(
+    config = loop.ConditioningConfig(
         iterations=1, steps=1, batch_size=2, max_new_tokens=3, samples_per_prompt=2
     )
-    history = training.ConditionalTraining(
-        llama(), tokenizer, ["the cat", "a mat on a mat"],
+    task = loop.Task(
+        ["the cat", "a mat on a mat"],
         critics.scored(lambda prompts, responses: [float(len(r)) for r in responses]),
-        labels.Quantiles(tags), conditions.Conditioner(tokenizer), config,
-    ).run()  # fmt: skip
+        labels.Quantiles(tags),
+        conditions.Conditioner(tokenizer),
+    )
+    history, *_ = loop.train_conditional(llama(), tokenizer, task, config)
     assert np.isfinite(history["loss"]).all()
 
 

@@ -6,13 +6,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import WORDS
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lib import generation, models, ppo, rewards, rloo, scorers, segments
 from lib.papers import rewardlm
 from lib.papers.fine_grained.toxicity import ToxicityDrops
-from tests.conftest import WORDS
 
 
 def samples(*texts):

@@ -34,6 +34,16 @@ def scored(judge: Judge, **attributes: Judge) -> Feedback:
     return ask
 
 
+def as_plain(verdict: dict) -> dict:
+    """A verdict whose score and attributes are floats that a file can hold, or None where there is none."""
+    plain = dict(verdict)
+    if "score" in plain:
+        plain["score"] = _number(plain["score"])
+    if plain.get("attributes"):
+        plain["attributes"] = {k: _number(v) for k, v in plain["attributes"].items()}
+    return plain
+
+
 def _number(value) -> float | None:
     return float(value) if labels.is_number(value) else None
 
