@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -39,10 +39,6 @@ from lib import adapters, cards, hub, int8, runtime, values
 from lib.int8 import has_eight_bit as has_eight_bit
 from lib.int8 import is_eight_bit as is_eight_bit
 
-PACKED_BYTES = 2**30
-# values of a matrix (measured: oneDNN is the faster one from 128 x 512, the slower below 64 x 128)
-LARGE = 2**17
-NOTHING_AFTER = {"attr": "none", "scalars": [], "algorithm": ""}  # no activation fused to a product
 POLICY, BASE = "policy", "base"  # the kind on a card; where a model without a name is kept
 SAMPLED = 16  # values of each weight that tell whether it was trained
 TINY_MODELS = ("tiny", "tiny-encoder-decoder")
@@ -323,102 +319,25 @@ def _to_own_dtype(layer, args, kwargs):
     return tree_map(cast, (args, kwargs))
 
 
+@runtime.accelerated
 @contextlib.contextmanager
 def for_sampling(model: PreTrainedModel) -> Iterator[None]:
-    """Within: `model` samples as fast as it can; after: its weights as before.  LIB_PLAIN=1: no change.
-
-    What `set_trainable` raised to float32 has its frozen trunk's dtype (measured on a CPU with bfloat16:
-    1.5 times the tokens/s).  The output layer sees contiguous states: of others torch makes a product
-    for each row, where the layer is frozen, and copies the vocabulary's matrix as often.  Weights are
-    packed (`packed`).  No gradients.
-    """
-    if runtime.plain_mode():
-        yield
-        return
-    raised, low = _above_trunk(model)
-    kept, output = [parameter.data for parameter in raised], model.get_output_embeddings()
-    hook = output.register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))
-    try:
-        for parameter in raised:
-            parameter.data = parameter.data.to(low)
-        with packed(model):
-            yield
-    finally:
-        hook.remove()
-        for parameter, data in zip(raised, kept, strict=True):
-            parameter.data = data
+    """Within: `model` samples as fast as it can (see `lib.fast`); after: its weights as before."""
+    yield
 
 
+@runtime.accelerated
+@contextlib.contextmanager
+def for_scoring(model: torch.nn.Module, batches: int) -> Iterator[None]:
+    """Within: a classifier reads so many batches as fast as it can (see `lib.fast`); no gradients."""
+    yield
+
+
+@runtime.accelerated
 @contextlib.contextmanager
 def fast_float32(model: torch.nn.Module) -> Iterator[None]:
-    """Within: float32 products by oneDNN, where that is faster here and as exact (`runtime`).
-
-    Measured: training SmolLM2's top layers in 0.6 of the time.  Not for small models, whose products
-    take longer so.  LIB_PLAIN=1: no change.
-    """
-    sizes = (p.numel() for p in model.parameters() if p.dtype == torch.float32 and p.dim() == 2)
-    wanted = max(sizes, default=0) >= LARGE and next(model.parameters()).device.type == "cpu"
-    wanted = wanted and not runtime.plain_mode() and runtime.medium_is_exact()
-    with runtime.medium_precision() if wanted else contextlib.nullcontext():
-        yield
-
-
-@contextlib.contextmanager
-def attending(configs: Sequence, how: str) -> Iterator[None]:
-    """Within: attention layers with these configurations use the implementation `how` ("eager", ...)."""
-    before = [config._attn_implementation for config in configs]
-    try:
-        for config in configs:
-            config._attn_implementation = how
-        yield
-    finally:
-        for config, name in zip(configs, before, strict=True):
-            config._attn_implementation = name
-
-
-def attention_configs(model: PreTrainedModel) -> list:
-    """The configurations that the model's attention layers read, each once."""
-    layers = [m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "config")]
-    return list({id(layer.config): layer.config for layer in layers}.values())
-
-
-@contextlib.contextmanager
-def packed(model: PreTrainedModel) -> Iterator[None]:
-    """Within: linear maps in bfloat16 on a CPU have their weights in the layout oneDNN computes in, which
-    `linear` makes anew at each call.  Same numbers, no gradients.  LIB_PLAIN=1: no change.
-
-    Measured: 1.15 times the tokens/s in sampling 128 rows, 1.3 with 16, 1.2 in scoring texts.  The layout
-    is a second copy of the weights: not for models of more than PACKED_BYTES.
-    """
-    linear = [] if runtime.plain_mode() else [*model.modules()]
-    linear = [m for m in linear if type(m) is torch.nn.Linear and _can_pack(m)]
-    if sum(m.weight.nbytes for m in linear) > PACKED_BYTES:
-        linear = []
-    try:
-        for module in linear:
-            weight = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach())
-            product = torch.ops.mkldnn._linear_pointwise  # not there in every build of torch
-            module.forward = partial(product, W=weight, B=module.bias, **NOTHING_AFTER)
-        yield
-    finally:
-        for module in linear:
-            module.__dict__.pop("forward", None)
-
-
-def _can_pack(module: torch.nn.Linear) -> bool:
-    known = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    ours = "forward" not in vars(module) and module.weight.device.type == "cpu"
-    usable = ours and module.weight.dtype == torch.bfloat16
-    return known and usable and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
-def _above_trunk(model) -> tuple[list[torch.nn.Parameter], torch.dtype | None]:
-    """Parameters in float32 over a frozen trunk in another dtype, and that dtype; none where all is one."""
-    floating = [p for p in model.parameters() if p.is_floating_point()]
-    low = {p.dtype for p in floating if not p.requires_grad} - {torch.float32}
-    if len(low) != 1 or model.config.is_encoder_decoder or is_eight_bit(model):
-        return [], None
-    return [p for p in floating if p.dtype == torch.float32], low.pop()
+    """Within: float32 products as fast as they are exact here (see `lib.fast`)."""
+    yield
 
 
 # --- what is kept ----------------------------------------------------------------------------------

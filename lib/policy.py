@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutput
 
-from lib import encoding, models, runtime, values
+from lib import encoding, models, values
 from lib.values import ValueFunction
 
 
@@ -42,9 +42,8 @@ class TokenBatch:
 
     @property
     def places(self) -> torch.Tensor:
-        """Response positions that are computed, (batch, time): the real ones; all with LIB_PLAIN=1."""
-        real = self.response_mask.bool()
-        return torch.ones_like(real) if runtime.plain_mode() else real
+        """Response positions that are computed, (batch, time): the real ones."""
+        return self.response_mask.bool()
 
     def spread(self, values: torch.Tensor) -> torch.Tensor:
         """(places, ...) -> (batch, time, ...), 0 elsewhere."""
@@ -73,7 +72,7 @@ class TokenBatch:
     def _padding(self, index) -> tuple[int, int]:
         """Numbers of prompt columns, from the left and from the right, that are padding in these rows."""
         used = self.prompt_mask[index].any(0).nonzero()[:, 0]
-        if runtime.plain_mode() or not len(used):
+        if not len(used):
             return 0, 0
         return int(used[0]), self.prompt_mask.shape[1] - 1 - int(used[-1])
 

@@ -28,7 +28,7 @@ from accelerate.utils import gather_object
 from torch.nn.functional import cross_entropy, pad
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lib import generation, logprobs, losses, models, rewards, runtime, training
+from lib import generation, losses, models, rewards, runtime, training
 from lib.policy import SharedTrunkPolicy, TokenBatch
 from lib.values import ValueFunction
 
@@ -333,36 +333,19 @@ def evaluate(
     """
     config = learner.config
     wanted = not reference and (config.entropy_coef > 0 or not torch.is_grad_enabled())
-    chosen = tokens.response_ids[tokens.places]
-    if _reads_states(learner.policy, wanted):
-        log_probs, entropy, values = _from_states(learner, tokens, chosen, reference, wanted)
-    else:
-        logits, values = learner.network(tokens, reference)
-        logits = logits / config.temperature if config.temperature != 1 else logits
-        log_probs = -cross_entropy(logits, chosen, reduction="none")
-        entropy = losses.entropy(logits) if wanted else None
-    parts = (log_probs, values, entropy)
+    parts = read_responses(learner, tokens, reference, wanted)
     return tuple(None if part is None else tokens.spread(part) for part in parts)
 
 
-def _from_states(learner, tokens, chosen, reference, entropy):
-    """The same numbers, (tokens,) each, without ever having all logits in memory."""
-    states, values = learner.network(tokens, reference, False)
-    weight = learner.policy.get_output_embeddings().weight
-    temperature = learner.config.temperature
-    return *losses.chosen_log_probs(states, weight, chosen, temperature, entropy), values
-
-
-def _reads_states(policy: PreTrainedModel, entropy: bool) -> bool:
-    """Whether logits are no more than a fixed matrix times what the output layer reads (measured on
-    CPUs only, so elsewhere they are computed)."""
-    head, learns = policy.get_output_embeddings(), entropy and torch.is_grad_enabled()
-    plain = learns or runtime.plain_mode() or logprobs.changes_logits(policy)
-    if plain or type(head) is not torch.nn.Linear or head.bias is not None:
-        return False
-    weight = head.weight
-    fixed = not weight.requires_grad and weight.dtype == torch.float32
-    return fixed and weight.device.type == "cpu"
+@runtime.accelerated
+def read_responses(
+    learner: Learner, tokens: TokenBatch, reference: bool, entropy: bool
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """`evaluate` at the responses' real tokens alone, (tokens,) each, row by row."""
+    logits, values = learner.network(tokens, reference)
+    logits = logits / learner.config.temperature
+    log_probs = -cross_entropy(logits, tokens.response_ids[tokens.places], reduction="none")
+    return log_probs, values, losses.entropy(logits) if entropy else None
 
 
 def penalise(

@@ -6,9 +6,11 @@ Simplified: equal digits are promised only for the same machine, versions and th
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import glob
 import hashlib
+import importlib
 import json
 import os
 import platform
@@ -16,9 +18,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -83,6 +86,38 @@ def headless() -> bool:
 def plain_mode() -> bool:
     """True when `LIB_PLAIN=1`: every optimisation off, for tests that compare fast with plain paths."""
     return os.environ.get("LIB_PLAIN", "") not in ("", "0")
+
+
+def fast_module() -> ModuleType | None:
+    """`lib.fast`; None with LIB_PLAIN=1 and where the file is not there."""
+    return None if plain_mode() else _import_fast()
+
+
+@lru_cache(maxsize=1)
+def _import_fast() -> ModuleType | None:
+    try:
+        return importlib.import_module("lib.fast")
+    except ModuleNotFoundError as error:
+        if error.name != "lib.fast":
+            raise
+        return None
+
+
+def accelerated(plain: Callable) -> Callable:
+    """Decorator: `lib.fast` holds a faster function of this name, which gives the same numbers.
+
+    It is called with the plain function first, which it may fall back on.  With LIB_PLAIN=1, and without
+    the file lib/fast.py, the plain function runs.
+    """
+
+    @functools.wraps(plain)
+    def chosen(*args, **kwargs):
+        fast = fast_module()
+        if fast is None:
+            return plain(*args, **kwargs)
+        return getattr(fast, plain.__name__)(plain, *args, **kwargs)
+
+    return chosen
 
 
 def set_seed(seed: int) -> torch.Generator:
@@ -159,7 +194,7 @@ def cpu_has_bfloat16() -> bool:
 
 
 @lru_cache(maxsize=1)
-def _cpu_info() -> str:
+def cpu_info() -> str:
     """What Linux says about the processors here; empty on other systems."""
     try:
         return Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
@@ -169,48 +204,9 @@ def _cpu_info() -> str:
 
 def cpu_flags() -> set[str]:
     """What the CPU says it can do, as Linux names it (empty on other systems)."""
-    lines = _cpu_info().splitlines()
+    lines = cpu_info().splitlines()
     named = [line for line in lines if line.startswith(("flags", "Features"))]
     return set(named[0].partition(":")[2].split()) if named else set()
-
-
-@contextlib.contextmanager
-def medium_precision() -> Iterator[None]:
-    """Within: torch's float32 precision "medium", process-wide."""
-    import torch
-
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
-@lru_cache(maxsize=1)
-def medium_is_exact() -> bool:
-    """Whether float32 products at "medium" precision are worth asking for: as exact here, and faster.
-
-    There torch asks oneDNN in the place of MKL, which is slow on processors that Intel did not make
-    (measured on an AMD EPYC: 2.2x), so only those come into question.  Where oneDNN rounds to bfloat16, as
-    it does with AMX, products are not exact: that is looked up by their error, not by a list of processors.
-    """
-    import torch
-
-    try:
-        torch.get_float32_matmul_precision()
-    except RuntimeError:  # set backend by backend, by its owner: left as it is
-        return False
-    if not torch.backends.mkldnn.is_available() or "AuthenticAMD" not in _cpu_info():
-        return False
-    generator = torch.Generator().manual_seed(0)
-    left = torch.randn(512, 512, generator=generator)
-    right = torch.randn(512, 512, generator=generator)
-    exact = left.double() @ right.double()
-    plain_error = (left @ right - exact).abs().mean()
-    with medium_precision():
-        medium_error = (left @ right - exact).abs().mean()
-    return bool(medium_error < 2 * plain_error)
 
 
 def free_memory(*objects: object) -> None:

@@ -128,13 +128,10 @@ def train_sft(
     `rows` come from `encode_completions` or `encode_conversations`; `arguments` are those of
     `transformers.TrainingArguments`, such as learning_rate or num_train_epochs.  Checkpoints go to
     `folder`, from which a killed run continues; ValueError where it belongs to another run.
-    A trunk that `models.set_trainable` froze keeps its dtype, and logits are computed where loss
-    falls (neither with LIB_PLAIN=1).
+    A trunk that `models.set_trainable` froze keeps its dtype.
     """
     models.check_policy(model.config)
-    if runtime.plain_mode() or any(
-        p.requires_grad and p.dtype != torch.float32 for p in model.parameters()
-    ):
+    if any(p.requires_grad and p.dtype != torch.float32 for p in model.parameters()):
         models.to_dtype(model, torch.float32)
     train, truncated = _dataset(model, rows, max_length)
     test = _dataset(model, held_out, max_length)[0] if held_out else None
@@ -148,7 +145,7 @@ def train_sft(
         with (
             _own_forward(model),
             own_precision(),
-            _logits_where_loss_falls(),
+            logits_where_loss_falls(),
             models.fast_float32(model),
         ):
             trainer = _trainer(model, tokenizer, train, test, output_dir=str(output), **arguments)
@@ -232,20 +229,11 @@ def own_precision():
             os.environ[name] = chosen
 
 
+@runtime.accelerated
 @contextlib.contextmanager
-def _logits_where_loss_falls():
-    """Without Triton, TRL also computes the logits of prompt tokens and then masks them: not here."""
-    import trl.trainer.utils as trl_utils
-
-    asked = getattr(trl_utils, "_use_triton", None)
-    if asked is None or runtime.plain_mode():  # another release of TRL: slower, the same
-        yield
-        return
-    trl_utils._use_triton = lambda device: True  # read there only to decide on the masking
-    try:
-        yield
-    finally:
-        trl_utils._use_triton = asked
+def logits_where_loss_falls():
+    """Within: TRL computes the logits that its loss needs, and here those of prompts too (`lib.fast`)."""
+    yield
 
 
 def _dataset(model, rows, max_length) -> tuple[datasets.Dataset, int]:

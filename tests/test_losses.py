@@ -103,39 +103,6 @@ def test_explained_variance():
 # --- log-probabilities from hidden states --------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", [0.1, 1.0, 300.0])  # logits up to thousands: one word has it all
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-@pytest.mark.parametrize("block", [1, 4, 7, 100])  # words at once, of 23
-def test_chosen_log_probs_are_those_of_the_logits(block, temperature, size, monkeypatch):
-    monkeypatch.setattr(losses, "VOCABULARY_AT_ONCE", block)
-    generator = torch.Generator().manual_seed(block)
-    states, upstream = (torch.randn(9, *k, generator=generator).double() for k in ((6,), ()))
-    weight = size * torch.randn(23, 6, generator=generator).double()
-    chosen = torch.randint(0, 23, (9,), generator=generator)
-    found = []
-    for fast in (True, False):
-        given = states.clone().requires_grad_()
-        if fast:
-            log_probs, spread = losses.chosen_log_probs(given, weight, chosen, temperature, True)
-            assert not spread.requires_grad
-        else:
-            logits = given @ weight.T / temperature
-            log_probs = logits.log_softmax(-1).gather(1, chosen[:, None])[:, 0]
-            spread = losses.entropy(logits.detach())
-        (log_probs * upstream).sum().backward()
-        found.append((log_probs.detach(), spread, given.grad))
-    for ours, plain in zip(*found, strict=True):
-        torch.testing.assert_close(ours, plain, atol=1e-9, rtol=1e-9)
-
-
-def test_chosen_log_probs_without_entropy_or_gradient():
-    states, weight = torch.randn(3, 4), torch.randn(5, 4)
-    log_probs, spread = losses.chosen_log_probs(states, weight, torch.tensor([0, 4, 2]))
-    assert spread is None and not log_probs.requires_grad
-    uniform = losses.chosen_log_probs(torch.zeros(1, 4), weight, torch.tensor([1]), entropy=True)
-    torch.testing.assert_close(torch.cat(uniform), torch.tensor([-math.log(5), math.log(5)]))
-
-
 # --- GAE -----------------------------------------------------------------------------------------
 
 
