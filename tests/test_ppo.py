@@ -16,7 +16,7 @@ import pytest
 import torch
 import transformers
 
-from lib import generation, losses, models, policy, ppo, rewards, rloo, training
+from lib import fast, generation, losses, models, policy, ppo, rewards, rloo, training
 
 ROOT = Path(__file__).parents[1]
 WORDS = ["a", "b", "c", "d", "e", "yes", "no", "."]
@@ -386,7 +386,7 @@ def test_padding_is_not_computed_and_changes_nothing(name, train, separate, monk
     config = dataclasses.replace(SHORT, train=train, **how)
     monkeypatch.setattr(losses, "VOCABULARY_AT_ONCE", 4)
     learner, _, _ = started(config, name, value_model=value_model)
-    assert ppo._reads_states(learner.policy, entropy=False) == (train != "all")
+    assert fast._reads_states(learner.policy, entropy=False) == (train != "all")
     torch.nn.init.normal_(learner.shared.value_head[-1].weight)
     prompts = ["a", "a b c d e", "yes", "no yes a", "a b", "b", "c", "a b c"]
     samples = generation.sample(

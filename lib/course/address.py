@@ -36,8 +36,8 @@ except ImportError:
         raise ModuleNotFoundError(
             "The course is not installed here, and no address of it is known. On your "
             "own machine: `make setup`, then `make lab`. On a hosted one: upload or "
-            "mount the course and set COURSE_HOME to its folder, or set COURSE_REPO to "
-            "its git address (`%env COURSE_REPO=https://...`). Then run it again."
+            "mount the course and set COURSE_HOME to its folder, or set COURSE_REPO "
+            "to its git address (`%env COURSE_REPO=https://...`). Then run this again."
         ) from None
     if not installers:
         print(f"Fetching the course from {{address}} ...")
