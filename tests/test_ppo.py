@@ -384,7 +384,7 @@ def test_padding_is_not_computed_and_changes_nothing(name, train, separate, monk
     value_model = models.build_tiny_model(name, words=WORDS, seed=3)[0] if separate else None
     how = {"layers": 1, "forward_rows": 3, "temperature": 0.8}
     config = dataclasses.replace(SHORT, train=train, **how)
-    monkeypatch.setattr(losses, "VOCABULARY_AT_ONCE", 4)
+    monkeypatch.setattr(fast, "VOCABULARY_AT_ONCE", 4)
     learner, _, _ = started(config, name, value_model=value_model)
     assert fast._reads_states(learner.policy, entropy=False) == (train != "all")
     torch.nn.init.normal_(learner.shared.value_head[-1].weight)
@@ -408,8 +408,8 @@ def test_padding_is_not_computed_and_changes_nothing(name, train, separate, monk
         found[plain] = [x * rollout.mask for x in parts]
         found[plain] += [log_probs * part.mask, values * part.mask, *gradients]
     assert computed["0"] < computed["1"], "these three prompts are shorter than the longest"
-    for fast, plain in zip(*found.values(), strict=True):
-        torch.testing.assert_close(fast, plain, atol=1e-4, rtol=1e-4)
+    for quick, plain in zip(*found.values(), strict=True):
+        torch.testing.assert_close(quick, plain, atol=1e-4, rtol=1e-4)
 
 
 def test_the_reference_stays_the_initial_policy():
