@@ -4,16 +4,22 @@ SCALE ?= demo
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# Where torch comes from.  On Linux, plain PyPI has the CUDA build only (3 GB of downloads): without an NVIDIA
+# card the CPU build of pytorch.org is tried first.  TORCH_INDEX= takes PyPI's.
+TORCH_INDEX ?= $(shell [ "$$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null && echo https://download.pytorch.org/whl/cpu)
+PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
 .PHONY: setup course smoke test lint lab report publish clean
 
 setup: $(READY)
 
 $(READY): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f"Python 3.11 or newer is needed, this is {v[0]}.{v[1]}. Try: make $(MAKECMDGOALS) PYTHON=python3.12")'
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11, 5) else f"Python 3.11.5 or newer is needed, this is {v[0]}.{v[1]}.{v[2]}. Try: make $(MAKECMDGOALS) PYTHON=python3.12")'
 	@echo "Setting up $(VENV) (one to five minutes, once) ..."
 	@$(PYTHON) -m venv $(VENV) || (echo "venv failed. On Debian/Ubuntu: apt install python3-venv" && exit 1)
-	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[notebooks,dev]'
+	@[ -z "$(TORCH_INDEX)" ] || $(PIP) --no-deps --retries 1 --timeout 15 --index-url $(TORCH_INDEX) torch 2>/dev/null \
+	  || echo "$(TORCH_INDEX) cannot be reached: torch comes from your package index"
+	@$(PIP) --editable '.[notebooks,dev]'
 	@touch $(READY)
 
 course: setup
@@ -37,7 +43,7 @@ publish: setup
 	$(BIN)/python -m lib publish
 
 lab: setup
-	$(BIN)/jupyter lab --notebook-dir notebooks
+	$(BIN)/python -m lib lab
 
 clean:
 	rm -rf $(VENV) runs .pytest_cache .ruff_cache .hypothesis *.egg-info

@@ -28,6 +28,7 @@ from bench import measure
 from lib import (
     chat,
     data,
+    encoding,
     generation,
     logprobs,
     losses,
@@ -90,7 +91,7 @@ def model_work(model, units: float, seen: float, scored: float, steps: float = 1
 
 def _generated(model, tokenizer, prompts, n: int, at_once: int, new_tokens: int, **options) -> list:
     """Rows of new token ids by `generate`, cut after the end token, `at_once` prompts a batch."""
-    rows, end = [], tokenizer.eos_token_id
+    rows, ends = [], encoding.end_tokens(tokenizer, model)
     how = {"do_sample": True, "top_k": 0, "top_p": 1.0, "temperature": 1.0, **options}
     for start in range(0, len(prompts), at_once):
         batch = tokenizer(prompts[start : start + at_once], return_tensors="pt", padding=True)
@@ -98,10 +99,11 @@ def _generated(model, tokenizer, prompts, n: int, at_once: int, new_tokens: int,
         with torch.inference_mode():
             found = model.generate(
                 **inputs, num_return_sequences=n, max_new_tokens=new_tokens,
-                pad_token_id=tokenizer.pad_token_id, **how,
+                pad_token_id=encoding.pad_id(tokenizer), **how,
             )  # fmt: skip
         for row in found[:, inputs["input_ids"].shape[1] :].tolist():
-            rows.append(row[: row.index(end) + 1] if end in row else row)
+            last = next((i for i, token in enumerate(row) if token in ends), len(row))
+            rows.append(row[: last + 1])
     return rows
 
 
@@ -146,8 +148,8 @@ def _trl_log_probs(model, pad_id: int, prompts, responses, at_once: int) -> list
     """TRL's pass: prompts padded on the left, responses on the right, `at_once` rows at a time."""
     import trl
 
-    before, before_mask = generation.pad_rows(prompts, pad_id, "left")
-    after, after_mask = generation.pad_rows(responses, pad_id, "right")
+    before, before_mask = encoding.pad_rows(prompts, pad_id, "left")
+    after, after_mask = encoding.pad_rows(responses, pad_id, "right")
     ids, mask = torch.cat([before, after], 1), torch.cat([before_mask, after_mask], 1)
     stand_in = type("Trainer", (), {})()  # the method reads nothing else of a trainer
     stand_in.accelerator = type("Accelerator", (), {"autocast": contextlib.nullcontext})()
@@ -179,7 +181,7 @@ def logprob_benchmark(size: str) -> measure.Benchmark:
         return work
 
     def peer(at_once: int) -> measure.Work:
-        _trl_log_probs(theirs, tokenizer.pad_token_id, prompts, responses, at_once)
+        _trl_log_probs(theirs, encoding.pad_id(tokenizer), prompts, responses, at_once)
         return work
 
     what = f"{len(prompts)} rows of mixed length, {units:,} response tokens"
@@ -417,7 +419,7 @@ class _Separate:
 
     def step(self, prompts: Sequence[str]) -> float:
         """Sample, score, advantages, updates; returns the response tokens up to the end tokens."""
-        config, pad = self.config, self.tokenizer.pad_token_id
+        config, pad = self.config, encoding.pad_id(self.tokenizer)
         batch = self.tokenizer(prompts, return_tensors="pt", padding=True).to(self.policy.device)
         with torch.no_grad():
             whole = self.policy.generate(
@@ -427,8 +429,9 @@ class _Separate:
         width = batch["input_ids"].shape[1]
         seen = batch["attention_mask"].repeat_interleave(config.samples_per_prompt, 0)
         seen = torch.cat([seen, torch.ones_like(whole[:, width:])], 1)
-        ends = (whole[:, width:] == self.tokenizer.eos_token_id).long()
-        mask = (ends.cumsum(1) - ends == 0).float()
+        ends = encoding.end_tokens(self.tokenizer, self.policy)
+        ended = torch.isin(whole[:, width:], torch.tensor(ends, device=whole.device)).long()
+        mask = (ended.cumsum(1) - ended == 0).float()
         with torch.no_grad():
             old, values, _ = self.forward(self.policy, whole, seen, width)
             before = self.forward(self.reference, whole, seen, width)[0]

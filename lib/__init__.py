@@ -6,6 +6,7 @@ runtime        folders, secrets, seed, device, dtype, progress, files that are n
 text           words, n-grams, repetition, scripts, the fluency panel
 tables         text, JSON, JSON lines and CSV: read with their lines, text kept as text
 data           prompts from any source, splits, chat templates, Wikipedia's leads
+encoding       texts as token ids: prompts, responses, the end, padded rows, batches
 models         load any policy or build a tiny one, what trains, adapters
 generation     sampling: tokens, texts and log-probabilities
 logprobs       log p(response | prompt) of tokens, answers and texts; perplexity; KL of two models
@@ -23,12 +24,14 @@ sft            supervised fine-tuning
 reward_models  one score for a prompt and a response, from ratings or rankings
 segments       segments of a response, and the token at which each ends
 rewards        where rewards are paid: on tokens, segments, or whole responses
+training       what stands around a training loop: seeds by key, checkpoints, history, stops
 ppo            PPO in which any token may carry a reward
 rloo           its sequence-level peer
 annotate       annotation pages that work offline in a browser
+fast           what is only about speed; everything works, with the same numbers, without it
 
 papers/        what one paper alone needs: rewardlm, sparse_feedback, ilf, fine_grained, alt
-course/        what makes a notebook run: assets, record, show, notebooks, runner, report, publish, cli
+course/        what makes a notebook run: assets, fetch, record, show, notebooks, runner, report, publish, cli
 """
 
 import os

@@ -22,10 +22,11 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from lib import runtime, tables
-from lib.course import assets
+from lib.course import assets, fetch
 
 UNCATEGORISED = "uncategorised"
-TEMPLATE_STYLES = ("raw", "chat", "chat+system", "tagged", "tagged+system")
+RTP = "allenai/real-toxicity-prompts"
+TEMPLATE_STYLES = ("raw", "chat", "tagged", "auto", "chat+system", "tagged+system", "auto+system")
 
 
 # --- records -------------------------------------------------------------------------------------
@@ -76,7 +77,8 @@ def load_prompts(
     """Prompts with columns prompt_id (12 hex digits of the text's hash), prompt, categories, category.
 
     `source`: "realtoxicityprompts" (offline asset, 623 texts), "samples" (48 mild ones), a .txt (one
-    a line), .csv, .jsonl or .json file, or a Hub id.  Records have `prompt` and, if they like,
+    a line), .csv, .jsonl or .json file, or a Hub id (of RealToxicityPrompts, what `python -m lib fetch
+    real_toxicity_prompts` got is used).  Records have `prompt` and, if they like,
     `category` or `categories`; `category` is the first one.  Where scores are given (`prompt_score`,
     or `prompt.toxicity` in RealToxicityPrompts' own schema) there is a column prompt_score, NaN where
     missing.  Equal texts become one row with all their categories and the first score.
@@ -121,6 +123,9 @@ def _prompt_records(source: str | Path) -> Iterator[tuple[str, dict]]:
     path = Path(name).expanduser()
     if name == "samples":
         path = runtime.project_root() / "data" / "samples" / "prompts.jsonl"
+    fetched = fetch.find("real_toxicity_prompts", "prompts.jsonl") if name == RTP else None
+    if fetched:
+        path = fetched / "prompts.jsonl"
     if path.suffix.lower() in _READERS:
         for line, record in _READERS[path.suffix.lower()](path):
             yield f"{path.name}, line {line}", record
@@ -130,7 +135,7 @@ def _prompt_records(source: str | Path) -> Iterator[tuple[str, dict]]:
     else:
         raise ValueError(
             f"unknown source {name!r}; allowed: realtoxicityprompts, samples, a path that ends in "
-            f"{', '.join(_READERS)}, or a Hub id such as allenai/real-toxicity-prompts."
+            f"{', '.join(_READERS)}, or a Hub id such as {RTP}."
         )
 
 
@@ -262,8 +267,9 @@ def apply_template(
 
     raw: the prompt.  chat: the tokenizer's chat template (which may add a system message of its own).
     tagged: `User: "prompt".`, a new line, `Assistant:` (RewardLM; its space at the end is left out,
-    since byte-level tokenizers join it to the next word).  +system: `system` as the system message,
-    or on a line of its own before; the other styles do not use it.  Raises ValueError.
+    since byte-level tokenizers join it to the next word).  auto: chat where the tokenizer has a template,
+    tagged where it has none.  +system: `system` as the system message, or on a line of its own before;
+    the other styles do not use it.  Raises ValueError.
     """
     if style not in TEMPLATE_STYLES:
         raise ValueError(f"style is {style!r}; allowed: {', '.join(TEMPLATE_STYLES)}.")
@@ -274,34 +280,68 @@ def apply_template(
         raise ValueError(f"style {style!r} needs a text in system=. Try {kind!r} to go without.")
     if kind == "raw":
         return list(prompts)
-    if kind == "chat":
-        return _chat(prompts, tokenizer, system if with_system else None)
-    before = f"{system}\n" if with_system else ""
-    return [f'{before}{user} "{prompt}".\n{assistant}' for prompt in prompts]
-
-
-def _chat(prompts: Sequence[str], tokenizer, system: str | None) -> list[str]:
-    from jinja2 import TemplateError
-
-    if not getattr(tokenizer, "chat_template", None):
+    if kind == "auto":
+        kind = "chat" if has_template(tokenizer) else "tagged"
+    if kind == "chat" and not has_template(tokenizer):
         raise ValueError(
             f"style 'chat': {type(tokenizer).__name__} has no chat template. Try 'tagged' or 'raw', "
             "or the tokenizer of an instruction-tuned model."
         )
-    before = [] if system is None else [{"role": "system", "content": system}]
+    before = [{"role": "system", "content": system}] if with_system else []
     talks = [[*before, {"role": "user", "content": prompt}] for prompt in prompts]
+    if kind == "tagged":
+        return [_tagged(talk, True, user=user, assistant=assistant) for talk in talks]
+    texts = [write_turns(talk, tokenizer, answer_next=True) for talk in talks]
+    if with_system and texts and system.strip() not in texts[0]:
+        raise ValueError("the chat template leaves the system message out. Try 'tagged+system'.")
+    return texts
+
+
+def has_template(tokenizer: PreTrainedTokenizerBase | None) -> bool:
+    """Whether this tokenizer brings a chat template."""
+    return bool(getattr(tokenizer, "chat_template", None))
+
+
+def write_turns(
+    messages: Sequence[dict], tokenizer: PreTrainedTokenizerBase, *, answer_next: bool = False
+) -> str:
+    """A conversation of {"role", "content"} as one text, in the style "auto" of `apply_template`.
+
+    `answer_next`: up to where the assistant's next answer begins.  Tagged, each answer ends with the end
+    token and a new line.  Raises ValueError where the chat template refuses the conversation.
+    """
+    from jinja2 import TemplateError
+
+    if not has_template(tokenizer):
+        return _tagged(messages, answer_next, end=tokenizer.eos_token or "")
     try:
-        texts = [
-            tokenizer.apply_chat_template(talk, add_generation_prompt=True, tokenize=False)
-            for talk in talks
-        ]
+        return tokenizer.apply_chat_template(
+            messages, add_generation_prompt=answer_next, tokenize=False
+        )
     except TemplateError as error:
         raise ValueError(
             f"the chat template refuses this ({error}). Try 'tagged+system'."
         ) from None
-    if system is not None and texts and system.strip() not in texts[0]:
-        raise ValueError("the chat template leaves the system message out. Try 'tagged+system'.")
-    return texts
+
+
+def _tagged(
+    messages: Sequence[dict],
+    answer_next: bool,
+    *,
+    user: str = "User:",
+    assistant: str = "Assistant:",
+    end: str = "",
+) -> str:
+    text = ""
+    for message in messages:
+        content = message["content"]
+        if message["role"] == "system":
+            text += f"{content}\n"
+        elif message["role"] == "assistant":
+            text += f"{assistant} {content}{end}\n"
+        else:
+            text += f'{user} "{content}".\n'
+    return text + assistant if answer_next else text
 
 
 # --- articles ------------------------------------------------------------------------------------

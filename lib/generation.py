@@ -12,30 +12,22 @@ depend on how prompts are batched (up to rounding).
 
 from __future__ import annotations
 
-import inspect
+import math
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 import pandas as pd
 import torch
-from transformers import AttentionInterface, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutput
 
-from lib import models, runtime
+from lib import encoding, models, runtime
 
 ROWS_PER_BATCH = {"cpu": 128, "mps": 128, "cuda": 512}
 # rows are dropped when fewer than this share still run (dropping copies the cache)
 KEEP_SHARE = 0.75
-# top-p looks at this many tokens first (measured: with 256 every second row needs a full sort)
-FIRST_CANDIDATES = 2048
-DRAWN_AT_ONCE = 16  # rows (measured: drawing 128 rows at once takes three times as long)
-PROMPT_TOKENS = 1024  # encoded at once, padding included
-BLOCK = 256  # probabilities that are summed before a token is looked for among them
-# architectures whose attention takes the samples' keys beside their prompt's (tested for each)
-SHARED_PROMPT = ("llama", "mistral", "qwen2", "qwen3")
 
 
 @dataclass(frozen=True)
@@ -57,6 +49,11 @@ class Decoding:
         for name, given, good, allowed in checks:
             if not good:
                 raise ValueError(f"{name} is {given!r}; it must be {allowed}.")
+
+
+def decoding_of(config: object) -> dict:
+    """The fields of `Decoding` as a trainer's config has them, for `sample`."""
+    return {field.name: getattr(config, field.name) for field in fields(Decoding)}
 
 
 @dataclass
@@ -121,24 +118,27 @@ def sample(
     tokens equal those of `transformers.generate(do_sample=False)`.  Raises ValueError for n < 1, bad
     decoding settings, an empty prompt without a start token, or a prompt too long for the model.
     """
-    how = Decoding(**decoding)
+    settings = Decoding(**decoding)
+    models.check_policy(model.config)
     if n < 1:
         raise ValueError(f"n is {n!r}; at least one sample per prompt is drawn.")
     started = time.perf_counter()
-    prompt_ids = encode_prompts(model, tokenizer, prompts, how.max_new_tokens)
+    prompt_ids = encode_prompts(model, tokenizer, prompts, settings.max_new_tokens)
     if noise is None:
         generator = torch.Generator().manual_seed(seed)
-        noise = torch.rand(len(prompt_ids) * n, how.max_new_tokens, generator=generator)
+        noise = torch.rand(len(prompt_ids) * n, settings.max_new_tokens, generator=generator)
     rows: list[_Row | None] = [None] * (len(prompt_ids) * n)
     rows_per_batch = rows_per_batch or ROWS_PER_BATCH.get(model.device.type, 128)
     bar = runtime.progress(total=len(rows), label=label, unit="sample")
     with models.for_sampling(model):
-        for batch in _length_batches(prompt_ids, max(1, rows_per_batch // n)):
+        lengths = [len(ids) for ids in prompt_ids]
+        at_once = max(1, rows_per_batch // n)
+        for batch in encoding.token_batches(lengths, math.inf, rows=at_once):
             for first in range(0, n, rows_per_batch):  # one part, unless n is larger than a batch
                 part = range(first, min(n, first + rows_per_batch))
                 places = [index * n + j for index in batch for j in part]
                 ids = [prompt_ids[i] for i in batch]
-                drawn = _sample_batch(model, tokenizer, ids, len(part), noise[places], how)
+                drawn = _sample_batch(model, tokenizer, ids, len(part), noise[places], settings)
                 for place, row in zip(places, drawn, strict=True):
                     rows[place] = row
                 bar.update(len(places))
@@ -152,16 +152,14 @@ def encode_prompts(
     prompts: Sequence[str] | Sequence[list[int]],
     max_new_tokens: int,
 ) -> list[list[int]]:
-    """Token ids of each prompt, with one start token at most, checked against the model's length."""
+    """Token ids of each prompt (`encoding.encode`), checked against the model's length."""
     limit = getattr(model.config, "max_position_embeddings", None)
     encoded = []
     for index, prompt in enumerate(prompts):
-        ids = list(tokenizer(prompt)["input_ids"]) if isinstance(prompt, str) else list(prompt)
-        start = tokenizer.bos_token_id
-        if start is not None and ids[:2] == [start, start]:  # a chat template brings its own
-            ids = ids[1:]
-        if not ids and start is not None:
-            ids = [start]
+        if isinstance(prompt, str):
+            ids = encoding.encode(tokenizer, prompt).prompt
+        else:
+            ids = encoding.one_start(tokenizer, prompt)
         if not ids:
             raise ValueError(f"prompt {index} is empty and this tokenizer has no start token.")
         if limit and not model.config.is_encoder_decoder and len(ids) + max_new_tokens > limit:
@@ -177,104 +175,79 @@ def encode_prompts(
 
 
 def draw_tokens(
-    logits: torch.Tensor, noise: torch.Tensor, how: Decoding
+    logits: torch.Tensor, noise: torch.Tensor, decoding: Decoding
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """One token per row by inverse-CDF sampling.
 
     logits (rows, vocabulary), noise (rows,) uniform in [0, 1) -> tokens (rows,), their log-probability
-    under the sampling distribution (rows,), and under the plain model (rows,).  On a CPU a few rows at a
-    time, so that what is as long as the vocabulary fits the cache.
+    under the sampling distribution (rows,), and under the plain model (rows,).
     """
-    if logits.device.type == "cpu" and not runtime.plain_mode():
-        parts = zip(logits.split(DRAWN_AT_ONCE), noise.split(DRAWN_AT_ONCE), strict=True)
-        parts = [_draw(*part, how) for part in parts]
-        return tuple(torch.cat(x) for x in zip(*parts, strict=True))
-    return _draw(logits, noise, how)
-
-
-def _draw(logits: torch.Tensor, noise: torch.Tensor, how: Decoding) -> tuple[torch.Tensor, ...]:
-    """`draw_tokens` of all rows at once."""
-    logits, log_normaliser = logits.float(), None
-    if how.temperature == 0:
+    logits = logits.float()
+    plain = logits.log_softmax(-1)
+    if decoding.temperature == 0:
         tokens = logits.argmax(-1)
-        sampling = logits.new_zeros(len(logits))
-    elif how.top_k == 0 and how.top_p == 1:
-        warm = how.temperature != 1
-        scaled = logits / how.temperature if warm else logits
-        peak = scaled.amax(-1, keepdim=True)
-        mass = (scaled - peak).exp_()
-        tokens = _invert_cdf(mass, noise)
-        total = peak[:, 0] + mass.sum(-1).log()
-        sampling = scaled.gather(-1, tokens[:, None])[:, 0] - total
-        log_normaliser = None if warm else total
-    else:
-        tokens, sampling = _draw_filtered(logits / how.temperature, noise, how, FIRST_CANDIDATES)
-    if log_normaliser is None:
-        log_normaliser = logits.logsumexp(-1)
-    return tokens, sampling, logits.gather(-1, tokens[:, None])[:, 0] - log_normaliser
+        drawn_with = torch.zeros_like(noise)  # log 1: nothing else could have been drawn
+        return tokens, drawn_with, _at(plain, tokens)
+    heated = plain
+    if decoding.temperature != 1:
+        heated = (logits / decoding.temperature).log_softmax(-1)
+    if decoding.top_k == 0 and decoding.top_p == 1:
+        tokens = invert_cdf(heated.exp(), noise)
+        return tokens, _at(heated, tokens), _at(plain, tokens)
+    tokens, drawn_with = draw_filtered(heated, noise, decoding)
+    return tokens, drawn_with, _at(plain, tokens)
 
 
-def _invert_cdf(mass: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """Index at which the cumulative mass (rows, tokens) passes noise x total; never one without mass.
+def _at(values: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Each row's value at its token, (rows,)."""
+    return values.gather(-1, tokens[:, None])[:, 0]
 
-    Sums of blocks first, then one block's running sum: over a vocabulary's length that is slow.
+
+def invert_cdf(mass: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """Index (rows,) at which the cumulative mass (rows, tokens) passes noise x total.
+
+    Never one without mass: where rounding leads past the end, the last that has some.
     """
-    noise, size = noise.to(mass), mass.shape[-1]
-    if runtime.plain_mode() or size <= BLOCK:
-        return _passes(mass, noise * mass.sum(-1))
-    if size % BLOCK:
-        mass = torch.nn.functional.pad(mass, (0, -size % BLOCK))
-    blocks = mass.unflatten(-1, (-1, BLOCK))
-    sums = blocks.sum(-1)
-    ends = sums.cumsum(-1)
-    target = noise * ends[:, -1]
-    block = _passes(sums, target)
-    line = torch.arange(len(mass), device=mass.device)
-    before = ends[line, block] - sums[line, block]
-    return block * BLOCK + _passes(blocks[line, block], target - before)
+    cumulative = mass.cumsum(-1)
+    target = noise.to(mass)[:, None] * cumulative[:, -1:]
+    index = torch.searchsorted(cumulative, target, right=True)
+    last = torch.searchsorted(cumulative, cumulative[:, -1:].contiguous())
+    return torch.minimum(index, last)[:, 0]
 
 
-def _passes(mass: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Index at which the running sum of each row passes its target; rounding leads to the last with mass."""
-    found = torch.searchsorted(mass.cumsum(-1), target[:, None], right=True)[:, 0]
-    if (found == mass.shape[-1]).any():  # the target was rounded up to the total
-        found = torch.minimum(found, (mass > 0).to(torch.int16).cumsum(-1).argmax(-1))
-    return found
+@runtime.accelerated
+def draw_filtered(
+    log_probs: torch.Tensor, noise: torch.Tensor, decoding: Decoding
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens (rows,) among those that top-k and top-p keep, and their log-probabilities there."""
+    kept, tokens = keep_likely(*log_probs.sort(-1, descending=True), decoding)
+    return draw_ranked(kept, tokens, noise)
 
 
-def _draw_filtered(scaled, noise, how: Decoding, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens and log-probabilities after top-k and top-p; rows whose nucleus is wider are sorted in full."""
-    values, candidates, covered = _filtered(scaled, how.top_k, how.top_p, width)
-    ranks = _invert_cdf(values.softmax(-1), noise)[:, None]
-    tokens = candidates.gather(-1, ranks)[:, 0]
-    log_probs = values.log_softmax(-1).gather(-1, ranks)[:, 0]
-    if not covered.all():
-        wide = (~covered).nonzero()[:, 0]
-        tokens[wide], log_probs[wide] = _draw_filtered(
-            scaled[wide], noise[wide], how, scaled.shape[-1]
-        )
-    return tokens, log_probs
+def keep_likely(
+    ranked: torch.Tensor, tokens: torch.Tensor, decoding: Decoding
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities in falling order, -inf where top-k or top-p drops a token, and the tokens.
 
-
-def _filtered(
-    logits: torch.Tensor, top_k: int, top_p: float, width: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The `width` likeliest tokens of each row, top-k and top-p applied.
-
-    Returns scaled logits in falling order (-inf where dropped), token ids, and whether the kept set
-    lies within `width`.  top-k first, then top-p: the smallest set of likeliest tokens whose share of
-    the (top-k) probability reaches top_p (Holtzman et al. 2020).
+    top-k first, then top-p: the smallest set of likeliest tokens whose share of the (top-k) probability
+    reaches top_p (Holtzman et al. 2020).
     """
-    width = min(top_k or width, logits.shape[-1])
-    values, candidates = logits.topk(width)
-    total = values.logsumexp(-1) if top_k else logits.logsumexp(-1)
-    share = (values - total[:, None]).exp()
-    covered = torch.full_like(total, top_k > 0 or width == logits.shape[-1], dtype=torch.bool)
-    if top_p == 1:
-        return values, candidates, covered
-    cumulative = share.cumsum(-1)
-    values = values.masked_fill(cumulative - share >= top_p, float("-inf"))
-    return values, candidates, covered | (cumulative[:, -1] >= top_p)
+    if decoding.top_k:
+        ranked, tokens = ranked[:, : decoding.top_k], tokens[:, : decoding.top_k]
+        ranked = ranked.log_softmax(-1)
+    before = ranked.exp().cumsum(-1) - ranked.exp()  # the share of likelier tokens
+    if decoding.top_p < 1:
+        ranked = ranked.masked_fill(before >= decoding.top_p, float("-inf"))
+    return ranked, tokens
+
+
+def draw_ranked(
+    ranked: torch.Tensor, tokens: torch.Tensor, noise: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One of the tokens of each row, and its log-probability among them."""
+    ranked = ranked.log_softmax(-1)
+    ranks = invert_cdf(ranked.exp(), noise)
+    return _at(tokens, ranks), _at(ranked, ranks)
 
 
 # --- one batch -----------------------------------------------------------------------------------
@@ -291,17 +264,17 @@ class _Row:
 
 
 @torch.inference_mode()
-def _sample_batch(model, tokenizer, prompt_ids, n, noise, how) -> list[_Row]:
+def _sample_batch(model, tokenizer, prompt_ids, n, noise, decoding) -> list[_Row]:
     """Stages: 1 encode prompts, 2 draw a token per running row, 3 drop finished rows, 4 step the model."""
-    decoder = _EncoderDecoder if model.config.is_encoder_decoder else _DecoderOnly
-    state = decoder(model, tokenizer.pad_token_id, prompt_ids, n, how.max_new_tokens)
-    ends = _end_tokens(model, tokenizer)
+    # 1 each prompt goes through the model once, however many samples it gets
+    state = encode_batch(model, encoding.pad_id(tokenizer), prompt_ids, n)
+    ends = torch.tensor(encoding.end_tokens(tokenizer, model), dtype=torch.long)
     rows = [_Row() for _ in range(len(prompt_ids) * n)]
     running = torch.arange(len(rows))  # which row each line of the batch is
-    for step in range(how.max_new_tokens):
-        tokens, sampling, plain = (
-            x.cpu() for x in draw_tokens(state.logits, noise[running, step].to(model.device), how)
-        )
+    for step in range(decoding.max_new_tokens):
+        # 2 a token for each line, with both of its log-probabilities
+        drawn = draw_tokens(state.logits, noise[running, step].to(model.device), decoding)
+        tokens, sampling, plain = (x.cpu() for x in drawn)
         done = torch.isin(tokens, ends)
         for line, row in enumerate(running.tolist()):
             if not rows[row].finished:
@@ -310,274 +283,91 @@ def _sample_batch(model, tokenizer, prompt_ids, n, noise, how) -> list[_Row]:
                 rows[row].model_log_probs.append(float(plain[line]))
                 rows[row].finished = bool(done[line])
         alive = torch.tensor([not rows[row].finished for row in running.tolist()])
-        if step + 1 == how.max_new_tokens or not alive.any():
+        if step + 1 == decoding.max_new_tokens or not alive.any():
             break
-        if not runtime.plain_mode() and alive.float().mean() < KEEP_SHARE:
+        # 3 finished rows leave, but not one at a time: leaving copies the others' cache
+        if alive.float().mean() < KEEP_SHARE:
             keep = alive.nonzero()[:, 0]
             state.select(keep.to(model.device))
             running, tokens = running[keep], tokens[keep]
+        # 4 the model reads the new tokens
         state.advance(tokens.to(model.device))
     return rows
 
 
-class _RoomyLayer(DynamicLayer):
-    """A cache layer with room for the tokens to come: written in place, where its parent would copy
-    all keys and values at each step (measured: two thirds of the time)."""
-
-    @classmethod
-    def of(cls, layer: DynamicLayer, n: int, more: int) -> _RoomyLayer:
-        """`layer` with its rows repeated n times and room for `more` tokens."""
-        roomy = cls()
-        roomy.is_initialized, roomy.dtype, roomy.device = True, layer.dtype, layer.device
-        roomy.length, roomy.room = layer.keys.shape[-2], []
-        for held in (layer.keys, layer.values):
-            rows, heads, length, width = held.shape
-            room = held.new_empty(rows, n, heads, length + more, width)
-            room[..., :length, :] = held[:, None]
-            roomy.room.append(room.flatten(0, 1))
-        return roomy._shown()
-
-    def _shown(self):
-        self.keys, self.values = (room[:, :, : self.length] for room in self.room)
-        return self
-
-    def update(self, key_states, value_states, *args, **kwargs):
-        end = self.length + key_states.shape[-2]
-        for room, new in zip(self.room, (key_states, value_states), strict=True):
-            room[:, :, self.length : end] = new
-        self.length = end
-        self._shown()
-        return self.keys, self.values
-
-    def batch_select_indices(self, indices):
-        self.room = [room.index_select(0, indices) for room in self.room]
-        self._shown()
+@runtime.accelerated
+def encode_batch(
+    model: PreTrainedModel, pad: int, prompt_ids: list[list[int]], n: int
+) -> DecoderState | EncoderDecoderState:
+    """The state from which n samples of each prompt are drawn, prompts encoded."""
+    kind = EncoderDecoderState if model.config.is_encoder_decoder else DecoderState
+    return kind(model, pad, prompt_ids, n)
 
 
-def _make_room(cache, n: int, more: int) -> None:
-    """Repeat a prompt's cache for its n samples, with room for `more` tokens where layers only grow."""
-    growing = getattr(cache, "self_attention_cache", cache)
-    if runtime.plain_mode() or any(type(layer) is not DynamicLayer for layer in growing.layers):
-        if n > 1:
-            cache.batch_repeat_interleave(n)
-        return
-    growing.layers = [_RoomyLayer.of(layer, n, more) for layer in growing.layers]
-
-
-@dataclass
-class _Lines:
-    """Which prompt each line of a batch belongs to, for attention to prompts that are stored once."""
-
-    n: int
-    padding: torch.Tensor  # (prompts, longest prompt) True where there is none
-    place: torch.Tensor | None = None  # (lines,) prompt x n + sample; None: all are there
-
-    def gather(self, lines: torch.Tensor) -> torch.Tensor:
-        """(lines, groups, heads, width) -> (prompts, groups, n x heads, width); absent lines are 0."""
-        if self.place is not None:
-            there = lines.new_zeros(len(self.padding) * self.n, *lines.shape[1:])
-            lines = there.index_copy_(0, self.place, lines)
-        return lines.unflatten(0, (-1, self.n)).transpose(1, 2).flatten(2, 3)
-
-    def scatter(self, prompts: torch.Tensor) -> torch.Tensor:
-        """The reverse of `gather`."""
-        lines = prompts.unflatten(2, (self.n, -1)).transpose(1, 2).flatten(0, 1)
-        return lines if self.place is None else lines[self.place]
-
-    def select(self, keep: torch.Tensor) -> None:
-        self.place = keep if self.place is None else self.place[keep]
-
-
-class _SharedLayer(DynamicLayer):
-    """A cache layer that holds a prompt's keys and values once for its n samples, and room for theirs.
-
-    `update` gives itself in the place of keys and values, for `_shared_attention`, which reads both parts.
-    """
-
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor, lines: _Lines, more: int):
-        super().__init__()
-        self.is_initialized, self.dtype, self.device = True, keys.dtype, keys.device
-        self.lines, self.used, self.prompts = lines, 0, (keys, values)
-        rows, heads = keys.shape[0] * lines.n, keys.shape[1]
-        self.room = [held.new_empty(rows, heads, more, held.shape[-1]) for held in self.prompts]
-
-    def scores(self, query: torch.Tensor) -> torch.Tensor:
-        """query k^T over the samples' own tokens, (lines, groups, heads, used).
-
-        A product with all of the room needs no copy of its used part (measured: half the time).
-        """
-        keys = self.room[0]
-        if 3 * self.used < keys.shape[-2]:
-            keys = keys[:, :, : self.used]
-        return (query @ keys.mT)[..., : self.used]
-
-    def read(self, weights: torch.Tensor) -> torch.Tensor:
-        """weights v over the samples' own tokens, (lines, groups, heads, width)."""
-        return weights @ self.room[1][:, :, : self.used]
-
-    def update(self, key_states, value_states, *args, **kwargs):
-        for room, new in zip(self.room, (key_states, value_states), strict=True):
-            room[:, :, self.used : self.used + 1] = new
-        self.used += 1
-        return self, self
-
-    def get_seq_length(self) -> int:
-        return self.prompts[0].shape[-2] + self.used
-
-    def batch_select_indices(self, indices):
-        self.room = [room.index_select(0, indices) for room in self.room]
-
-
-def _shared_attention(module, query, key, value, attention_mask, scaling, **_):
-    """Attention of one new token a line to its prompt, stored once, and to its own tokens before.
-
-    The prompt's part is one matrix product for all samples of a prompt (measured on a CPU, 16 prompts of up
-    to 174 tokens, 8 samples: a tenth of the time of attention over repeated caches).
-    """
-    layer, lines = key, key.lines
-    prompt_keys, prompt_values = layer.prompts
-    rows, heads, _, width = query.shape
-    grouped = query.reshape(rows, prompt_keys.shape[1], -1, width)
-    seen = lines.gather(grouped) @ prompt_keys.mT
-    seen = seen.float().masked_fill_(lines.padding[:, None, None], float("-inf"))
-    scores = torch.cat([lines.scatter(seen), layer.scores(grouped).float()], -1)
-    weights = (scores * scaling).softmax(-1).to(query.dtype)
-    longest = prompt_keys.shape[-2]
-    out = lines.scatter(lines.gather(weights[..., :longest]) @ prompt_values)
-    out = out + layer.read(weights[..., longest:])
-    return out.reshape(rows, 1, heads, -1), None
-
-
-AttentionInterface.register("shared_prompt", _shared_attention)
-
-
-class _DecoderOnly:
+class DecoderState:
     """Cache, mask and next-token logits of a decoder-only batch; prompts are left-padded."""
 
-    def __init__(self, model, pad_id, prompt_ids, n, new_tokens):
+    def __init__(self, model, pad, prompt_ids, n):
         self.model = model
-        ids, mask = (x.to(model.device) for x in pad_rows(prompt_ids, pad_id, "left"))
-        if runtime.plain_mode():
-            ids, mask, n = ids.repeat_interleave(n, 0), mask.repeat_interleave(n, 0), 1
-        self.takes_positions = "position_ids" in inspect.signature(model.forward).parameters
-        self.mask, self.cache, self.lines, self.configs = mask, None, None, []
-        if self._can_share():
-            self._encode_once(ids, n, new_tokens)
-            self.configs = models.attention_configs(model)
-        else:
-            self._forward(ids)
-            _make_room(self.cache, n, new_tokens)
+        ids, self.mask = (x.to(model.device) for x in encoding.pad_rows(prompt_ids, pad, "left"))
+        self.cache = None
+        self._forward(ids)
+        self._repeat(n)
+
+    def _forward(self, ids) -> None:
+        inputs = encoding.decoder_inputs(self.model, ids, self.mask, self.cache, use_cache=True)
+        output = self.model(**inputs, logits_to_keep=1)
+        self.cache = output.past_key_values
+        self.logits = output.logits[:, -1]
+
+    def _repeat(self, n: int) -> None:
+        """Each prompt's cache n times over, once for each sample."""
         if n > 1:
+            self.cache.batch_repeat_interleave(n)
             self.mask = self.mask.repeat_interleave(n, 0)
             self.logits = self.logits.repeat_interleave(n, 0)
 
-    def _can_share(self) -> bool:
-        """Whether prompts may be stored once.  Measured on CPUs only, so elsewhere they are not."""
-        known = self.model.config.model_type in SHARED_PROMPT and self.model.device.type == "cpu"
-        layers = DynamicCache(config=self.model.config).layers
-        plain = len(layers) > 0 and all(type(layer) is DynamicLayer for layer in layers)
-        return known and plain and not runtime.plain_mode()
-
-    def _encode_once(self, ids, n, new_tokens):
-        """Prompts of like length together, so that little padding is computed; then one shared cache."""
-        mask, longest, order, logits, parts = self.mask, ids.shape[1], [], [], []
-        for batch in token_batches(mask.sum(1).tolist(), PROMPT_TOKENS):
-            width = int(mask[batch].sum(1).max())
-            self.mask, self.cache = mask[batch, -width:], None
-            self._forward(ids[batch, -width:])
-            order += batch
-            logits.append(self.logits)
-            held = ((layer.keys, layer.values) for layer in self.cache.layers)
-            left = (0, 0, longest - width, 0)
-            parts.append([[torch.nn.functional.pad(x, left) for x in both] for both in held])
-        back = torch.tensor(order, device=ids.device).argsort()
-        self.mask, self.logits, self.lines = mask, torch.cat(logits)[back], _Lines(n, mask == 0)
-        self.cache.layers = [
-            _SharedLayer(*(torch.cat(x)[back] for x in zip(*layer, strict=True)), self.lines, new_tokens)
-            for layer in zip(*parts, strict=True)
-        ]  # fmt: skip
-
-    def _forward(self, ids):
-        extra = {}
-        if self.takes_positions:
-            positions = (self.mask.cumsum(-1) - 1).clamp(min=0)
-            extra["position_ids"] = positions[:, -ids.shape[1] :]
-        out = self.model(
-            input_ids=ids, attention_mask=self.mask, past_key_values=self.cache,
-            use_cache=True, logits_to_keep=1, **extra,
-        )  # fmt: skip
-        self.cache, self.logits = out.past_key_values, out.logits[:, -1]
-
-    def select(self, keep):
+    def select(self, keep: torch.Tensor) -> None:
+        """Go on with these lines only."""
         self.cache.batch_select_indices(keep)
         self.mask = self.mask[keep]
-        if self.lines:
-            self.lines.select(keep)
 
-    def advance(self, tokens):
+    def advance(self, tokens: torch.Tensor) -> None:
+        """Read one new token a line."""
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], -1)
-        with models.attending(self.configs, "shared_prompt"):  # which needs no mask
-            self._forward(tokens[:, None])
+        self._forward(tokens[:, None])
 
 
-class _EncoderDecoder:
+class EncoderDecoderState:
     """Encoder states (computed once per prompt), decoder cache and logits of a batch."""
 
-    def __init__(self, model, pad_id, prompt_ids, n, new_tokens):
+    def __init__(self, model, pad, prompt_ids, n):
         self.model = model
-        ids, self.mask = (x.to(model.device) for x in pad_rows(prompt_ids, pad_id, "right"))
-        states = model.get_encoder()(input_ids=ids, attention_mask=self.mask).last_hidden_state
-        self.states, self.mask = states.repeat_interleave(n, 0), self.mask.repeat_interleave(n, 0)
+        ids, mask = (x.to(model.device) for x in encoding.pad_rows(prompt_ids, pad, "right"))
+        states = model.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state
+        self.states = states.repeat_interleave(n, 0)
+        self.mask = mask.repeat_interleave(n, 0)
         self.cache = None
         start = model.config.decoder_start_token_id
         self.advance(torch.full((len(self.states),), start, device=model.device))
-        _make_room(self.cache, 1, new_tokens)
 
-    def select(self, keep):
+    def select(self, keep: torch.Tensor) -> None:
+        """Go on with these lines only."""
         self.cache.batch_select_indices(keep)
-        self.states, self.mask = self.states[keep], self.mask[keep]
+        self.states = self.states[keep]
+        self.mask = self.mask[keep]
 
-    def advance(self, tokens):
-        out = self.model(
-            encoder_outputs=BaseModelOutput(self.states), attention_mask=self.mask,
-            decoder_input_ids=tokens[:, None], past_key_values=self.cache, use_cache=True,
-        )  # fmt: skip
-        self.cache, self.logits = out.past_key_values, out.logits[:, -1]
-
-
-def pad_rows(rows: list[list[int]], pad_id: int, side: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids (rows, longest) padded on one side, and their mask (1 = real token)."""
-    width = max(map(len, rows))
-    ids = torch.full((len(rows), width), pad_id)
-    mask = torch.zeros_like(ids)
-    for line, row in enumerate(rows):
-        place = slice(width - len(row), width) if side == "left" else slice(0, len(row))
-        ids[line, place] = torch.tensor(row)
-        mask[line, place] = 1
-    return ids, mask
-
-
-def _end_tokens(model, tokenizer) -> torch.Tensor:
-    configured = getattr(model.generation_config, "eos_token_id", None)
-    configured = configured if isinstance(configured, list) else [configured]
-    found = {token for token in [*configured, tokenizer.eos_token_id] if token is not None}
-    return torch.tensor(sorted(found))
-
-
-def _length_batches(prompt_ids: list[list[int]], size: int) -> list[list[int]]:
-    """Prompt numbers in batches of `size`, prompts of like length together to waste little padding."""
-    order = sorted(range(len(prompt_ids)), key=lambda i: (len(prompt_ids[i]), i))
-    return [order[start : start + size] for start in range(0, len(order), size)]
-
-
-def token_batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
-    """Row numbers in batches of like length, longest first, with rows x longest <= budget tokens."""
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    start = 0
-    while start < len(order):
-        rows = 1 if runtime.plain_mode() else max(1, budget // max(1, lengths[order[start]]))
-        yield order[start : start + rows]
-        start += rows
+    def advance(self, tokens: torch.Tensor) -> None:
+        """Read one new token a line."""
+        output = self.model(
+            encoder_outputs=BaseModelOutput(self.states),
+            attention_mask=self.mask,
+            decoder_input_ids=tokens[:, None],
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+        self.cache = output.past_key_values
+        self.logits = output.logits[:, -1]
 
 
 def _collect(tokenizer, prompts, prompt_ids, n, rows: list[_Row], seconds: float) -> Samples:

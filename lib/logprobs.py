@@ -1,18 +1,21 @@
-"""log p(response | prompt) in every form: of tokens, answers and texts; perplexity; KL between two models."""
+"""log p(response | prompt) in every form: of tokens, answers and texts; perplexity; KL between two models.
+
+All of it goes through one pass (`response_states`), and so do reward models: prompts that begin alike have
+that beginning encoded once, the output layer reads no more than what predicts a response, and rows come in
+batches of like length.
+"""
 
 from __future__ import annotations
 
-import inspect
-import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pandas as pd
 import torch
-import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_outputs import BaseModelOutput
 
-from lib import generation, models, runtime
+from lib import encoding, generation, models, runtime
 from lib.text import is_empty
 
 LOGITS_AT_ONCE = 128  # response tokens whose logits stand in memory together
@@ -22,18 +25,154 @@ AFTER_OUTPUT_LAYER = (
     "logit_scale",
     "logits_scaling",
     "output_multiplier",
+    "lm_head_multiplier",
 )
-AFTER_OUTPUT_LAYER += ("lm_head_multiplier",)
 
 
-# --- log-probability and perplexity --------------------------------------------------------------
+# --- the pass ------------------------------------------------------------------------------------
+
+
+def response_states(
+    model: PreTrainedModel,
+    prompts: Sequence[list[int]],
+    responses: Sequence[list[int]],
+    tokens_per_batch: int,
+) -> Iterator[tuple[list[int], list[torch.Tensor]]]:
+    """Row numbers of a batch and the last states at each row's response tokens, (tokens, width) a row.
+
+    Prompts and responses are token ids; no response is empty.  The states are those that the output layer
+    reads, logits for a model that `changes_logits`, and the last hidden states of a network without output
+    layer.  An encoder-decoder has the prompt in its encoder, the response in its decoder.
+    """
+    starts, runs = shared_starts(prompts)
+    if model.config.is_encoder_decoder:
+        starts = [0] * len(prompts)
+    read = _read_decoder if model.config.is_encoder_decoder else _read_after_starts
+    alone = [i for i in range(len(prompts)) if not starts[i]]
+    sharing = [i for i in range(len(prompts)) if starts[i]]
+    for rows in (sharing, alone):
+        lengths = [len(prompts[i]) + len(responses[i]) for i in rows]
+        together = [(-starts[i], runs[i]) for i in rows]
+        for batch in encoding.token_batches(lengths, tokens_per_batch, together=together):
+            places = [rows[j] for j in batch]
+            yield places, read(model, [(prompts[i], responses[i], starts[i]) for i in places])
+
+
+def shared_starts(prompts: Sequence[list[int]]) -> tuple[list[int], list[int]]:
+    """How many first tokens each prompt has in common with all of its run, and the run's number.
+
+    A run is of consecutive prompts that share at least half of their tokens with its first: samples of one
+    prompt, questions about one text.  A prompt that is alone in its run shares nothing.
+    """
+    runs: list[list[int]] = []
+    shared = 0
+    for i, prompt in enumerate(prompts):
+        if runs:
+            first = prompts[runs[-1][0]]
+            common = encoding.count_shared([first, prompt])
+            if 0 < max(len(first), len(prompt)) <= 2 * common:
+                runs[-1].append(i)
+                continue
+        runs.append([i])
+    starts = [0] * len(prompts)
+    numbers = [0] * len(prompts)
+    for number, run in enumerate(runs):
+        shared = encoding.count_shared([prompts[i] for i in run]) if len(run) > 1 else 0
+        for i in run:
+            starts[i] = shared
+            numbers[i] = number if shared else 0
+    return starts, numbers
+
+
+def _read_after_starts(model, rows: Sequence[tuple[list, list, int]]) -> list[torch.Tensor]:
+    """States of a decoder's (prompt, response, shared start) rows; each start goes through it once.
+
+    All rows have a start to share, or none has.
+    """
+    rest = [prompt[start:] + response for prompt, response, start in rows]
+    ids, mask = (x.to(model.device) for x in encoding.pad_rows(rest, 0, "right"))
+    cache = None
+    if rows[0][2]:
+        starts = [tuple(prompt[:start]) for prompt, _, start in rows]
+        number = {start: i for i, start in enumerate(dict.fromkeys(starts))}
+        once, seen = (x.to(model.device) for x in encoding.pad_rows([*number], 0, "left"))
+        _, cache = last_states(model, encoding.decoder_inputs(model, once, seen, use_cache=True), 1)
+        places = torch.tensor([number[start] for start in starts], device=model.device)
+        cache.batch_select_indices(places)
+        mask = torch.cat([seen[places], mask], 1)
+    skips = [len(prompt) - start for prompt, _, start in rows]
+    keep = ids.shape[1] - min(skips)
+    states, _ = last_states(model, encoding.decoder_inputs(model, ids, mask, cache), keep)
+    first = ids.shape[1] - states.shape[1]  # position of the first state that was handed out
+    return [
+        row[skip - first : skip - first + len(response)]
+        for row, skip, (_, response, _) in zip(states, skips, rows, strict=True)
+    ]
+
+
+def _read_decoder(model, rows: Sequence[tuple[list, list, int]]) -> list[torch.Tensor]:
+    """States of an encoder-decoder's (prompt, response) rows; each prompt is encoded once."""
+    number = {prompt: i for i, prompt in enumerate(dict.fromkeys(tuple(p) for p, *_ in rows))}
+    ids, mask = (x.to(model.device) for x in encoding.pad_rows([*number], 0, "right"))
+    encoded = model.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state
+    places = torch.tensor([number[tuple(p)] for p, *_ in rows], device=model.device)
+    shown, _ = encoding.pad_rows([response for _, response, _ in rows], 0, "right")
+    inputs = {
+        "encoder_outputs": BaseModelOutput(encoded[places]),
+        "attention_mask": mask[places],
+        "decoder_input_ids": shown.to(model.device),
+        "use_cache": False,
+    }
+    states, _ = last_states(model, inputs, shown.shape[1])
+    return [row[: len(response)] for row, (_, response, _) in zip(states, rows, strict=True)]
+
+
+def last_states(model: PreTrainedModel, inputs: dict, keep: int) -> tuple[torch.Tensor, object]:
+    """Last states of a forward pass, (rows, time, width), and its cache; see `response_states`.
+
+    No logits are computed, except where the model changes them after its output layer: then the logits of
+    the last `keep` positions are handed out, and no others are computed.
+    """
+    head = model.get_output_embeddings()
+    if head is None:
+        output = model(**inputs)
+        return output.last_hidden_state, getattr(output, "past_key_values", None)
+    if changes_logits(model):
+        output = model(**inputs, logits_to_keep=keep)
+        return output.logits, output.past_key_values
+    seen = []
+    hook = head.register_forward_pre_hook(
+        lambda _, args: seen.append(args[0]) or (args[0][:, :0],)  # the layer gets no position
+    )
+    try:
+        output = model(**inputs)
+    finally:
+        hook.remove()
+    return seen[0], output.past_key_values
+
+
+def changes_logits(model: PreTrainedModel) -> bool:
+    """Whether this model changes logits after its output layer."""
+    return any(getattr(model.config, name, None) is not None for name in AFTER_OUTPUT_LAYER)
+
+
+def _logits(model, states: torch.Tensor) -> torch.Tensor:
+    """(tokens, vocabulary) in float32 from last states (tokens, width)."""
+    if changes_logits(model):
+        return states.float()
+    return model.get_output_embeddings()(states).float()
+
+
+# --- tokens and perplexity -----------------------------------------------------------------------
 
 
 @torch.inference_mode()
 def token_log_probs(
-    model: transformers.PreTrainedModel, prompt_ids: Sequence[list[int]],
-    response_ids: Sequence[list[int]], tokens_per_batch: int = 2048,
-) -> list[np.ndarray]:  # fmt: skip
+    model: PreTrainedModel,
+    prompt_ids: Sequence[list[int]],
+    response_ids: Sequence[list[int]],
+    tokens_per_batch: int = 2048,
+) -> list[np.ndarray]:
     """log p(token | prompt and earlier tokens) of each response token, float32, (tokens,) per row.
 
     Softmax in float32 (load the model in float32 where single values matter: bfloat16 weights move
@@ -42,117 +181,60 @@ def token_log_probs(
     """
     found = [np.empty(0, np.float32) for _ in response_ids]
     rows = [i for i, response in enumerate(response_ids) if len(response)]
-    for i in rows:
-        if not len(prompt_ids[i]):
-            raise ValueError(f"row {i} has an empty prompt; give it a start token at least.")
+    prompts, shown = _before_each_token(
+        model, [list(prompt_ids[i]) for i in rows], [list(response_ids[i]) for i in rows], rows
+    )
     bar = runtime.progress(total=len(rows), label="log-probabilities", unit="text")
-    lengths = [len(prompt_ids[i]) + len(response_ids[i]) for i in rows]
     with models.fast_float32(model):
-        for batch in generation.token_batches(lengths, tokens_per_batch):
+        for batch, states in response_states(model, prompts, shown, tokens_per_batch):
             places = [rows[j] for j in batch]
-            responses = [list(response_ids[i]) for i in places]
-            rows_found = _log_probs(model, [list(prompt_ids[i]) for i in places], responses)
-            for place, row in zip(places, rows_found, strict=True):
+            log_probs = _chosen_log_probs(model, states, [response_ids[i] for i in places])
+            for place, row in zip(places, log_probs, strict=True):
                 found[place] = row.cpu().numpy()
             bar.update(len(batch))
     bar.close()
     return found
 
 
-def output_layer_input(model: PreTrainedModel, forward: Callable[[], object]) -> torch.Tensor:
-    """What the model's output layer reads in `forward()`, (rows, time, width); no logits are computed."""
-    seen = []
-    hook = model.get_output_embeddings().register_forward_pre_hook(
-        lambda _, args: seen.append(args[0]) or (args[0][:, :0],)
-    )
-    try:
-        forward()
-    finally:
-        hook.remove()
-    return seen[0]
-
-
-def changes_logits(model: transformers.PreTrainedModel) -> bool:
-    """Whether this model changes logits after its output layer."""
-    return any(getattr(model.config, name, None) is not None for name in AFTER_OUTPUT_LAYER)
-
-
-def _log_probs(model, prompts, responses) -> Sequence[torch.Tensor]:
-    """Per row (response tokens,).  The output layer runs over the response tokens alone, a few at a time,
-    unless logits are changed after it (or with LIB_PLAIN=1).
-    """
-    head = model.get_output_embeddings()
-    if runtime.plain_mode() or changes_logits(model) or head is None:
-        logits = _forward(model, prompts, responses).logits
-        rows = zip(_response_part(model, logits, responses), responses, strict=True)
-        return [_chosen_log_probs(row, torch.tensor(ids, device=row.device)) for row, ids in rows]
-    read = output_layer_input(model, lambda: _forward(model, prompts, responses))
-    states = torch.cat(_response_part(model, read, responses)).split(LOGITS_AT_ONCE)
-    tokens = torch.tensor([t for row in responses for t in row], device=read.device)
-    parts = zip(states, tokens.split(LOGITS_AT_ONCE), strict=True)
-    found = torch.cat([_chosen_log_probs(head(part), ids) for part, ids in parts])
-    return found.split([len(row) for row in responses])
-
-
-def _chosen_log_probs(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    logits = logits.float()
-    return logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
-
-
-def _response_part(model, values: torch.Tensor, responses) -> list[torch.Tensor]:
-    """Per row what predicts its response tokens: `values` (rows, time, ...) as `_forward` pads them."""
-    rows = zip(values, responses, strict=True)
-    if model.config.is_encoder_decoder:
-        return [row[: len(ids)] for row, ids in rows]
-    return [row[-len(ids) - 1 : -1] for row, ids in rows]
-
-
-def _forward(model, prompts, responses):
-    device = model.device
+def _before_each_token(model, prompts, responses, rows) -> tuple[list, list]:
+    """(prompts, shown) so that the state at each token of `shown` predicts a token of the response."""
+    for row, prompt in zip(rows, prompts, strict=True):
+        if not prompt:
+            raise ValueError(f"row {row} has an empty prompt; give it a start token at least.")
     if model.config.is_encoder_decoder:
         start = model.config.decoder_start_token_id
-        ids, mask = (x.to(device) for x in generation.pad_rows(prompts, 0, "right"))
-        shifted, _ = generation.pad_rows([[start, *row[:-1]] for row in responses], start, "right")
-        return model(input_ids=ids, attention_mask=mask, decoder_input_ids=shifted.to(device))
-    pairs = [prompt + row for prompt, row in zip(prompts, responses, strict=True)]
-    ids, mask = (x.to(device) for x in generation.pad_rows(pairs, 0, "left"))
-    extra = {}
-    if "position_ids" in inspect.signature(model.forward).parameters:
-        extra["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
-    keep = max(map(len, responses)) + 1  # left padding: all responses end at the last position
-    return model(input_ids=ids, attention_mask=mask, logits_to_keep=keep, use_cache=False, **extra)
+        return prompts, [[start, *response[:-1]] for response in responses]
+    shown = [
+        prompt[-1:] + response[:-1] for prompt, response in zip(prompts, responses, strict=True)
+    ]
+    return [prompt[:-1] for prompt in prompts], shown
 
 
-def encode_pair(tokenizer, context: str, continuation: str) -> tuple[list[int], list[int]]:
-    """Token ids of context + continuation, split where the context's own tokens end.
-
-    A token that joins the end of the one with the start of the other counts as continuation.  A
-    start token comes first where the tokenizer sets one, or where nothing else precedes.
-    """
-    whole, alone = (
-        tokenizer(text, add_special_tokens=False)["input_ids"]
-        for text in (context + continuation, context)
-    )
-    shared = 0
-    while shared < min(len(whole), len(alone)) and whole[shared] == alone[shared]:
-        shared += 1
-    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    sets_one = bool(start) and tokenizer("a")["input_ids"][:1] == start
-    lead = start if sets_one or not shared else []
-    return lead + whole[:shared], whole[shared:]
+def _chosen_log_probs(model, states: list[torch.Tensor], tokens) -> Sequence[torch.Tensor]:
+    """log p of each row's tokens, (tokens,), from its states, (tokens, width); a few logits at a time."""
+    chosen = torch.tensor([token for row in tokens for token in row], device=states[0].device)
+    parts = []
+    for few, ids in zip(
+        torch.cat(states).split(LOGITS_AT_ONCE), chosen.split(LOGITS_AT_ONCE), strict=True
+    ):
+        logits = _logits(model, few)
+        parts.append(logits.gather(-1, ids[:, None])[:, 0] - logits.logsumexp(-1))
+    return torch.cat(parts).split([len(row) for row in tokens])
 
 
 def perplexity(
-    model: transformers.PreTrainedModel, tokenizer: transformers.PreTrainedTokenizerBase,
-    contexts: Sequence[str] | Sequence[list[int]], continuations: Sequence[str] | Sequence[list[int]],
-) -> pd.DataFrame:  # fmt: skip
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    contexts: Sequence[str] | Sequence[list[int]],
+    continuations: Sequence[str] | Sequence[list[int]],
+) -> pd.DataFrame:
     """Columns nll (mean over tokens, nats), tokens, perplexity = exp(nll) of each continuation.
 
     Texts, or token ids (scored as they are: sampled ids are not tokenised again).  An empty
     continuation has 0 tokens and NaN.  Raises ValueError for an empty context without a start token.
     """
     pairs = [
-        encode_pair(tokenizer, a, b) if isinstance(b, str) else (a, b)
+        encoding.encode(tokenizer, a, b, joined=True) if isinstance(b, str) else (a, b)
         for a, b in zip(contexts, continuations, strict=True)
     ]
     scores = token_log_probs(model, [p for p, _ in pairs], [r for _, r in pairs])
@@ -171,47 +253,54 @@ def corpus_perplexity(table: pd.DataFrame) -> dict[str, float]:
 # --- answers to a question, and texts ----------------------------------------------------------
 
 
+@torch.inference_mode()
 def answer_log_probs(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
     answers: Sequence[str],
-) -> np.ndarray:  # fmt: skip
+    tokens_per_batch: int = 8192,
+) -> np.ndarray:
     """log p(answer | prompt) of each answer, (prompts, answers), for any split into tokens.
 
     Prompt and answer are encoded together; what all answers of a prompt share is its context, and the
-    rest of each is scored token by token, the first in float32 whatever the model's precision.
-    Consecutive prompts that begin alike share that beginning's computation.  Raises ValueError where one
-    answer's tokens are the start of another's.
+    rest of each is scored token by token, the first in float32 whatever the model's precision.  Raises
+    ValueError where one answer's tokens are the start of another's.
     """
     contexts, tails = [], []
     for prompt in prompts:
         context, rest = split_answers(tokenizer, prompt, answers)
         contexts.append(context)
         tails.append(rest)
-    found = np.zeros((len(prompts), len(answers)))
+    total = np.zeros((len(prompts), len(answers)))
     if model.config.is_encoder_decoder:
         for k in range(len(answers)):
-            rows = token_log_probs(model, contexts, [t[k] for t in tails])
-            found[:, k] = [row.sum(dtype=np.float64) for row in rows]
-        return found
-    firsts = [[rest[0] for rest in t] for t in tails]
-    for places in _alike(contexts):
-        found[places] = _first_log_probs(
-            model, [contexts[i] for i in places], [firsts[i] for i in places]
-        )
+            rows = token_log_probs(model, contexts, [rest[k] for rest in tails])
+            total[:, k] = [row.sum(dtype=np.float64) for row in rows]
+        return total
+    before, last = _before_each_token(
+        model, contexts, [rest[0][:1] for rest in tails], range(len(prompts))
+    )
+    for batch, states in response_states(model, before, last, tokens_per_batch):
+        first = torch.tensor([[tail[0] for tail in tails[i]] for i in batch], device=model.device)
+        total[batch] = _exact_log_probs(model, torch.cat(states), first).cpu().numpy()
     for k in range(len(answers)):  # answers of several tokens
         longer = [i for i in range(len(prompts)) if len(tails[i][k]) > 1]
         before = [contexts[i] + tails[i][k][:1] for i in longer]
         rows = token_log_probs(model, before, [tails[i][k][1:] for i in longer])
-        found[longer, k] += [row.sum(dtype=np.float64) for row in rows]
-    return found
+        total[longer, k] += [row.sum(dtype=np.float64) for row in rows]
+    return total
 
 
 def split_answers(
     tokenizer: PreTrainedTokenizerBase, prompt: str, answers: Sequence[str]
 ) -> tuple[list[int], list[list[int]]]:
     """The tokens that prompt + answer share for all answers, and the rest of each answer's."""
-    wholes = [sum(encode_pair(tokenizer, prompt, answer), []) for answer in answers]
-    shared = _shared(wholes)
+    wholes = []
+    for answer in answers:
+        before, after = encoding.encode(tokenizer, prompt, answer, joined=True)
+        wholes.append(before + after)
+    shared = encoding.count_shared(wholes)
     rest = [whole[shared:] for whole in wholes]
     if not all(rest):
         raise ValueError(
@@ -221,58 +310,22 @@ def split_answers(
     return wholes[0][:shared], rest
 
 
-def _shared(rows: Sequence[list[int]]) -> int:
-    """How many tokens all rows have in common at the start."""
-    columns = zip(*rows, strict=False)
-    return sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, columns))
+def _exact_log_probs(model, states: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """log p of several candidates (rows, answers) from one state a row (rows, width).
 
-
-def _alike(contexts: Sequence[list[int]], most: int = 32) -> list[list[int]]:
-    """Runs of consecutive rows that have at least half of their tokens in common at the start."""
-    runs: list[list[int]] = []
-    for i, context in enumerate(contexts):
-        if runs and len(runs[-1]) < most:
-            first = contexts[runs[-1][0]]
-            if _shared([first, context]) >= max(len(first), len(context)) / 2:
-                runs[-1].append(i)
-                continue
-        runs.append([i])
-    return runs
-
-
-@torch.inference_mode()
-def _first_log_probs(model, contexts: list[list[int]], tokens: list[list[int]]) -> np.ndarray:
-    """log p of the given next tokens of contexts that begin alike, (rows, tokens)."""
-    device, shared = model.device, min(_shared(contexts), min(map(len, contexts)) - 1)
-    rows = [context[shared:] for context in contexts]
-    ids, mask = (x.to(device) for x in generation.pad_rows(rows, 0, "right"))
-    cache, seen = None, mask
-    if shared:
-        start = torch.tensor([contexts[0][:shared]], device=device)
-        cache = model(input_ids=start, use_cache=True, logits_to_keep=1).past_key_values
-        cache.batch_repeat_interleave(len(rows))
-        seen = torch.cat([mask.new_ones(len(rows), shared), mask], 1)
-    inputs = {"input_ids": ids, "attention_mask": seen, "past_key_values": cache}
-    last = torch.arange(len(rows), device=device), mask.sum(1) - 1
-    wanted = torch.tensor(tokens, device=device)
-    return _answers(model, inputs, last, wanted).cpu().numpy().astype(np.float64)
-
-
-def _answers(model, inputs: dict, last: tuple, tokens: torch.Tensor) -> torch.Tensor:
-    """log p of the tokens (rows, answers) at the positions `last`, the answers' logits in float32.
-
-    The output layer of a bfloat16 model rounds a logit to steps of 1/16 to 1/8: answers would tie.  The
-    normaliser, which the answers of a row share, keeps the layer's precision.
+    The output layer of a bfloat16 model rounds a logit to steps of 1/16 to 1/8: answers would tie.  So
+    their logits are computed in float32; the normaliser, which the answers of a row share, keeps the
+    layer's precision.
     """
-    inputs = inputs | {"use_cache": inputs["past_key_values"] is not None}
+    logits = _logits(model, states)
     head = model.get_output_embeddings()
-    if head is None or changes_logits(model):
-        return model(**inputs).logits[last].float().log_softmax(-1).gather(-1, tokens)
-    state = output_layer_input(model, lambda: model(**inputs))[last]
-    bias = getattr(head, "bias", None)
-    logits = (head.weight[tokens].float() * state.float()[:, None]).sum(-1)
-    logits = logits if bias is None else logits + bias[tokens].float()
-    return logits - head(state).float().logsumexp(-1, keepdim=True)
+    if changes_logits(model):
+        chosen = logits.gather(-1, tokens)
+    else:
+        chosen = (head.weight[tokens].float() * states.float()[:, None]).sum(-1)
+        if getattr(head, "bias", None) is not None:
+            chosen = chosen + head.bias[tokens].float()
+    return chosen - logits.logsumexp(-1, keepdim=True)
 
 
 def text_log_probs(
@@ -280,7 +333,10 @@ def text_log_probs(
     texts: Sequence[str],
 ) -> np.ndarray:  # fmt: skip
     """log p(" " + text | prompt), summed over tokens, (rows,)."""
-    pairs = [encode_pair(tokenizer, p, f" {t}") for p, t in zip(prompts, texts, strict=True)]
+    pairs = [
+        encoding.encode(tokenizer, prompt, f" {text}", joined=True)
+        for prompt, text in zip(prompts, texts, strict=True)
+    ]
     found = token_log_probs(model, [a for a, _ in pairs], [b for _, b in pairs])
     return np.array([row.sum(dtype=np.float64) for row in found])
 
@@ -298,12 +354,11 @@ def sequence_kl(
     the same tokens.  Columns direction ("forward": texts of the base; "reverse": of the model), value,
     tokens.  Empty texts are left out, as in the paper.
     """
-    start = tokenizer.bos_token_id
-    start = tokenizer.eos_token_id if start is None else start
+    start = encoding.start_ids(tokenizer) or encoding.end_tokens(tokenizer, base)[:1]
     rows = []
     for direction, own, other in (("forward", base, model), ("reverse", model, base)):
         drawn = generation.sample(
-            own, tokenizer, [[start]], n=n, seed=seed, max_new_tokens=max_new_tokens, label="KL"
+            own, tokenizer, [start], n=n, seed=seed, max_new_tokens=max_new_tokens, label="KL"
         )
         kept = [i for i, text in enumerate(drawn.texts) if not is_empty(text)]
         texts = [drawn.prompt_ids[i] for i in kept], [drawn.response_ids[i] for i in kept]

@@ -20,7 +20,7 @@ import pandas as pd
 from scipy import optimize, stats
 
 from lib import runtime, tables
-from lib.stats import Interval, bootstrap, proportion
+from lib.stats import Interval, bootstrap, proportion, spread
 from lib.text import words
 
 VERDICTS = ("(a)", "equal", "(b)")  # the order of rows and columns in tables
@@ -275,7 +275,7 @@ def length_controlled(rows: pd.DataFrame, seed: int = 0, resamples: int = 200) -
     rows = rows[rows["points"].notna()]
     sizes = [rows[name].map(lambda text: len(words(text))) for name in ("response1", "response2")]
     x, y = (sizes[1] - sizes[0]).to_numpy(float), rows["points"].to_numpy(float)
-    x = x / (x.std() if len(x) and x.std() > 0 else 1.0)
+    x = x / (spread(x) or 1.0)
 
     def at_equal_length(x, y):
         def loss(w):

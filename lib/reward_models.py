@@ -8,7 +8,7 @@ then picks the best of n responses by z.
 A model is a backbone (encoder or decoder), pooling over the response's tokens, and a linear head.  With
 a frozen backbone the pooled features are computed once and the head trains in a second.
 
-Simplified: no quantised backbone, one device.  A prompt too long loses its beginning, never the response
+Simplified: one device.  A prompt too long loses its beginning, never the response
 (the reference cuts the end, and with it responses).  Training goes prompt by prompt, so a response in
 several pairs is encoded once; `trl.RewardTrainer` takes loose pairs (20 sequences for the 10 pairs of 5
 responses), has no rating loss and leaves out long examples.  It fits long runs with checkpoints:
@@ -18,7 +18,6 @@ responses), has no rating loss and leaves out long examples.  It fits long runs 
 from __future__ import annotations
 
 import inspect
-import json
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -29,18 +28,33 @@ import numpy as np
 import pandas as pd
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from scipy.special import expit
-from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from lib import generation, losses, models, preferences, runtime, sft, stats
-from lib.course import assets
+from lib import (
+    adapters,
+    cards,
+    classifiers,
+    encoding,
+    hub,
+    logprobs,
+    losses,
+    models,
+    preferences,
+    runtime,
+    sft,
+    stats,
+    training,
+)
 from lib.stats import Interval
 from lib.text import check_texts
 
 POOLINGS = ("mean", "last")
 MAX_LENGTH = 512  # tokens, as in the reference
-WEIGHTS, CARD = "reward_model.safetensors", "reward_model.json"
+KIND, WEIGHTS = "reward model", "reward_model.safetensors"
+OLD_CARD = "reward_model.json"  # of folders that an earlier version wrote
 
 
 # --- the model -----------------------------------------------------------------------------------
@@ -52,30 +66,60 @@ def load_backbone(
     dtype: torch.dtype | None = None,
     keep_layers: int | None = None,
     eight_bit: bool = False,
+    tokenizer: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A network without its output layer, in eval mode, and its tokenizer; names as in `models.load_policy`.
 
     "encoder" is the offline sentence encoder.  Of an encoder-decoder the encoder is taken.
     `keep_layers`: only the lowest layers (features from the middle are cheaper, and often better).
     `eight_bit`: a causal model's linear weights in 8 bits, to train with LoRA (needs bitsandbytes).
+    A policy that was kept as adapters gives its body with them in its weights.
     """
     if name in models.TINY_MODELS:
-        model, tokenizer = models.build_tiny_model(name)
-        model = model.base_model
-    elif eight_bit:
-        model, tokenizer = models.load_policy(name, dtype=dtype, eight_bit=True)
-        model = model.base_model
+        model, words = models.build_tiny_model(name)
+        model, revision = model.base_model, None
     else:
-        path = assets.resolve_model(name)
-        tokenizer = models.prepare_tokenizer(AutoTokenizer.from_pretrained(path))
-        dtype = dtype or torch.float32
-        model = AutoModel.from_pretrained(path, dtype=dtype, use_safetensors=True)
+        folder = hub.resolve_model(name)
+        revision = hub.commit_of(folder)
+        if eight_bit or adapters.is_folder(folder):
+            dtype = dtype if eight_bit else dtype or torch.float32
+            options = {"dtype": dtype, "tokenizer": tokenizer, "eight_bit": eight_bit}
+            policy, words = models.load_policy(name, **options)
+            model = _body_of(policy)
+        else:
+            options = {"dtype": dtype or torch.float32, "use_safetensors": True, **hub.SAFE}
+            model = AutoModel.from_pretrained(folder, config=hub.read_config(folder), **options)
+            words = models.load_tokenizer(tokenizer or folder)
     model = model.get_encoder() if model.config.is_encoder_decoder else model
     if keep_layers is not None:
-        del models.decoder_layers(model)[keep_layers:]
-        model.config.num_hidden_layers = keep_layers
+        _keep_lowest(model, keep_layers)
     model = model if eight_bit else model.to(runtime.get_device())
-    return model.eval(), tokenizer
+    origin = {"name": models.own_name(name), "revision": revision, "tokenizer": tokenizer}
+    origin |= {"keep_layers": keep_layers, "eight_bit": eight_bit or None}
+    models.remember_origin(model, **origin, dtype=str(model.dtype).removeprefix("torch."))
+    return model.eval(), words
+
+
+def _body_of(policy: PreTrainedModel) -> PreTrainedModel:
+    """A policy without its output layer, and its adapters, where it has any, in the weights."""
+    body = policy.base_model
+    if not models.is_eight_bit(policy):
+        adapters.merge(policy)
+        return body
+    for name in ("is_loaded_in_8bit", "is_quantized", "quantization_method", "hf_quantizer"):
+        setattr(body, name, getattr(policy, name, None))  # peft asks the model it is given
+    return body
+
+
+def _keep_lowest(model: PreTrainedModel, layers: int) -> None:
+    """Drop all but the lowest layers, in place, and from what the configuration says of each."""
+    stack = models.decoder_layers(model)
+    for name in ("layer_types", "attention_layers"):
+        kinds = getattr(model.config, name, None)
+        if isinstance(kinds, list) and len(kinds) == len(stack):
+            setattr(model.config, name, kinds[:layers])
+    del stack[layers:]
+    model.config.num_hidden_layers = layers
 
 
 class RewardModel(torch.nn.Module):
@@ -96,11 +140,10 @@ class RewardModel(torch.nn.Module):
             raise ValueError(f"pooling is {pooling!r}; allowed: {', '.join(POOLINGS)}.")
         self.backbone, self.tokenizer, self.pooling = backbone, tokenizer, pooling
         self.padding_side, self.truncated = padding_side, {"prompts": 0, "responses": 0}
-        self.config, width = backbone.config, backbone.config.hidden_size
-        limit = getattr(self.config, "max_position_embeddings", None) or max_length
+        self.config, width = backbone.config, models.state_width(backbone)
         kind = self.config.model_type  # these count positions themselves, from 2
         roberta = "roberta" in kind or kind == "longformer"
-        self.max_length = min(max_length, limit - 2 * roberta)
+        self.max_length = min(max_length, models.longest_text(self.config, max_length))
         accepted = inspect.signature(backbone.forward).parameters
         self._positions = "position_ids" in accepted and not roberta
         self._global = "global_attention_mask" in accepted  # Longformer: some token must see all
@@ -122,28 +165,43 @@ class RewardModel(torch.nn.Module):
 
         Encoders: [CLS] prompt [SEP] | response [SEP].  Decoders: prompt | response and end token.
         """
-        tokenizer, known = self.tokenizer, {}
         check_texts(prompts), check_texts(responses)
-        pair = self._pair
-        start = [tokenizer.cls_token_id if pair else tokenizer.bos_token_id]
-        start, end = [t for t in start if t is not None], tokenizer.eos_token_id
-        middle, end = ([tokenizer.sep_token_id],) * 2 if pair else ([], [end])
-
-        def ids(text: str) -> list[int]:
-            if text not in known:
-                known[text] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-            return known[text]
-
+        tokenizer = self.tokenizer
+        start, middle, ends = self._special_ids()
+        room = self.max_length - len(start) - len(middle) - bool(ends)
+        known: dict[str, list[int]] = {}  # a prompt stands in many rows
         rows = []
-        for prompt, response in zip(prompts, responses, strict=True):
-            before, after = ids(prompt), ids(response)
-            room = self.max_length - len(start) - len(middle) - len(end)
+        for number, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+            if prompt not in known:
+                known[prompt] = self._prompt_ids(prompt, start)
+            before = known[prompt]
+            after = encoding.bare_ids(tokenizer, response)
             self.truncated["responses"] += len(after) > room
             after = after[:room]
             self.truncated["prompts"] += len(before) + len(after) > room
             before = before[max(0, len(before) + len(after) - room) :]
-            rows.append((start + before + middle, after + end))
+            after = encoding.with_end(after, ends)
+            if not after:
+                raise ValueError(
+                    f"response {number} is empty and {type(tokenizer).__name__} has no end token, so there "
+                    "is nothing to read. Set tokenizer.eos_token, or leave empty responses out."
+                )
+            rows.append((start + before + middle, after))
         return rows
+
+    def _special_ids(self) -> tuple[list[int], list[int], list[int]]:
+        """Tokens before a prompt, between prompt and response, and those of which one ends a response."""
+        tokenizer = self.tokenizer
+        if self._pair:
+            return [tokenizer.cls_token_id], [tokenizer.sep_token_id], [tokenizer.sep_token_id]
+        return encoding.start_ids(tokenizer), [], encoding.end_tokens(tokenizer)
+
+    def _prompt_ids(self, prompt: str, start: list[int]) -> list[int]:
+        """A prompt's tokens after `start`, which stands before every row, cut or not."""
+        if self._pair:
+            return encoding.bare_ids(self.tokenizer, prompt)
+        ids = encoding.encode(self.tokenizer, prompt).prompt
+        return ids[len(start) :] if ids[: len(start)] == start else ids
 
     def forward(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor,
@@ -175,15 +233,20 @@ class RewardModel(torch.nn.Module):
         return self.head((features.float() - self.centre) / self.scale)
 
     def fit_scale(self, features: torch.Tensor) -> None:
-        """Centre and scale of the features, from training rows."""
+        """Centre and scale of the features, from training rows; 1 where a feature does not vary."""
         self.centre.copy_(features.mean(0))
-        self.scale.copy_(features.std(0).clamp(min=1e-6))
+        if len(features) < 2:
+            self.scale.fill_(1.0)
+            return
+        std = features.std(0)
+        varies = std > losses.rounding(features, dim=0)
+        self.scale.copy_(torch.where(varies, std, 1.0))
 
     def batch(self, rows: Sequence[tuple[list, list]]) -> dict[str, torch.Tensor]:
         """Encoded rows as input_ids, attention_mask and response_mask, each (rows, time)."""
-        pad, side = self.tokenizer.pad_token_id, self.padding_side
-        ids, mask = generation.pad_rows([a + b for a, b in rows], pad, side)
-        inside, _ = generation.pad_rows([[0] * len(a) + [1] * len(b) for a, b in rows], 0, side)
+        pad, side = encoding.pad_id(self.tokenizer), self.padding_side
+        ids, mask = encoding.pad_rows([a + b for a, b in rows], pad, side)
+        inside, _ = encoding.pad_rows([[0] * len(a) + [1] * len(b) for a, b in rows], 0, side)
         found = {"input_ids": ids, "attention_mask": mask, "response_mask": inside}
         return {name: x.to(self.head.weight.device) for name, x in found.items()}
 
@@ -197,40 +260,29 @@ class RewardModel(torch.nn.Module):
         if cut := {k: v - before[k] for k, v in self.truncated.items() if v > before[k]}:
             told = ", ".join(f"{count} {name}" for name, count in cut.items())
             warnings.warn(f"cut to {self.max_length} tokens: {told} of {len(rows)}.", stacklevel=2)
-        found = torch.empty(len(rows), self.centre.shape[0])
-        shared = self._causal and all(a for a, _ in rows) and not runtime.plain_mode()
+        pooled = torch.empty(len(rows), self.centre.shape[0])
         bar = runtime.progress(total=len(rows), label="reward features", unit="text")
-        pooled = self._after_prefix if shared else self._pooled
         with models.fast_float32(self):
-            for places in _batches(rows, tokens_per_batch, shared):
-                found[places] = pooled([rows[i] for i in places]).float().cpu()
+            for places, features in self._pooled_batches(rows, tokens_per_batch):
+                pooled[places] = features.float().cpu()
                 bar.update(len(places))
         bar.close()
-        return found
+        return pooled
 
-    def _pooled(self, rows) -> torch.Tensor:
-        batch = self.batch(rows)
-        masks = batch["attention_mask"], batch["response_mask"]
-        return pool(self.hidden(**batch), *masks, self.pooling)
-
-    def _after_prefix(self, rows) -> torch.Tensor:
-        """`_pooled` for a decoder: each prompt goes through it once, however many responses it has."""
-        pad, device = self.tokenizer.pad_token_id, self.head.weight.device
-        number = {context: i for i, context in enumerate(dict.fromkeys(tuple(a) for a, _ in rows))}
-        ids, seen = (x.to(device) for x in generation.pad_rows([*map(list, number)], pad, "left"))
-        positions = (seen.cumsum(-1) - 1).clamp(min=0)
-        prefix = {"input_ids": ids, "attention_mask": seen, "position_ids": positions}
-        cache = self.backbone(**prefix, use_cache=True).past_key_values
-        places = torch.tensor([number[tuple(a)] for a, _ in rows], device=device)
-        cache.batch_select_indices(places)
-        ids, inside = (
-            x.to(device) for x in generation.pad_rows([b for _, b in rows], pad, "right")
-        )
-        seen = torch.cat([seen[places], inside], 1)
-        rest = {"attention_mask": seen, "past_key_values": cache, "use_cache": True}
-        positions = (seen.cumsum(-1) - 1)[:, -ids.shape[1] :]
-        out = self.backbone(input_ids=ids, position_ids=positions, **rest)
-        return pool(out.last_hidden_state, inside, inside, self.pooling)
+    def _pooled_batches(self, rows, budget: int) -> Iterator[tuple[list[int], torch.Tensor]]:
+        """Row numbers and pooled features; a decoder reads each prompt once for all of its responses."""
+        if self._causal:
+            contexts, responses = zip(*rows, strict=True) if rows else ((), ())
+            batches = logprobs.response_states(self.backbone, contexts, responses, budget)
+            for places, states in batches:
+                mean = self.pooling == "mean"
+                yield places, torch.stack([x.float().mean(0) if mean else x[-1] for x in states])
+            return
+        lengths = [len(before) + len(after) for before, after in rows]
+        for places in encoding.token_batches(lengths, budget):
+            batch = self.batch([rows[i] for i in places])
+            masks = batch["attention_mask"], batch["response_mask"]
+            yield places, pool(self.hidden(**batch), *masks, self.pooling)
 
     @torch.inference_mode()
     def score(self, prompts: Sequence[str], responses: Sequence[str]) -> np.ndarray:
@@ -259,19 +311,26 @@ class RewardModel(torch.nn.Module):
         how = {"pooling": self.pooling, "outputs": self.head.out_features}
         return how | {"max_length": self.max_length, "padding_side": self.padding_side}
 
-    def save(self, folder: Path | str, name: str, **card) -> Path:
-        """Head, scale and every trained weight as safetensors, with a card that says how to build the rest.
+    def save(self, folder: Path | str, name: str | None = None, **settings) -> Path:
+        """Keep the model in `folder` by `models.save`; `name` of the backbone and settings go on its card."""
+        card = {"settings": {"backbone": name, **settings}}
+        return models.save(self, self.tokenizer, folder, card=card)
 
-        `name` and `card`: the arguments of `load_backbone` and of `models.set_trainable`.
+    def write(self, folder: Path, place: Path) -> dict:
+        """Write what `models.save` keeps: head and scale, and of the backbone what was trained.
+
+        A backbone as it was loaded is named only, one with adapters has them written, another is written
+        whole, each as plain transformers and peft read it.
         """
-        from safetensors.torch import save
-
-        kept = self.trained_state()
-        runtime.write_atomic(
-            Path(folder) / WEIGHTS, save({n: x.contiguous() for n, x in kept.items()})
-        )
-        card = {"backbone": name, "model": self.settings(), "build": card}
-        return runtime.write_atomic(Path(folder) / CARD, runtime.to_json(card)).parent
+        state = {n: x.contiguous() for n, x in self.state_dict().items() if "backbone." not in n}
+        save_file(state, folder / WEIGHTS)
+        origin = models.origin_of(self.backbone)
+        facts = {"class": type(self).__name__, "module": type(self).__module__}
+        facts |= {"model": self.settings(), "base": origin, "training": "head"}
+        named = bool(origin.get("name")) and models.is_unchanged(self.backbone)
+        if adapters.adapted_layers(self.backbone) or not named:
+            facts |= models.write_policy(self.backbone, folder, place)
+        return facts | {"kind": KIND}
 
 
 class FeatureStore:
@@ -290,43 +349,76 @@ class FeatureStore:
         return self.rows[[self.known[key] for key in wanted]]
 
 
-def load(folder: Path | str, kind: type[RewardModel] = RewardModel) -> RewardModel:
-    """What `save` of a model of this `kind` wrote.
+def load(
+    name: Path | str,
+    kind: type[RewardModel] | None = None,
+    *,
+    label: str | None = None,
+    tokenizer: str | None = None,
+    template: Callable[[str, str], str] | None = None,
+) -> RewardModel | classifiers.ClassifierReward:
+    """A reward model that was kept, or another's: a sequence classifier from a folder or the Hub.
 
-    Raises ValueError where weights and card do not belong together.
+    What has `.score(prompts, responses) -> (rows,)`.  A kept one comes as the `kind` it was saved as.  Of a
+    classifier with several labels `label` says which one pays (also in the name: `name@revision#label`);
+    `tokenizer` and `template` are for classifiers, see `classifiers`.  Raises ValueError for what is no
+    reward model and where files do not belong together, AssetError where the model cannot be had.
     """
-    from safetensors.torch import load_file
+    wanted = hub.parse_name(name)
+    folder = hub.resolve_model(name)
+    card = cards.read(folder)
+    if card.get("kind") == KIND:
+        return _load_kept(folder, card, kind or RewardModel)
+    if (folder / adapters.CONFIG).exists() or (folder / OLD_CARD).exists():
+        raise ValueError(
+            f"{folder} holds no reward model with a card. Save it again by models.save."
+        )
+    model, words = classifiers.load_classifier(name, tokenizer=tokenizer)
+    return classifiers.ClassifierReward(
+        model, words, label=label or wanted.label, template=template
+    )
 
-    card = json.loads((Path(folder) / CARD).read_text(encoding="utf-8"))
-    build = card["build"]
-    loading = {name: build.pop(name) for name in ("keep_layers", "eight_bit") if name in build}
-    backbone, tokenizer = load_backbone(card["backbone"], **loading)
-    if build:
-        models.set_trainable(backbone, **build)
-    model = kind(backbone, tokenizer, **card["model"])
-    state = load_file(Path(folder) / WEIGHTS)
-    unknown = model.load_state_dict(state, strict=False).unexpected_keys
-    if unknown:
-        raise ValueError(f"{folder}: weights that the card does not explain, first {unknown[0]!r}.")
+
+def _load_kept(folder: Path, card: dict, kind: type[RewardModel]) -> RewardModel:
+    if card["class"] != kind.__name__:
+        raise ValueError(
+            f"{folder} holds a {card['class']}, not a {kind.__name__}. Load it by {card['module']}.load."
+        )
+    backbone = _load_kept_backbone(folder, card)
+    if card["training"] == "lora":
+        adapters.attach(backbone, folder)
+    model = kind(backbone, models.load_tokenizer(folder), **card["model"])
+    state = load_file(folder / WEIGHTS)
+    expected = {name for name in model.state_dict() if "backbone." not in name}
+    if set(state) != expected:
+        differing = sorted(set(state) ^ expected)[0]
+        raise ValueError(f"{folder}: weights that the card does not explain, first {differing!r}.")
+    model.load_state_dict(state, strict=False)
     return model.eval()
 
 
-def _batches(rows, budget: int, shared: bool) -> Iterator[list[int]]:
-    """Row numbers in batches of like length; with shared=True rows of one prompt stand together first."""
-    lengths = [len(a) + len(b) for a, b in rows]
-    if not shared:
-        yield from generation.token_batches(lengths, budget)
-        return
-    batch, width = [], 0
-    order = [(len(a), a, len(b), i) for i, (a, b) in enumerate(rows)]
-    for *_, i in sorted(order):
-        width = max(width, lengths[i])
-        if batch and width * (len(batch) + 1) > budget:
-            yield batch
-            batch, width = [], lengths[i]
-        batch.append(i)
-    if batch:
-        yield batch
+def _load_kept_backbone(folder: Path, card: dict) -> PreTrainedModel:
+    """The backbone of a kept reward model, without adapters."""
+    if card["training"] == "weights":
+        return _read_backbone(folder)
+    if (folder / models.BASE).is_dir():
+        return _read_backbone(folder / models.BASE)
+    origin = dict(card["base"])
+    name, revision = origin.pop("name"), origin.pop("revision", None)
+    dtype = getattr(torch, origin.pop("dtype"))
+    return load_backbone(f"{name}@{revision}" if revision else name, dtype=dtype, **origin)[0]
+
+
+def _read_backbone(folder: Path) -> PreTrainedModel:
+    """A backbone that was written whole; of an encoder-decoder its encoder alone, which has its own class."""
+    config = hub.read_config(folder)
+    with torch.device("meta"):
+        skeleton = AutoModel.from_config(config, **hub.SAFE)
+    family = type(skeleton)
+    if family.__name__ not in config.architectures:
+        family = type(skeleton.get_encoder())
+    model = family.from_pretrained(folder, use_safetensors=True, dtype="auto", **hub.SAFE)
+    return model.to(runtime.get_device()).eval()
 
 
 def pool(
@@ -334,9 +426,7 @@ def pool(
 ) -> torch.Tensor:
     """Hidden states (rows, time, width) -> (rows, width): mean over response tokens, or the last token's."""
     if how == "last":
-        places = torch.arange(mask.shape[1], device=mask.device)
-        last = (mask * places).argmax(-1)
-        return hidden[torch.arange(len(hidden), device=hidden.device), last]
+        return classifiers.last_real(hidden, mask)
     if response_mask is None:
         raise ValueError("pooling 'mean' needs the response's mask. Try pooling='last'.")
     weight = response_mask[..., None].to(hidden.dtype)
@@ -512,7 +602,7 @@ def train_with_trl(
         raise ValueError("RewardTrainer needs pooling='last' and rankings. Use train() otherwise.")
     encoded = [a + b for a, b in model.encode(feedback.prompts, feedback.responses)]
     rows = [{"chosen_ids": encoded[a], "rejected_ids": encoded[b]} for a, b in feedback.pairs]
-    folder = runtime.claim_folder(folder, "trl.RewardTrainer", rows, arguments)
+    folder = training.claim_folder(folder, "trl.RewardTrainer", rows, arguments)
     runtime.quiet_libraries()
     fixed = {**sft.PLAIN, "max_length": None, "save_strategy": "epoch", "bf16": False}
     fixed["use_cpu"] = model.head.weight.device.type == "cpu"

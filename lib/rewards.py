@@ -2,46 +2,110 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import pandas as pd
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from lib import generation, segments
+from lib import generation, segments, stats
 from lib.text import is_empty, repetition_share, script_share
 
-RewardFunction = Callable[[generation.Samples], object]  # returns what `place_rewards` takes
+Judge = Callable[[Sequence[str], Sequence[str]], Sequence[float]]  # prompts, responses -> scores
+RewardFunction = Callable[[generation.Samples], object]  # returns what `as_components` takes
+
+
+def from_judge(judge: Judge, name: str = "reward") -> RewardFunction:
+    """A reward function that pays a judge's score of each prompt and response."""
+    return lambda samples: {name: judge(samples.prompts, samples.texts)}
+
+
+def as_components(returned: object, samples: generation.Samples) -> dict[str, list[np.ndarray]]:
+    """What a reward function returned, as named components: a row for each sample, float64.
+
+    `returned` is a number for each response, or for each response an array with a number for each of its
+    tokens, or a dict (or table) of named components, each one of these; whatever holds them: lists, arrays,
+    tensors, Series.  A matrix (rows, longest response) is cut to each response's length.  A row's shape is
+    () or (response tokens,).  Raises ValueError that says which component and sample do not fit, and how.
+    """
+    named = isinstance(returned, (Mapping, pd.DataFrame))
+    parts = dict(returned.items()) if named else {"reward": returned}
+    if not parts:
+        raise ValueError("the reward function returned no component; name at least one.")
+    return {str(name): _rows(str(name), rows, samples) for name, rows in parts.items()}
+
+
+def _rows(name: str, rows: object, samples: generation.Samples) -> list[np.ndarray]:
+    """One component's rows."""
+    rows = _as_array(rows)
+    counted = hasattr(rows, "__len__") and not isinstance(rows, (str, bytes))
+    if not counted or getattr(rows, "shape", None) == ():
+        raise ValueError(
+            f"reward {name!r} is {rows!r}; a reward function returns one number for each of its "
+            f"{len(samples)} samples, one array of numbers for each, or a dict of such components. Does it "
+            "end with `return`?"
+        )
+    lengths = [len(ids) for ids in samples.response_ids]
+    if len(rows) != len(lengths):
+        raise ValueError(f"reward {name!r} has {len(rows)} rows for {len(lengths)} samples.")
+    if isinstance(rows, np.ndarray) and rows.shape[1:] == (max(lengths, default=0),):
+        rows = [row[:length] for row, length in zip(rows, lengths, strict=True)]  # padding cut off
+    return [
+        _row(name, i, row, length)
+        for i, (row, length) in enumerate(zip(rows, lengths, strict=True))
+    ]
+
+
+def _row(name: str, i: int, row: object, length: int) -> np.ndarray:
+    try:
+        numbers = np.asarray(_as_array(row), dtype=np.float64)
+    except (TypeError, ValueError):
+        numbers = None
+    if numbers is None or numbers.shape not in ((), (length,)) or not np.isfinite(numbers).all():
+        raise ValueError(
+            f"reward {name!r} of sample {i} is {row}; give one finite number, or one for each "
+            f"of its {length} response tokens."
+        )
+    return numbers
+
+
+def _as_array(values: object) -> object:
+    """Tensors (of any device and type) and pandas' columns as numpy arrays, iterators as lists."""
+    if isinstance(values, torch.Tensor):
+        return values.detach().cpu().double().numpy()
+    if isinstance(values, (pd.Series, pd.Index)):
+        return values.to_numpy()
+    return list(values) if isinstance(values, Iterator) else values
 
 
 def place_rewards(
-    given: object, samples: generation.Samples
+    returned: object, samples: generation.Samples
 ) -> tuple[torch.Tensor, dict[str, np.ndarray]]:
     """What a reward function returned, as per-token rewards (batch, time) and each component's row sums.
 
-    Given: one number a row (paid at its last real token), one array a row (a number for each response
-    token), or a dict of named components, each one of these; everything is added up.  Raises
-    ValueError for missing rows, arrays of another length than the response, and non-finite rewards.
+    A number for a response is paid at its last real token; components are added up.  A response without a
+    token has no place for a reward: nothing is paid, and its sums are 0.  Takes and raises what
+    `as_components` does.
     """
-    parts = given if isinstance(given, dict) else {"reward": given}
+    components = as_components(returned, samples)
     lengths = [len(ids) for ids in samples.response_ids]
-    total, sums = torch.zeros(len(lengths), max(lengths)), {}
-    for name, rows in parts.items():
-        if len(rows) != len(lengths):
-            raise ValueError(f"reward {name!r} has {len(rows)} rows for {len(lengths)} samples.")
-        sums[name] = np.zeros(len(lengths))
+    total = torch.zeros(len(lengths), max(lengths, default=0))
+    sums = {name: np.zeros(len(lengths)) for name in components}
+    for name, rows in components.items():
         for i, (row, length) in enumerate(zip(rows, lengths, strict=True)):
-            row = np.asarray(row, dtype=np.float64)
-            if row.shape not in ((), (length,)) or not np.isfinite(row).all():
-                raise ValueError(
-                    f"reward {name!r} of sample {i} is {row}; give one finite number, or one for each "
-                    f"of its {length} response tokens."
-                )
-            where = slice(length - 1, length) if row.shape == () else slice(0, length)
-            total[i, where] += torch.from_numpy(np.atleast_1d(row)).float()
+            if not length:
+                continue
+            places = slice(length - 1, length) if row.ndim == 0 else slice(0, length)
+            total[i, places] += torch.from_numpy(np.atleast_1d(row)).float()
             sums[name][i] = row.sum()
     return total, sums
+
+
+def totals(returned: object, samples: generation.Samples) -> np.ndarray:
+    """What each response is paid in all, (rows,)."""
+    return sum(place_rewards(returned, samples)[1].values())
 
 
 def segment_rewards(ends: Sequence[int], values: Sequence[float], length: int) -> np.ndarray:
@@ -91,7 +155,8 @@ class SegmentReward:
         Where all scores are alike the deviation counts as 1, and such scores pay nothing.
         """
         found = np.concatenate(self.score(prompts, responses))
-        return replace(self, mean=float(found.mean()), std=float(found.std()) or 1.0)
+        std = stats.spread(found, precision=np.float32) or 1.0
+        return replace(self, mean=float(found.mean()), std=std)
 
 
 def compose(parts: Sequence[SegmentReward], tokenizer: PreTrainedTokenizerBase) -> RewardFunction:

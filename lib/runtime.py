@@ -6,18 +6,22 @@ Simplified: equal digits are promised only for the same machine, versions and th
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
+import glob
 import hashlib
+import importlib
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,6 +29,9 @@ from tqdm import tqdm
 
 if TYPE_CHECKING:  # torch is loaded by what computes with it: tables and files do without
     import torch
+
+DTYPES = ("float32", "bfloat16", "float16")
+BFLOAT16_FLAGS = {"amx_bf16", "avx512_bf16", "bf16"}  # the last one is ARM's
 
 # --- folders and settings ------------------------------------------------------------------------
 
@@ -60,6 +67,15 @@ def secret(name: str, why: str) -> str:
     return value
 
 
+def use_hub_token() -> None:
+    """Hand the Hugging Face token of `.env` to the Hub's libraries, where none is set already."""
+    from dotenv import dotenv_values
+
+    token = dotenv_values(project_root() / ".env").get("HF_TOKEN")
+    if token:
+        os.environ.setdefault("HF_TOKEN", token)
+
+
 def headless() -> bool:
     """True where nobody watches a bar move: under the runner, in CI, or without a terminal or kernel."""
     if os.environ.get("FEEDBACK_HEADLESS") or os.environ.get("CI"):
@@ -70,6 +86,38 @@ def headless() -> bool:
 def plain_mode() -> bool:
     """True when `LIB_PLAIN=1`: every optimisation off, for tests that compare fast with plain paths."""
     return os.environ.get("LIB_PLAIN", "") not in ("", "0")
+
+
+def fast_module() -> ModuleType | None:
+    """`lib.fast`; None with LIB_PLAIN=1 and where the file is not there."""
+    return None if plain_mode() else _import_fast()
+
+
+@lru_cache(maxsize=1)
+def _import_fast() -> ModuleType | None:
+    try:
+        return importlib.import_module("lib.fast")
+    except ModuleNotFoundError as error:
+        if error.name != "lib.fast":
+            raise
+        return None
+
+
+def accelerated(plain: Callable) -> Callable:
+    """Decorator: `lib.fast` holds a faster function of this name, which gives the same numbers.
+
+    It is called with the plain function first, which it may fall back on.  With LIB_PLAIN=1, and without
+    the file lib/fast.py, the plain function runs.
+    """
+
+    @functools.wraps(plain)
+    def chosen(*args, **kwargs):
+        fast = fast_module()
+        if fast is None:
+            return plain(*args, **kwargs)
+        return getattr(fast, plain.__name__)(plain, *args, **kwargs)
+
+    return chosen
 
 
 def set_seed(seed: int) -> torch.Generator:
@@ -105,91 +153,93 @@ def describe_device(device: torch.device | None = None) -> str:
     return f"{device.type.upper()}, {platform.machine()}, {torch.get_num_threads()} threads"
 
 
-@lru_cache(maxsize=8)
 def inference_dtype(device: torch.device | None = None) -> torch.dtype:
-    """bfloat16 where a matrix product measured here is at least 1.3x faster in it, else float32.
+    """Number type in which sampling is fastest here, by what the machine is; no time is taken.
 
-    CUDA with bf16 support is not measured: it is faster there.  `LIB_PLAIN=1` gives float32.
+    CUDA: bfloat16 where the card computes in it itself, else float16 (a T4 only emulates bfloat16).  CPU:
+    bfloat16 where it has instructions for it (AMX, AVX512_BF16, the bf16 of ARM), else float32.  Elsewhere
+    float32.  `LIB_DTYPE` (float32, bfloat16 or float16) decides instead where it is set, `LIB_PLAIN=1` gives
+    float32.  Raises ValueError for another LIB_DTYPE.
     """
     import torch
 
+    chosen = os.environ.get("LIB_DTYPE")
+    if chosen:
+        if chosen not in DTYPES:
+            raise ValueError(f"LIB_DTYPE is {chosen!r}; allowed: {', '.join(DTYPES)}. Or unset it.")
+        return getattr(torch, chosen)
     device = device or get_device()
     if plain_mode():
         return torch.float32
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    if device.type != "cpu":
-        return torch.float32
-    seconds = {d: _matmul_seconds(d) for d in (torch.float32, torch.bfloat16)}
-    return (
-        torch.bfloat16 if seconds[torch.float32] > 1.3 * seconds[torch.bfloat16] else torch.float32
-    )
+        return torch.bfloat16 if cuda_has_bfloat16() else torch.float16
+    computes = device.type == "cpu" and cpu_has_bfloat16()
+    return torch.bfloat16 if computes else torch.float32
 
 
-@contextlib.contextmanager
-def medium_precision() -> Iterator[None]:
-    """Within: torch's float32 precision "medium", process-wide."""
+def cuda_has_bfloat16() -> bool:
+    """Whether the GPU here computes in bfloat16 itself; emulation does not count."""
     import torch
 
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 @lru_cache(maxsize=1)
-def medium_is_exact() -> bool:
-    """Whether float32 products at "medium" precision are as exact on this CPU, and at least 1.2x as fast.
-
-    There torch asks oneDNN in the place of MKL, which is slow on processors that Intel did not make
-    (measured on an AMD EPYC: 2.2x).  Where oneDNN has bfloat16 units to use (AMX), it rounds: not exact.
-    """
+def cpu_has_bfloat16() -> bool:
+    """Whether this CPU has instructions for products in bfloat16, and torch a library that uses them."""
     import torch
 
-    errors, seconds = [], []
+    known = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return bool(known) and bool(cpu_flags() & BFLOAT16_FLAGS)
+
+
+@lru_cache(maxsize=1)
+def cpu_info() -> str:
+    """What Linux says about the processors here; empty on other systems."""
     try:
-        torch.get_float32_matmul_precision()
-    except RuntimeError:  # set backend by backend, by its owner: left as it is
-        return False
-    with torch.random.fork_rng(devices=[]):
-        left, right = torch.randn(512, 512), torch.randn(512, 512)
-        exact = left.double() @ right.double()
-        for precision in (contextlib.nullcontext, medium_precision):
-            with precision():
-                errors.append((left @ right - exact).abs().mean().item())
-                seconds.append(_matmul_seconds(torch.float32))
-    return errors[1] < 2 * errors[0] and seconds[0] > 1.2 * seconds[1]
+        return Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
 
 
-def _matmul_seconds(dtype: torch.dtype, size: int = 512, repeats: int = 5) -> float:
-    import torch
-
-    left, right = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
-    left @ right  # warm-up
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        left @ right
-        times.append(time.perf_counter() - start)
-    return min(times)
+def cpu_flags() -> set[str]:
+    """What the CPU says it can do, as Linux names it (empty on other systems)."""
+    lines = cpu_info().splitlines()
+    named = [line for line in lines if line.startswith(("flags", "Features"))]
+    return set(named[0].partition(":")[2].split()) if named else set()
 
 
 def free_memory(*objects: object) -> None:
     """Collect garbage and empty the accelerator's cache; delete your own names first.
 
-    Models given as arguments are moved to the meta device, which releases their weights even
-    while a notebook variable still points at them.
+    Models given as arguments lose their weights, also those in 8 bits, even while a notebook variable
+    still points at them.
     """
     import torch
 
     for thing in objects:
         if isinstance(thing, torch.nn.Module):
-            thing.to("meta")
+            _drop_weights(thing)
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def _drop_weights(model: torch.nn.Module) -> None:
+    """Put weights without memory (on the meta device) in the place of a model's."""
+    import torch
+
+    vars(model).pop("value_function", None)  # PPO's, which belongs to the policy
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                empty = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+                module._parameters[name] = torch.nn.Parameter(empty, requires_grad=False)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.to("meta")
+        if hasattr(module, "state") and hasattr(module.state, "CB"):  # bitsandbytes: 8 bits
+            module.state.CB = module.state.SCB = None
 
 
 # --- progress and files --------------------------------------------------------------------------
@@ -199,10 +249,19 @@ def progress(
     items: Iterable | None = None, *, total: int | None = None, label: str = "", unit="it"
 ):
     """A text progress bar; silent when headless (widgets would end up in the committed notebook)."""
+    # JupyterLab paints whatever comes on stderr red, like an error
+    stream = sys.stdout if "ipykernel" in sys.modules else sys.stderr
     return tqdm(
-        items, total=total, desc=label, unit=unit, disable=headless(), leave=False,
-        file=sys.stderr, dynamic_ncols=True, mininterval=0.3,
-    )  # fmt: skip
+        items,
+        total=total,
+        desc=label,
+        unit=unit,
+        disable=headless(),
+        leave=False,
+        file=stream,
+        dynamic_ncols=True,
+        mininterval=0.3,
+    )
 
 
 def quiet_libraries() -> None:
@@ -231,6 +290,32 @@ def write_atomic(path: Path | str, content: str | bytes) -> Path:
     return path
 
 
+@contextlib.contextmanager
+def atomic_folder(path: Path | str) -> Iterator[Path]:
+    """Within: an empty hidden folder beside `path` to write into, which becomes `path` at the end.
+
+    Killed before, there is at `path` what was there.  A folder that is there already is replaced, and put
+    back where the replacing fails.  What a killed writer left is removed by the next one.
+    """
+    path = Path(path).absolute()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    prefix = f".{path.name}~"
+    for leftover in path.parent.glob(f"{glob.escape(prefix)}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    staging = Path(tempfile.mkdtemp(prefix=prefix, dir=path.parent))
+    content, before = staging / "new", staging / "before"
+    try:
+        content.mkdir()
+        yield content
+        if path.exists():
+            os.replace(path, before)
+        os.replace(content, path)
+    finally:
+        if before.exists() and not path.exists():
+            os.replace(before, path)
+        shutil.rmtree(staging, ignore_errors=True)
+
+
 def to_json(value: object) -> str:
     """JSON with plain numbers: numpy scalars and arrays unpacked, NaN and infinities as null."""
     torch = sys.modules.get("torch")  # whoever has a tensor has loaded it
@@ -254,20 +339,6 @@ def content_hash(*parts: object) -> str:
     """SHA-256 of the parts' JSON; equal content gives equal keys on every machine."""
     text = json.dumps(parts, sort_keys=True, ensure_ascii=False, default=str)
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
-
-
-def claim_folder(folder: Path | str, what: str, *key: object) -> Path:
-    """Make a folder for the checkpoints of one run, marked with the hash of what the run depends on.
-
-    Raises ValueError where it holds another run: resuming would mix two of them.
-    """
-    marker, found = Path(folder) / "made_for.txt", f"{what} {content_hash(*key)}\n"
-    if marker.exists() and marker.read_text(encoding="utf-8") != found:
-        raise ValueError(
-            f"{folder} holds a run with other settings or data ({what}). Give another folder, or delete it."
-        )
-    write_atomic(marker, found)
-    return Path(folder)
 
 
 def git_commit() -> str:

@@ -9,14 +9,12 @@ Simplified against RewardLM (notes, section 5): an unscored text is NaN, never -
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,21 +22,15 @@ import pandas as pd
 import requests
 import tenacity
 import torch
-import transformers
 from scipy.special import expit
-from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, AttentionMaskInterface
 
-from lib import generation, models, runtime
+from lib import classifiers, encoding, hub, models, runtime
 from lib.course import assets
 from lib.replies import LONGEST_WAIT, ReplyStore, retry_after
 from lib.text import check_texts, is_empty, words
 
 CHUNK = 2048  # texts in work at a time: peak memory does not depend on their number
 LOGIT_CLIP = 6.0  # log-odds beyond +-6 (p < 0.0025 or > 0.9975) are held there
-# encoders whose classification head reads their first token (tested for each)
-FIRST_TOKEN = ("bert", "roberta", "xlm-roberta", "camembert", "electra")
-EXP_RANGE = (1e-15, 1e30)  # sums of exp() between these lose nothing that a softmax would keep
 DEFAULT_CLASSIFIER = "facebook/roberta-hate-speech-dynabench-r4-target"
 TOXIC_LABELS = ("toxic", "toxicity", "hate", "hateful", "hate_speech", "offensive", "abusive")
 
@@ -133,17 +125,17 @@ def check_roles(reward: Scorer, judge: Scorer, allow_same: bool = False) -> None
 def load_scorer(name: str, role: str | None = None, **options) -> Scorer:
     """A scorer by name: an offline one, "perspective", or any Hub id or folder of a classifier.
 
-    `options` go to the scorer (on_missing, label, revision, ...).  Raises ValueError for other names.
+    A classifier's name may hold its revision and the label to report: `name@revision#label`.  `options` go
+    to the scorer (on_missing, label, revision, tokenizer, ...).  Raises ValueError for other names.
     """
     if name in SCORERS:
         return SCORERS[name](role=role, **options)
-    if "/" not in name and not Path(name).is_dir():
+    if "/" not in name and not Path(hub.parse_name(name).name).is_dir():
         known = ", ".join(SCORERS)
         raise ValueError(
             f"unknown scorer {name!r}; allowed: {known}, a folder, or a Hub id: {DEFAULT_CLASSIFIER}."
         )
-    folder = assets.resolve_model(name, revision=options.pop("revision", None))
-    return ClassifierScorer.from_folder(folder, name=name, role=role, **options)
+    return ClassifierScorer.load(name, role=role, **options)
 
 
 def _today() -> str:
@@ -237,33 +229,38 @@ class ClassifierScorer(Scorer):
 
     # a CPU works fastest on what its cache holds (measured: 2048 is 1.6 times as fast as 8192)
     TOKENS_PER_BATCH = {"cpu": 2048}
-    EAGER_TOKENS = 128  # of classifiers other than FIRST_TOKEN
 
     def __init__(
         self, model, tokenizer, *, label: str | None = None, max_tokens: int = 512, **options
     ):
-        labels = [model.config.id2label[i] for i in range(model.config.num_labels)]
+        labels = classifiers.label_names(model)
         self.column = toxic_label(labels, label)
         super().__init__(
             **{"version": "local", "detects": f"{labels[self.column]!r} of {labels}"} | options
         )
         self.model, self.tokenizer = model.eval(), tokenizer
-        longest = getattr(model.config, "max_position_embeddings", None) or max_tokens
-        if "roberta" in model.config.model_type:  # its positions start after the padding id
-            longest -= model.config.pad_token_id + 1
+        longest = models.longest_text(model.config, max_tokens)
         self.max_tokens = min(max_tokens, longest, tokenizer.model_max_length)
 
     @classmethod
-    def from_folder(cls, folder: Path, *, device: torch.device | None = None, **options):
-        """Load a classifier's safetensors; never remote code or pickled weights."""
-        device = device or runtime.get_device()
-        model = transformers.AutoModelForSequenceClassification.from_pretrained(
-            folder, dtype=runtime.inference_dtype(device), use_safetensors=True
-        )
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-        if folder.parent.name == "snapshots":  # a Hub folder is named after its commit
-            options = {"version": folder.name[:12]} | options
-        return cls(model.to(device), tokenizer, **options)
+    def load(
+        cls,
+        name: str,
+        *,
+        revision: str | None = None,
+        label: str | None = None,
+        tokenizer: str | None = None,
+        device: torch.device | None = None,
+        **options,
+    ):
+        """A classifier by folder or Hub id (see `classifiers.load_classifier`)."""
+        place = {"revision": revision, "tokenizer": tokenizer, "device": device}
+        model, words = classifiers.load_classifier(name, **place)
+        commit = hub.commit_of(hub.resolve_model(name, revision))
+        if commit is not None:
+            options = {"version": commit[:12]} | options
+        wanted = hub.parse_name(name, revision)
+        return cls(model, words, name=wanted.name, label=label or wanted.label, **options)
 
     @torch.inference_mode()
     def _score(self, texts: list[str]) -> np.ndarray:
@@ -271,28 +268,14 @@ class ClassifierScorer(Scorer):
         self.truncated += sum(bool(e.overflowing) for e in encoded.encodings or [])
         ids, scores, device = encoded["input_ids"], np.empty(len(texts)), self.model.device
         budget = self.TOKENS_PER_BATCH.get(device.type, 8192)
-        batches = [*generation.token_batches([len(row) for row in ids], budget)]
-        few = len(batches) < 3  # packing takes longer than it saves
-        with (
-            contextlib.nullcontext() if few else models.packed(self.model),
-            first_token(self.model),
-        ):
+        batches = [*encoding.token_batches([len(row) for row in ids], budget)]
+        pad = encoding.pad_id(self.tokenizer)
+        with models.for_scoring(self.model, len(batches)):
             for batch in batches:
-                pad = self.tokenizer.pad_token_id or 0
-                rows, mask = generation.pad_rows([ids[i] for i in batch], pad, "right")
-                logits = self._logits(rows.to(device), mask.to(device))
+                rows, mask = encoding.pad_rows([ids[i] for i in batch], pad, "right")
+                logits = classifiers.classify(self.model, rows.to(device), mask.to(device))
                 scores[batch] = self._probability(logits.double()).cpu().numpy()
         return scores
-
-    def _logits(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """(texts, labels).  On a CPU in bfloat16 fused attention takes twice as long as ours."""
-        config, how = self.model.config, None
-        slow = ids.device.type == "cpu" and self.model.dtype == torch.bfloat16
-        if slow and config._attn_implementation == "sdpa" and not runtime.plain_mode():
-            eager = "eager" if ids.shape[1] <= self.EAGER_TOKENS else None
-            how = "normalised_last" if reads_first_token(self.model) else eager
-        with models.attending([config] if how else [], how):
-            return self.model(input_ids=ids, attention_mask=mask).logits
 
     def _probability(self, logits: torch.Tensor) -> torch.Tensor:
         several = self.model.config.problem_type == "multi_label_classification"
@@ -300,71 +283,10 @@ class ClassifierScorer(Scorer):
         return (logits.sigmoid() if one_by_one else logits.softmax(-1))[:, self.column]
 
 
-def reads_first_token(model) -> bool:
-    """Whether this classifier is a bidirectional encoder whose head reads the first token only."""
-    decodes = getattr(model.config, "is_decoder", False)
-    return model.config.model_type in FIRST_TOKEN and not decodes
-
-
-@contextlib.contextmanager
-def first_token(model) -> Iterator[None]:
-    """Within: the last layer of a classifier that `reads_first_token` computes that token alone.
-
-    Same numbers; of six layers' products a seventh is not made.  LIB_PLAIN=1: no change.
-    """
-    known = reads_first_token(model) and model.config._attn_implementation in ("sdpa", "eager")
-    layer = model.base_model.encoder.layer[-1] if known and not runtime.plain_mode() else None
-    if layer is not None:
-        layer.forward = partial(_first_position, layer)
-    try:
-        yield
-    finally:
-        if layer is not None:
-            del layer.forward
-
-
-def _first_position(layer, hidden, mask=None, *_, **__) -> torch.Tensor:
-    """A layer's output at the first position, (texts, 1, width), from all of its input."""
-    own, first = layer.attention.self, hidden[:, :1]
-    seen = ((own.query, first), (own.key, hidden), (own.value, hidden))
-    heads = (f(x).unflatten(-1, (-1, own.attention_head_size)).transpose(1, 2) for f, x in seen)
-    if mask is not None:
-        mask = mask[:, None, None].bool() if mask.dim() == 2 else mask[:, :, :1]
-    found = scaled_dot_product_attention(*heads, attn_mask=mask, scale=own.scaling)
-    return layer.feed_forward_chunk(layer.attention.output(found.transpose(1, 2).flatten(2), first))
-
-
-def _normalised_last(module, query, key, value, attention_mask, scaling, **_):
-    """softmax(s q k^T) v as exp(s q k^T) [v, 1], divided by its last column at the end.
-
-    Bidirectional; attention_mask (texts, keys), 1 = real.  torch's softmax is slow over rows whose length
-    is no multiple of its vectors (measured, bfloat16, 59 keys: attention in a third of the time).  Where
-    exp leaves its range, the softmax is taken after all.
-    """
-    seen = attention_mask[:, None, :, None].to(value.dtype)
-    query, key = (query * scaling).contiguous(), key.contiguous()
-    weighed = torch.cat([value * seen, seen.expand(-1, value.shape[1], -1, -1)], -1)
-    summed = (query @ key.mT).exp_() @ weighed
-    out, total = summed[..., :-1], summed[..., -1:]
-    low, high = total.aminmax()
-    if low > EXP_RANGE[0] and high < EXP_RANGE[1]:
-        out = out / total
-    else:
-        scores = (query @ key.mT).masked_fill(seen.mT == 0, float("-inf"))
-        out = scores.softmax(-1) @ value
-    return out.transpose(1, 2).contiguous(), None
-
-
-AttentionInterface.register("normalised_last", _normalised_last)
-
-
-AttentionMaskInterface.register("normalised_last", lambda attention_mask, **_: attention_mask)
-
-
 def toxic_label(labels: Sequence[str], label: str | None = None) -> int:
     """Index of the label asked for, else of the one whose name says it; ValueError where undecided."""
-    if label in labels:
-        return list(labels).index(label)
+    if label in labels or (label is None and len(labels) == 1):
+        return 0 if label is None else list(labels).index(label)
     names = [re.sub("[- ]", "_", str(name).strip().lower()) for name in labels]
     exact = [names.index(known) for known in TOXIC_LABELS if known in names]
     says_so = re.compile("(?!no|un).*(toxic|hate|offens|abus)")

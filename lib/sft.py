@@ -9,6 +9,7 @@ Encoder-decoder models, which SFTTrainer does not take, go through its parent, `
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 import tempfile
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ import transformers
 from accelerate.state import AcceleratorState
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lib import models, runtime
+from lib import adapters, data, encoding, models, runtime, training
 
 NO_LOSS = -100  # label of a token without loss
 PLAIN = {"logging_steps": 1, "report_to": "none", "disable_tqdm": True}
@@ -32,49 +33,71 @@ COLUMNS = ["step", "epoch", "loss", "learning_rate", "grad_norm", "held_out_loss
 
 
 def encode_completions(
-    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], completions: Sequence[str]
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    completions: Sequence[str],
+    *,
+    model: PreTrainedModel | None = None,
 ) -> list[dict]:
-    """Rows of input_ids and labels: the prompt without loss, the completion and one end token with."""
+    """Rows of input_ids and labels: the prompt without loss, the completion and one end token with.
+
+    A completion that ends with an end token gets no other; give the `model` where it has several.  Raises
+    ValueError for a tokenizer and model without any.
+    """
+    ends = _ends(tokenizer, model)
     rows = []
     for prompt, completion in zip(prompts, completions, strict=True):
-        before = tokenizer(prompt)["input_ids"]
-        after = tokenizer(completion, add_special_tokens=False)["input_ids"]
-        if after[-1:] != [tokenizer.eos_token_id]:
-            after = [*after, tokenizer.eos_token_id]
+        before, after = encoding.encode(tokenizer, prompt, completion)
+        after = encoding.with_end(after, ends)
         rows.append({"input_ids": before + after, "labels": [NO_LOSS] * len(before) + after})
     return rows
 
 
 def encode_conversations(
-    tokenizer: PreTrainedTokenizerBase, conversations: Sequence[list[dict]]
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: Sequence[list[dict]],
+    *,
+    model: PreTrainedModel | None = None,
 ) -> list[dict]:
     """Rows of input_ids and labels: loss on what the assistant says and on the end of its turns.
 
-    A conversation is a list of {"role", "content"}.  Raises ValueError where the turns cannot be told
-    apart, because it starts with the assistant or the chat template does not write turn by turn.
+    A conversation is a list of {"role", "content"}, written as `data.apply_template` asks: in the chat
+    template, or "tagged" where the tokenizer has none.  `model`: as in `encode_completions`.  Raises
+    ValueError where the turns cannot be told apart, because it starts with the assistant or the chat
+    template does not write turn by turn.
     """
-    end, rows = tokenizer.eos_token_id, []
+    ends, rows = _ends(tokenizer, model), []
+    first = encoding.start_ids(tokenizer) if encoding.writes_start(tokenizer) else []
     for number, messages in enumerate(conversations):
         text, spans = _assistant_spans(tokenizer, messages, number)
         encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         ids = encoded["input_ids"]
         spoken = [any(a <= start < b for a, b in spans) for start, _ in encoded["offset_mapping"]]
         labels = [token if said else NO_LOSS for token, said in zip(ids, spoken, strict=True)]
-        ended = [token for token in labels if token != NO_LOSS][-1:] == [end]
-        if messages[-1]["role"] == "assistant" and not ended:
-            ids, labels = [*ids, end], [*labels, end]
+        said = [token for token in labels if token != NO_LOSS]
+        if messages[-1]["role"] == "assistant" and not encoding.is_finished(said, ends):
+            ids, labels = [*ids, ends[0]], [*labels, ends[0]]
+        if ids[: len(first)] != first:  # this chat template leaves it to the tokenizer
+            ids, labels = first + ids, [NO_LOSS] * len(first) + labels
         rows.append({"input_ids": ids, "labels": labels})
     return rows
 
 
-def _assistant_spans(tokenizer, messages, number) -> tuple[str, list[tuple[int, int]]]:
-    def render(turns, **options):
-        return tokenizer.apply_chat_template(turns, tokenize=False, **options)
+def _ends(tokenizer, model) -> list[int]:
+    ends = encoding.end_tokens(tokenizer, model)
+    if not ends:
+        raise ValueError(
+            f"{type(tokenizer).__name__} has no end token, so nothing would teach the model to stop. Set "
+            "tokenizer.eos_token, or give a model whose generation_config has eos_token_id."
+        )
+    return ends
 
-    text, spans = render(messages), []
+
+def _assistant_spans(tokenizer, messages, number) -> tuple[str, list[tuple[int, int]]]:
+    text, spans = data.write_turns(messages, tokenizer), []
     for turn in [i for i, message in enumerate(messages) if message["role"] == "assistant"]:
-        before = render(messages[:turn], add_generation_prompt=True) if turn else None
-        upto = render(messages[: turn + 1])
+        before = data.write_turns(messages[:turn], tokenizer, answer_next=True) if turn else None
+        upto = data.write_turns(messages[: turn + 1], tokenizer)
         if before is None or not (upto.startswith(before) and text.startswith(upto)):
             raise ValueError(
                 f"conversation {number}: the assistant's turn {turn} cannot be located. Start with "
@@ -100,23 +123,21 @@ def train_sft(
     max_length: int = 512,
     **arguments,
 ) -> pd.DataFrame:
-    """Train `model` in place (float32; bfloat16 autocast on CUDA) and return its history (`COLUMNS`).
+    """Train `model` in place (float32; autocast to 16 bits on CUDA) and return its history (`COLUMNS`).
 
     `rows` come from `encode_completions` or `encode_conversations`; `arguments` are those of
     `transformers.TrainingArguments`, such as learning_rate or num_train_epochs.  Checkpoints go to
     `folder`, from which a killed run continues; ValueError where it belongs to another run.
-    A trunk that `models.set_trainable` froze keeps its dtype, and logits are computed where loss
-    falls (neither with LIB_PLAIN=1).
+    A trunk that `models.set_trainable` froze keeps its dtype.
     """
-    if runtime.plain_mode() or any(
-        p.requires_grad and p.dtype != torch.float32 for p in model.parameters()
-    ):
-        model.float()
+    models.check_policy(model.config)
+    if any(p.requires_grad and p.dtype != torch.float32 for p in model.parameters()):
+        models.to_dtype(model, torch.float32)
     train, truncated = _dataset(model, rows, max_length)
     test = _dataset(model, held_out, max_length)[0] if held_out else None
     with tempfile.TemporaryDirectory() as scratch:
         output = Path(folder or scratch)
-        runtime.claim_folder(output, "SFT", rows, held_out, max_length, arguments)
+        training.claim_folder(output, "SFT", rows, held_out, max_length, arguments)
         arguments = {"save_strategy": "steps" if folder else "no", "save_steps": 50, **arguments}
         whole = output.glob("checkpoint-*/trainer_state.json")  # the file that is written last
         steps = [int(path.parent.name.removeprefix("checkpoint-")) for path in whole]
@@ -124,16 +145,58 @@ def train_sft(
         with (
             _own_forward(model),
             own_precision(),
-            _logits_where_loss_falls(),
+            logits_where_loss_falls(),
             models.fast_float32(model),
         ):
             trainer = _trainer(model, tokenizer, train, test, output_dir=str(output), **arguments)
+            recorder = Recorder("SFT", folder, arguments, _log_row)
+            trainer.add_callback(recorder)
+            train_in_float32(model)
             trainer.train(resume_from_checkpoint=last)
     model.eval()
-    history = pd.DataFrame(trainer.state.log_history).groupby("step", as_index=False).first()
-    history = history.rename(columns={"eval_loss": "held_out_loss"}).reindex(columns=COLUMNS)
+    history = recorder.history.frame().reindex(columns=COLUMNS)
     history.attrs["truncated"] = truncated
     return history
+
+
+class Recorder(transformers.TrainerCallback):
+    """Hands what a transformers or TRL trainer logs to `training.History`, as it logs it.
+
+    `row_of(logged)` makes a row of the whole log so far, or None.
+    """
+
+    def __init__(self, what, folder, settings, row_of):
+        self.what = what
+        self.folder = folder
+        self.settings = settings
+        self.row_of = row_of
+        self.history = None
+
+    def on_train_begin(self, args, state, control, **_):
+        self.history = training.History(self.what, self.folder, self.settings)
+        for last in range(1, len(state.log_history) + 1):  # of the run that this one continues
+            self._add(state.log_history[:last])
+
+    def on_log(self, args, state, control, **_):
+        self._add(state.log_history)
+
+    def on_train_end(self, args, state, control, **_):
+        self.history.close()
+
+    def _add(self, logged: list[dict]) -> None:
+        row = self.row_of(logged)
+        if row is not None:
+            self.history.add(row)
+
+
+def _log_row(logged: list[dict]) -> dict | None:
+    """A row of `COLUMNS` from the newest entry of a trainer's log."""
+    entry = dict(logged[-1])
+    if "eval_loss" in entry:
+        entry["held_out_loss"] = entry.pop("eval_loss")
+    if not {"loss", "held_out_loss"} & set(entry):  # the summary at the end
+        return None
+    return {name: entry[name] for name in COLUMNS if name in entry}
 
 
 @contextlib.contextmanager
@@ -166,20 +229,11 @@ def own_precision():
             os.environ[name] = chosen
 
 
+@runtime.accelerated
 @contextlib.contextmanager
-def _logits_where_loss_falls():
-    """Without Triton, TRL also computes the logits of prompt tokens and then masks them: not here."""
-    import trl.trainer.utils as trl_utils
-
-    asked = getattr(trl_utils, "_use_triton", None)
-    if asked is None or runtime.plain_mode():  # another release of TRL: slower, the same
-        yield
-        return
-    trl_utils._use_triton = lambda device: True  # read there only to decide on the masking
-    try:
-        yield
-    finally:
-        trl_utils._use_triton = asked
+def logits_where_loss_falls():
+    """Within: TRL computes the logits that its loss needs, and here those of prompts too (`lib.fast`)."""
+    yield
 
 
 def _dataset(model, rows, max_length) -> tuple[datasets.Dataset, int]:
@@ -203,14 +257,46 @@ def _trainer(model, tokenizer, train, test, **arguments):
     runtime.quiet_libraries()
     device, evaluate = model.device.type, "epoch" if test else "no"
     fixed = {**PLAIN, "save_total_limit": 2, "eval_strategy": evaluate, "use_cpu": device == "cpu"}
-    fixed["bf16"] = device == "cuda" and torch.cuda.is_bf16_supported()
+    fixed["bf16"] = device == "cuda" and runtime.cuda_has_bfloat16()
+    fixed["fp16"] = device == "cuda" and not fixed["bf16"]
     data = dict(model=model, processing_class=tokenizer, train_dataset=train, eval_dataset=test)
     if model.config.is_encoder_decoder:
-        collator = transformers.DataCollatorForSeq2Seq(tokenizer, model)
+        padding = copy.copy(
+            tokenizer
+        )  # on the right: the decoder reads what it is shown from its start
+        padding.padding_side = "right"
+        padding.pad_token_id = encoding.pad_id(tokenizer)
+        collator = transformers.DataCollatorForSeq2Seq(padding, model)
         settings = transformers.TrainingArguments(**fixed, **arguments)
-        trainer = transformers.Trainer(args=settings, data_collator=collator, **data)
+        trainer = _with_adapters(transformers.Trainer)(
+            args=settings, data_collator=collator, **data
+        )
     else:
         settings = trl.SFTConfig(max_length=None, **fixed, **arguments)
-        trainer = trl.SFTTrainer(args=settings, **data)
+        trainer = _with_adapters(trl.SFTTrainer)(args=settings, **data)
     trainer.remove_callback(transformers.PrinterCallback)
     return trainer
+
+
+def _with_adapters(trainer: type) -> type:
+    """A trainer that also continues from a checkpoint of adapters that transformers put on the model.
+
+    Its own code writes such checkpoints and cannot read them (transformers 5.23).
+    """
+
+    class Trainer(trainer):
+        def _load_from_checkpoint(self, checkpoint: str, model=None) -> None:
+            if (Path(checkpoint) / adapters.WEIGHTS).exists():
+                adapters.load_state(model or self.model, checkpoint)
+            else:
+                super()._load_from_checkpoint(checkpoint, model)
+
+    return Trainer
+
+
+def train_in_float32(model: PreTrainedModel) -> None:
+    """What trains of `model` becomes float32: TRL makes bfloat16 of it over 8-bit weights, too coarse for
+    the small steps of fine-tuning."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()

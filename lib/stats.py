@@ -17,6 +17,7 @@ import pandas as pd
 from scipy import special, stats
 
 RESAMPLES = 2000
+ROUNDING = 16  # relative precisions: sums of many equal numbers are off by a few
 SEEDS_NEEDED = 3  # where a rule looks at each seed
 
 
@@ -134,6 +135,24 @@ def _log_choose(n, k) -> np.ndarray:
     return special.gammaln(n + 1) - special.gammaln(k + 1) - special.gammaln(n - k + 1)
 
 
+# --- spread --------------------------------------------------------------------------------------
+
+
+def spread(values: Sequence[float], *, ddof: int = 0, precision: type = np.float64) -> float:
+    """Standard deviation; exactly 0 where the values are equal up to the rounding of `precision`.
+
+    The deviation of 0.1 three times is computed as 1.4e-17: a test against 0 fails, and a division by it
+    makes noise.  `precision` is the one in which the values were computed: float32 for a model's scores.
+    Fewer values than ddof + 1 give NaN.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    if len(values) <= ddof:
+        return np.nan
+    std = float(values.std(ddof=ddof))
+    least = ROUNDING * np.finfo(precision).eps * np.abs(values).max()
+    return 0.0 if std <= least else std
+
+
 # --- intervals -----------------------------------------------------------------------------------
 
 
@@ -204,7 +223,8 @@ def paired_difference(
 ) -> PairedDifference:
     """b - a over pairs (same prompt), pairs with a missing side left out.
 
-    d divides by the pooled standard deviation of a and b; p is the sign-flip permutation test's.
+    d divides by the pooled standard deviation of a and b, and is NaN where neither varies; p is the
+    sign-flip permutation test's.
     """
     a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if a.shape != b.shape:
@@ -214,10 +234,11 @@ def paired_difference(
     interval = bootstrap(b - a, seed=seed, resamples=resamples)
     if interval.n < 2:
         return PairedDifference(*interval, d=np.nan, p=np.nan)
-    pooled = np.sqrt((a.var(ddof=1) + b.var(ddof=1)) / 2)
+    pooled = np.hypot(spread(a, ddof=1), spread(b, ddof=1)) / np.sqrt(2)
     rng = np.random.default_rng(seed)  # a row at a time: memory stays small for many pairs
     flip = np.array([rng.choice([-1.0, 1.0], len(a)) @ (b - a) for _ in range(resamples)])
-    p = (1 + (np.abs(flip) >= abs((b - a).sum()) - 1e-12).sum()) / (1 + resamples)
+    rounding = 1e-12 * np.abs(b - a).sum()  # the same sum in another order is the same
+    p = (1 + (np.abs(flip) >= abs((b - a).sum()) - rounding).sum()) / (1 + resamples)
     d = (b - a).mean() / pooled if pooled > 0 else np.nan
     return PairedDifference(*interval, d=float(d), p=float(p))
 
@@ -239,7 +260,7 @@ def paired_over_seeds(
 
 def correlation(a: np.ndarray, b: np.ndarray) -> float:
     """Pearson correlation; NaN where one side does not vary."""
-    if len(a) < 2 or np.ptp(a) == 0 or np.ptp(b) == 0:
+    if len(a) < 2 or spread(a) == 0 or spread(b) == 0:
         return np.nan
     return float(np.corrcoef(a, b)[0, 1])
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,9 +15,13 @@ os.environ.setdefault("FEEDBACK_HEADLESS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import hypothesis
+import numpy as np
 import pandas as pd
 import pytest
 import torch
+from tokenizers import Tokenizer, pre_tokenizers, processors
+from tokenizers.models import WordLevel
+from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
 from lib import models
 from lib.course import assets
@@ -74,6 +79,15 @@ def real_data():
     if not folder or not Path(folder).is_dir():
         pytest.skip("FEEDBACK_DATA names no folder with the papers' own files")
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def chromium_program():
+    """Path of the system's Chromium; the test is skipped where there is none."""
+    for name in ("chromium", "chromium-browser", "chrome"):
+        if shutil.which(name):
+            return shutil.which(name)
+    pytest.skip("chromium is not installed (apt install chromium)")
 
 
 class Server:
@@ -161,3 +175,37 @@ def scripted():
     for one in started:
         one.shutdown()
         one.server_close()
+
+
+CLASSIFIER_WORDS = [f"w{i}" for i in range(200)]
+
+
+def tiny_classifier(labels=("nothate", "hate"), **config):
+    """A random two-layer BERT over 200 words; no download."""
+    vocabulary = {
+        token: i for i, token in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *CLASSIFIER_WORDS])
+    }
+    core = Tokenizer(WordLevel(vocabulary, unk_token="[UNK]"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    core.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]",
+        sep_token="[SEP]", model_max_length=64,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = BertForSequenceClassification(
+            BertConfig(
+                vocab_size=len(vocabulary), hidden_size=32, num_hidden_layers=2,
+                num_attention_heads=2, intermediate_size=64, max_position_embeddings=64,
+                initializer_range=0.5, id2label=dict(enumerate(labels)),
+                label2id={label: i for i, label in enumerate(labels)}, **config,
+            )
+        )  # fmt: skip
+    return model.eval(), tokenizer
+
+
+def random_texts(n: int, longest: int, seed: int = 0) -> list[str]:
+    """n texts of up to `longest` of the classifier's words."""
+    rng = np.random.default_rng(seed)
+    return [" ".join(rng.choice(CLASSIFIER_WORDS, rng.integers(1, longest + 1))) for _ in range(n)]

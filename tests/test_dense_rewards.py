@@ -96,6 +96,35 @@ def test_an_empty_response_is_judged_as_a_sequence_of_the_task_and_has_no_clause
     assert [found[u][0].tolist() for u in QA_UNITS] == [[0], [0], [1]]
 
 
+@pytest.mark.parametrize("value, n", [(0.1, 3), (0.7, 6), (-1.3, 10)])
+def test_a_reward_model_that_says_the_same_of_everything_pays_nothing(value, n):
+    reward = rewards.SegmentReward(
+        "R", segments.Segmenter("sequence"), lambda p, r: [np.array([value]) for _ in r]
+    )
+    fitted = reward.fitted(["p"] * n, ["r"] * n)
+    assert fitted.std == 1.0
+    assert np.abs(np.concatenate(fitted(["p"] * n, ["r"] * n))).max() < 1e-12
+
+
+def test_a_response_without_a_token_is_paid_nothing_anywhere():
+    samples = samples_of([5, 6, END], [END])
+    samples.response_ids[1], samples.texts[1] = [], ""
+    dense = rewards.compose([part("R", segments.Segmenter("sentence"), [2.0])], TOKENIZER)
+
+    def numbers(s):
+        return {"whole": [1.0] * len(s), "tokens": [[0.5] * len(x) for x in s.response_ids]}
+
+    for reward in (dense, rewards.at_end(dense), numbers, lambda s: np.array([1.0, 10.0])):
+        for fn in (reward, rewards.shuffled(reward)):
+            paid, sums = rewards.place_rewards(fn(samples), samples)
+            assert paid[1].sum() == 0 and all(values[1] == 0 for values in sums.values())
+            np.testing.assert_allclose(paid.sum(1), sum(sums.values()))
+    none = samples_of([END], [END])
+    none.response_ids[:], none.texts[:] = [[], []], ["", ""]
+    paid, sums = rewards.place_rewards([1.0, 10.0], none)
+    assert paid.shape == (2, 0) and sums["reward"].tolist() == [0, 0]
+
+
 def test_mean_and_deviation_are_measured():
     reward = part("R", toy.Segmenter("clause"), [1.0, 3.0], weight=2.0)
     fitted = reward.fitted(["p"], ["age two, age two, age two, age two."])

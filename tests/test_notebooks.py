@@ -1,20 +1,28 @@
 """Every notebook: style (STYLE section 5.2) and a run at smoke scale through the real runner."""
 
+import ast
+import contextlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pandas as pd
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from lib import data, generation, models, reward_models
+from lib.course import record
+from lib.papers.fine_grained import models as fine_grained
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-REPOSITORY = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
 PRIVATE = re.compile(r"/(?:root|tmp|home|work)/[\w.]+|sk-[A-Za-z0-9]{16,}|hf_[A-Za-z0-9]{16,}")
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 
@@ -34,9 +42,6 @@ def test_there_are_notebooks():
 def test_opening(path):
     first, second = nbformat.read(path, as_version=4).cells[:2]
     assert first.source.startswith("# ") and "?" in first.source.splitlines()[0]
-    user, repository = REPOSITORY.split("/")[-2:]
-    badge = f"colab.research.google.com/github/{user}/{repository}/blob/main/notebooks/{path.name}"
-    assert badge in first.source
     assert all(scale in first.source for scale in ("`smoke`", "`demo`", "`full`"))
     assert second.source.startswith("## What you will see")
 
@@ -53,16 +58,11 @@ def test_headings(path):
 
 
 @each_notebook
-def test_first_code_cell_is_the_common_setup(path):
-    assert cells(path, "code")[0].source == cells(NOTEBOOKS[0], "code")[0].source
-
-
-@each_notebook
 def test_parameters(path):
     tagged = [c for c in cells(path, "code") if "parameters" in c.metadata.get("tags", [])]
     assert tagged == [cells(path, "code")[1]]
     lines = tagged[0].source.splitlines()
-    assert len(lines) <= 10
+    assert len(lines) <= 12
     for line in lines:
         assert re.match(r"[A-Z][A-Z_]*(: [\w\[\]| ]+)? = .+", line), line
     assert 'SCALE = "demo"' in tagged[0].source and "SEED = " in tagged[0].source
@@ -160,6 +160,73 @@ def rounds_to(shown, value):
     return any(abs(value * unit - float(shown)) < 0.5001 * 10**-digits for unit in (1, 100))
 
 
+# --- stored results ------------------------------------------------------------------------------
+
+WITH_STORED = [p for p in NOTEBOOKS if (ROOT / "data/results" / p.stem).is_dir()]
+
+
+def settle(path, tmp_path, monkeypatch) -> dict:
+    """Run a notebook's own code up to its settings at demo scale, and its calls of `run.stored`."""
+    monkeypatch.setenv("FEEDBACK_RUN_DIR", str(tmp_path))
+    scope = {"display": print}
+    code = [cell.source for cell in cells(path, "code")][1:]
+    settled = next(i for i, source in enumerate(code) if "describe_run(run" in source)
+    for source in code[: settled + 1]:
+        exec(source, scope)
+    for source in code[settled + 1 :]:
+        if "run.stored(" not in source:
+            continue
+        for node in ast.parse(source).body:
+            if isinstance(node, ast.Assign):
+                with contextlib.suppress(NameError):  # what is measured in between did not run
+                    exec(ast.unparse(node), scope)
+    return scope
+
+
+def with_parameter(path, name, value, copy):
+    """Write a copy of a notebook in which a parameter has another value."""
+    book = nbformat.read(path, as_version=4)
+    for cell in book.cells:
+        cell.source = re.sub(rf"(?m)^{name} = .*", f"{name} = {value!r}", cell.source)
+    nbformat.write(book, copy)
+
+
+@pytest.mark.parametrize("path", WITH_STORED, ids=lambda p: p.stem)
+def test_stored_runs_have_the_settings_of_the_demo(path, tmp_path, monkeypatch, capsys):
+    """All of them are used where nothing is changed, and the run's own settings are written down."""
+    read = []
+    real = record.Run.stored
+
+    def spy(run, name="", **rest):
+        tables = real(run, name, **rest)
+        read.append(f"demo-{name}" if name else "demo")
+        assert tables, f"nothing is stored in {read[-1]}"
+        return tables
+
+    monkeypatch.setattr(record.Run, "stored", spy)
+    settle(path, tmp_path, monkeypatch)
+    assert "not mixed" not in capsys.readouterr().out
+    folder = ROOT / "data/results" / path.stem
+    assert sorted(read) == sorted(p.name for p in folder.iterdir() if p.is_dir())
+    assert json.loads((tmp_path / "settings.json").read_text())
+    for place in read:  # no settings without a run
+        named = {p.stem.partition("-")[2] for p in (folder / place).glob("settings-*.json")}
+        assert named == {p.stem.partition("-")[2] for p in (folder / place).glob("*.csv")}
+
+
+@pytest.mark.parametrize("name", ["STEPS", "MODEL"])
+def test_stored_runs_of_other_settings_are_left_out(name, tmp_path, monkeypatch, capsys):
+    """One more step, another model: nothing stored is averaged in, and a line says why."""
+    number, value = {"STEPS": ("11", 40), "MODEL": ("30", "tiny")}[name]
+    path = next(p for p in WITH_STORED if p.stem.startswith(number))
+    with_parameter(path, name, value, tmp_path / path.name)
+    scope = settle(tmp_path / path.name, tmp_path, monkeypatch)
+    said = capsys.readouterr().out
+    assert scope["stored"] == {}
+    was, here = {"STEPS": ("steps=20", "steps=40"), "MODEL": ("model=policy", "model=tiny")}[name]
+    assert f"made with {was}, this run has {here}: not mixed" in said
+
+
 # --- running -------------------------------------------------------------------------------------
 
 
@@ -194,6 +261,104 @@ def test_smoke(path, tmp_path):
         assert figure["alt"] and figure["caption"]
 
 
+def test_what_11_trains_is_measured_by_10_and_trained_on(tmp_path):
+    """PPO's policy of 11 is kept; 10 loads it by its folder, and 11 goes on from it with own prompts."""
+    path = ROOT / "notebooks/11_fine_tune_and_rlaf.ipynb"
+    folder = run_notebook(path, tmp_path, "-p", "ARMS", '["PPO"]', "-p", "STEPS", "2")
+    kept = tmp_path / "kept"
+    shutil.copytree(folder / "models" / "PPO", kept)
+    card = json.loads((kept / "card.json").read_text())
+    assert card["settings"]["notebook"] == path.stem and card["settings"]["steps"] == 2
+    meter = ROOT / "notebooks/10_toxicity_meter.ipynb"
+    measured = run_notebook(meter, tmp_path, "-p", "MODELS", json.dumps([str(kept)]))
+    assert json.loads((measured / "results.json").read_text())["metrics"]
+    assert json.loads((measured / "run.json").read_text())["parameters"]["MODELS"] == [str(kept)]
+    prompts = tmp_path / "mine.txt"
+    prompts.write_text(
+        "".join(f"The {n} said that the\n" for n in ["cat", "dog", "man", "king", "girl", "boat"])
+    )
+    options = ["-p", "MODEL", str(kept), "-p", "PROMPTS", str(prompts), "-p", "ARMS", '["PPO"]']
+    again = run_notebook(path, tmp_path, *options, "-p", "STEPS", "1")
+    assert json.loads((again / "settings.json").read_text())["model"] == str(kept)
+
+
+def test_kept_reward_models_of_41_pay_in_44(tmp_path):
+    """R1 finds nothing right and R2 nothing wrong, once their heads say so: the notebook pays that."""
+    kept = run_notebook(ROOT / "notebooks/41_fine_grained_reward_models.ipynb", tmp_path) / "models"
+    assert sorted(p.name for p in kept.iterdir()) == ["R1", "R2", "R3", "preference"]
+    loaded = fine_grained.load_all(kept)
+    assert {name: model.segmenter.unit for name, model in loaded.items()} == {
+        "R1": "sub_sentence", "R2": "sentence", "R3": "sequence",
+    }  # fmt: skip
+    assert loaded["R3"].std > 0 and not loaded["R1"].context
+    for name, bias in {"R1": -5.0, "R2": 5.0}.items():
+        torch.nn.init.zeros_(loaded[name].head.weight)
+        torch.nn.init.constant_(loaded[name].head.bias, bias)
+        models.save(loaded[name], loaded[name].tokenizer, kept / name)
+    folder = run_notebook(
+        ROOT / "notebooks/44_learned_dense_rewards.ipynb",
+        tmp_path, "-p", "REWARD_MODELS", str(kept),
+    )  # fmt: skip
+    scores = pd.read_csv(folder / "scores.csv")
+    assert {"SFT", "dense"} == set(scores.arm)
+    assert (scores.R1 <= -0.3).all() and (scores.R2 >= 0.5).all()
+    metrics = json.loads((folder / "results.json").read_text())["metrics"]
+    assert "R1/learned/accuracy" in metrics and "R1/shuffled labels/accuracy" not in metrics
+    assert [p.name for p in (folder / "models").iterdir()] == ["dense"]
+    models.load_policy(str(folder / "models" / "dense"))
+
+
+def test_a_kept_policy_of_43_is_the_one_that_was_measured(tmp_path):
+    """Every part is another than the scale's; the kept policy gives the samples that were measured."""
+    for name, seed in {"base": 3, "start": 4}.items():
+        models.save(*models.build_tiny_model("tiny", seed=seed), tmp_path / name)
+    texts = [f"{a} {b} {c}" for a in ("you", "we", "they") for b in ("like", "see", "are")
+             for c in ("one", "two", "three", "four")]  # fmt: skip
+    (tmp_path / "prompts.txt").write_text("\n".join(texts))
+    swapped = {
+        "MODEL": tmp_path / "base", "START_FROM": tmp_path / "start", "PROMPTS": tmp_path / "prompts.txt",
+        "REWARD": "lexicon-threats", "JUDGE": "lexicon-insults", "ARMS": '["dense"]',
+    }  # fmt: skip
+    options = [part for name, value in swapped.items() for part in ("-p", name, str(value))]
+    folder = run_notebook(
+        ROOT / "notebooks/43_detoxify_with_dense_rewards.ipynb", tmp_path, *options
+    )
+    kept = folder / "models" / "dense"
+    policy, tokenizer = models.load_policy(str(kept), dtype=torch.float32)
+    ids = torch.tensor([[6, 7, 8, 9], [9, 8, 7, 6]]).to(policy.device)
+    plain = AutoModelForCausalLM.from_pretrained(kept).to(policy.device)
+    before = models.load_policy(str(tmp_path / "start"), dtype=torch.float32)[0]
+    with torch.no_grad():
+        logits, again, old = (model(ids).logits for model in (policy, plain, before))
+    torch.testing.assert_close(logits, again)
+    assert (logits - old).abs().max() > 1e-3
+
+    prompts = data.load_prompts(tmp_path / "prompts.txt", n=48, seed=0)
+    _, test = data.split_groups(prompts, n_test=16, seed=0)
+    drawn = generation.sample(policy, tokenizer, test["prompt"], n=4, seed=1, max_new_tokens=12)
+    sums = np.reshape([row.sum() for row in drawn.model_log_probs], (-1, 4)).sum(1)
+    measured = pd.read_csv(folder / "measured.csv")
+    np.testing.assert_allclose(measured[measured.arm == "dense"].log_prob, sums, rtol=1e-4)
+
+
+@pytest.mark.parametrize("number, name", [
+    ("40", "MODEL"), ("42", "START_FROM"), ("43", "MODEL"), ("43", "START_FROM"), ("44", "MODEL"),
+    ("44", "START_FROM"),
+])  # fmt: skip
+def test_a_model_that_is_none_is_refused_before_anything_runs(number, name, tmp_path, monkeypatch):
+    model, tokenizer = models.build_tiny_model("tiny")
+    reward = reward_models.RewardModel(model.base_model, tokenizer)
+    models.save(reward, tokenizer, tmp_path / "reward")
+    path = next(p for p in NOTEBOOKS if p.stem.startswith(number))
+    for value, why in {
+        "nowhere": "unknown model",
+        str(tmp_path / "reward"): "reward model",
+    }.items():
+        with_parameter(path, name, value, tmp_path / path.name)
+        with pytest.raises(ValueError, match=why):
+            settle(tmp_path / path.name, tmp_path, monkeypatch)
+
+
 def test_toxicity_meter_reads_rewardlm_tables(tmp_path):
     """Condition tables in the reference's CSV format give the documented metric names and counts."""
     tables = {
@@ -224,6 +389,24 @@ def test_toxicity_meter_reads_rewardlm_tables(tmp_path):
     assert found["measured_tox_RL_m/perspective_gt_0.5_toxic_prompts/count"]["value"] == 1
 
 
+def test_collecting_reads_the_export_of_the_comparison_page_alone(tmp_path):
+    """Without marked spans the sections on spans show our sample, and say so; nothing has to be chained."""
+    items = json.loads((ROOT / "data/samples/qa_feedback.json").read_text(encoding="utf-8"))
+    note = {"annotator": "Ann", "seconds": 3, "finished": True, "marks": {}}
+    for item in items:
+        del item["feedback"]
+        item |= {"preference": [2] * 6, "annotation": {"preference": note}}
+    export = tmp_path / "compare.json"
+    export.write_text(json.dumps(items), encoding="utf-8")
+    path = ROOT / "notebooks/40_collect_fine_grained_feedback.ipynb"
+    parameters = ("-p", "FEEDBACK_JSON", str(export), "-p", "SECOND_JSON", str(export))
+    results = json.loads((run_notebook(path, tmp_path, *parameters) / "results.json").read_text())
+    assert results["metrics"]["first_wins"]["value"] == 0
+    claims = {claim["claim"]: claim for claim in results["claims"]}
+    assert claims["People prefer the answer shown first"]["verdict"] == "opposite"
+    assert claims["One score would hide several different errors"]["here"].startswith("our sample")
+
+
 def test_a_judge_without_a_price_is_not_asked(monkeypatch, tmp_path):
     """MAX_COST is a cap or an error: the section that judges released outputs never buys without one."""
     from lib import chat
@@ -244,54 +427,3 @@ def test_a_judge_without_a_price_is_not_asked(monkeypatch, tmp_path):
     priced = scope | {"PRICE": [1.0, 2.0], "MAX_COST": 5.0}
     exec(source, priced)
     assert priced["client"].max_cost == 5.0
-
-
-# --- the set-up cell -----------------------------------------------------------------------------
-
-
-def test_setup_cell_in_colab(tmp_path):
-    """In Colab it clones, installs with Colab's own torch, numpy and pandas pinned, and imports lib."""
-    source = cells(NOTEBOOKS[0], "code")[0].source
-    source = source.replace("/content/learning-from-feedback", str(tmp_path / "course"))
-    log = tmp_path / "calls.jsonl"
-    driver = f"""
-import importlib.util, json, subprocess, sys, types
-sys.modules["google.colab"] = types.ModuleType("google.colab")
-sys.path[:] = [p for p in sys.path if p not in ("", {str(ROOT)!r})]
-sys.meta_path[:] = [f for f in sys.meta_path if "editable" not in repr(f).lower()]
-assert importlib.util.find_spec("lib") is None
-real = subprocess.run
-def run(command, **options):
-    open({str(log)!r}, "a").write(json.dumps(command) + "\\n")
-    checked = ["--dry-run", "--no-deps", "--no-build-isolation"] if command[0] != "git" else []
-    return real(command + checked, **options)
-subprocess.run = run
-exec({source!r})
-import lib.runtime
-assert lib.runtime.__file__.startswith({str(tmp_path)!r})
-"""
-    environment = os.environ | {"FEEDBACK_REPO": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-c", driver],
-        env=environment,
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    clone, install = [json.loads(line) for line in log.read_text().splitlines()]
-    assert clone[:2] == ["git", "clone"]
-    import torch
-
-    assert f"torch=={torch.__version__}" in install
-    assert "-U" not in install and "--upgrade" not in install
-
-
-def test_setup_cell_elsewhere_does_nothing_or_says_what_to_do(tmp_path):
-    source = cells(NOTEBOOKS[0], "code")[0].source
-    here = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, cwd=ROOT)
-    assert here.returncode == 0 and here.stdout + here.stderr == ""
-    bare = subprocess.run(
-        [sys.executable, "-S", "-c", source], capture_output=True, text=True, cwd=tmp_path
-    )
-    assert "make setup" in bare.stderr

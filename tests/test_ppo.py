@@ -14,8 +14,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import transformers
 
-from lib import generation, losses, models, policy, ppo, rewards, rloo
+from lib import generation, losses, models, policy, ppo, rewards, rloo, training
 
 ROOT = Path(__file__).parents[1]
 WORDS = ["a", "b", "c", "d", "e", "yes", "no", "."]
@@ -45,13 +46,23 @@ def train(config=TOY, reward_fn=share_of_yes, **options):
     return ppo.train_ppo(model, tokenizer, PROMPTS, reward_fn, config, **options)
 
 
-def started(config=SHORT, name="tiny", reward_fn=share_of_yes, **options):
-    """A run and its first rollout, with advantages."""
-    run = ppo.PPO(*toy(name), PROMPTS, reward_fn, config, **options)
-    samples = run.sample(0)
-    rollout = run.roll_out(samples, run.score(samples)[0])
-    run.add_advantages(rollout)
-    return run, samples, rollout
+def started(config=SHORT, name="tiny", **options):
+    """A learner, its first samples and their rollout."""
+    learner = ppo.make_learner(*toy(name), config, **options)
+    samples = ppo.sample(learner, PROMPTS, 0)
+    return learner, samples, ppo.roll_out(learner, samples)
+
+
+def advantages_of(learner, samples, rollout, reward_fn=share_of_yes):
+    """Advantages and returns, as in `train_ppo`."""
+    scores, _ = rewards.place_rewards(reward_fn(samples), samples)
+    pair = (rollout.log_probs, rollout.ref_log_probs)
+    paid = ppo.penalise(scores, *pair, learner.config.kl_coef)
+    return ppo.estimate_advantages(learner, paid, rollout.values, rollout.mask)
+
+
+def policy_gradient(learner):
+    return torch.cat([p.grad.flatten() for p in learner.shared.parameter_groups()[0]])
 
 
 def without_times(history):
@@ -103,6 +114,60 @@ def test_a_separate_value_model_learns_what_the_prompt_tells():
     )
     history = train(config, paid_for_the_prompt, value_model=value_model)
     assert history["explained_variance"].tail(5).mean() > 0.5
+
+
+def other_value_model(kind):
+    """A value model of another width or class than the policy, over the same tokens."""
+    if kind == "T5 base":  # fine-grained RLHF: T5-base beside T5-large
+        return models.build_tiny_model("tiny-encoder-decoder", words=WORDS, seed=3, d_model=32)[0]
+    if kind == "small Llama":
+        return models.build_tiny_model("tiny", words=WORDS, seed=3, hidden_size=32)[0]
+    sizes = {"vocab_size": 14, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 1}
+    if kind == "GPT-2":
+        config = transformers.GPT2Config(n_embd=48, n_layer=2, n_head=4, **sizes)
+        return transformers.GPT2LMHeadModel(config)
+    config = transformers.OPTConfig(  # what its output layer reads is narrower than its layers
+        hidden_size=32, word_embed_proj_dim=16, ffn_dim=32, num_hidden_layers=1, num_attention_heads=2,
+        do_layer_norm_before=False, **sizes,
+    )  # fmt: skip
+    return transformers.OPTForCausalLM(config)
+
+
+@pytest.mark.parametrize("kind", ["T5 base", "small Llama", "GPT-2", "OPT"])
+@pytest.mark.parametrize("name", ["tiny", "tiny-encoder-decoder"])
+def test_a_value_model_may_have_another_size_and_class(name, kind):
+    value_model = other_value_model(kind)
+    learner, _, _ = started(SHORT, name, value_model=value_model)
+    torch.nn.init.normal_(learner.shared.value_head[-1].weight)
+    prompts = ["a", "a b c d e", "yes", "no yes a", "a b", "b", "c", "a b c"]
+    samples = generation.sample(
+        learner.policy, learner.tokenizer, prompts, seed=0, max_new_tokens=8
+    )
+    together = ppo.roll_out(learner, samples)
+    alone = [ppo.evaluate(learner, together.tokens.rows(torch.tensor([i])))[1] for i in range(8)]
+    mask = together.mask
+    torch.testing.assert_close(torch.cat(alone) * mask, together.values * mask, atol=1e-5, rtol=0)
+    assert (together.values * mask).std() > 0.1
+
+    before = {n: p.detach().clone() for n, p in value_model.named_parameters()}
+    history = ppo.train_ppo(
+        *toy(name),
+        PROMPTS,
+        share_of_yes,
+        dataclasses.replace(SHORT, steps=2),
+        value_model=value_model,
+    )
+    assert np.isfinite(history["value_loss"]).all()
+    learned = {n for n, p in value_model.named_parameters() if not torch.equal(p, before[n])}
+    assert len(learned) > len(before) / 2 and "lm_head.weight" not in learned
+
+
+def test_a_value_model_of_other_tokens_is_refused():
+    small = models.build_tiny_model("tiny", words=WORDS[:3])[0]
+    with pytest.raises(ValueError, match="value_model knows 9 tokens, the policy's tokenizer 14"):
+        train(SHORT, value_model=small)
+    with pytest.raises(ValueError, match="LlamaModel, which has no output layer"):
+        train(SHORT, value_model=toy()[0].model)
 
 
 # --- rewards -------------------------------------------------------------------------------------
@@ -165,13 +230,28 @@ def test_dense_and_final_reward_of_the_same_total():
     config = dataclasses.replace(SHORT, gamma=1.0, lam=1.0, whiten_advantages=False)
     gradients, returns = [], []
     for reward_fn in (dense, final):
-        run, _, rollout = started(config, reward_fn=reward_fn)
-        returns.append(rollout.returns)
-        run._accumulate(rollout, learns=1.0)
-        gradients.append(torch.cat([p.grad.flatten() for p in run.shared.parameter_groups()[0]]))
+        learner, samples, rollout = started(config)
+        targets = advantages_of(learner, samples, rollout, reward_fn)
+        returns.append(targets[1])
+        ppo.backward(learner, rollout, *targets)
+        gradients.append(policy_gradient(learner))
     torch.testing.assert_close(returns[0][:, 0], returns[1][:, 0])
     assert returns[0].sum() > 0 and not torch.allclose(returns[0], returns[1])
     assert (gradients[0] - gradients[1]).norm() > 0.1 * gradients[1].norm()
+
+
+def test_ppo_learns_nothing_from_equal_rewards():
+    """Neither from equal numbers nor from the rounding of their mean: the policy stands still."""
+    model, tokenizer = toy()
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    config = dataclasses.replace(
+        SHORT, steps=1, prompts_per_step=6, minibatch_size=3, max_new_tokens=1, lam=1.0, kl_coef=0.0,
+        epochs=1,
+    )  # fmt: skip
+    prompts = ["yes no"] * 6  # a value head that starts at 0 expects the same of each
+    ppo.train_ppo(model, tokenizer, prompts, lambda s: [77.7] * len(s), config)
+    moved = max((p - before[n]).abs().max().item() for n, p in model.named_parameters())
+    assert moved < 1e-5
 
 
 # --- the shared trunk ----------------------------------------------------------------------------
@@ -212,12 +292,12 @@ def test_adapters_of_the_check_are_those_that_train():
 
 
 def test_the_check_sees_a_changed_policy():
-    run, _, rollout = started()
+    learner, samples, rollout = started()
     with torch.no_grad():
-        run.shared.parameter_groups()[0][0].add_(0.1)
-    stats = run._accumulate(rollout, learns=1.0)
-    assert stats["ratio_error"] > 1e-3
-    again = run.roll_out(run.sample(0), rollout.rewards)
+        learner.shared.parameter_groups()[0][0].add_(0.1)
+    means = ppo.backward(learner, rollout, *advantages_of(learner, samples, rollout))
+    assert means["ratio_error"] > 1e-3
+    again = ppo.roll_out(learner, ppo.sample(learner, PROMPTS, 0))
     assert (again.log_probs - again.ref_log_probs).abs().max() > 1e-3
 
 
@@ -225,7 +305,7 @@ def test_the_check_sees_a_changed_policy():
 def test_log_probs_are_those_of_the_model_and_of_the_sampler(name, kind, layers):
     """Trunk, padding and chunks change nothing: each row equals a plain forward pass of its own."""
     config = dataclasses.replace(SHORT, train=kind, layers=layers, forward_rows=3)
-    run, samples, rollout = started(config, name)
+    _, samples, rollout = started(config, name)
     plain = toy(name)[0]
     for i, (prompt, response) in enumerate(
         zip(samples.prompt_ids, samples.response_ids, strict=True)
@@ -247,21 +327,20 @@ def test_log_probs_are_those_of_the_model_and_of_the_sampler(name, kind, layers)
 
 
 def test_log_probs_follow_the_temperature():
-    run, samples, rollout = started(dataclasses.replace(SHORT, temperature=0.5))
+    _, samples, rollout = started(dataclasses.replace(SHORT, temperature=0.5))
     sampled, mask = samples.padded("log_probs")
     torch.testing.assert_close(rollout.log_probs * mask, sampled, atol=1e-5, rtol=1e-5)
 
 
 def test_the_trunk_is_computed_once_and_never_trained(monkeypatch):
-    run, samples, _ = started(dataclasses.replace(SHORT, train="top", layers=1))
-    before, computed = {n: p.clone() for n, p in run.policy.named_parameters()}, []
-    lower = models.decoder_layers(run.policy)[0]
+    learner, samples, _ = started(dataclasses.replace(SHORT, train="top", layers=1))
+    before, computed = {n: p.clone() for n, p in learner.policy.named_parameters()}, []
+    lower = models.decoder_layers(learner.policy)[0]
     monkeypatch.setattr(lower.mlp, "forward", counted(lower.mlp.forward, computed))
-    rollout = run.roll_out(samples, torch.rand(8, 8))
-    run.add_advantages(rollout)
-    run.update(rollout, 0)
+    rollout = ppo.roll_out(learner, samples)
+    ppo.update(learner, rollout, *advantages_of(learner, samples, rollout), 0)
     assert len(computed) == 1  # one chunk: once for policy, reference, value and both epochs
-    changed = {n for n, p in run.policy.named_parameters() if not torch.equal(p, before[n])}
+    changed = {n for n, p in learner.policy.named_parameters() if not torch.equal(p, before[n])}
     assert changed and all(n.startswith(("model.layers.1.", "model.norm")) for n in changed)
 
 
@@ -286,12 +365,12 @@ def test_dropout_is_off_even_in_a_model_handed_over_in_training_mode():
 @pytest.mark.parametrize("name", ["tiny", "tiny-encoder-decoder"])
 def test_a_value_sees_the_tokens_before_it_and_no_others(name, separate):
     value_model = models.build_tiny_model(name, words=WORDS, seed=3)[0] if separate else None
-    run, _, rollout = started(SHORT, name, value_model=value_model)
-    torch.nn.init.normal_(run.shared.value_head[-1].weight)
+    learner, _, rollout = started(SHORT, name, value_model=value_model)
+    torch.nn.init.normal_(learner.shared.value_head[-1].weight)
     changed = dataclasses.replace(rollout.tokens, response_ids=rollout.tokens.response_ids.clone())
     changed.response_ids[:, 3] = (changed.response_ids[:, 3] + 1) % 14
     with torch.no_grad():
-        before, after = (run.evaluate(tokens)[1] for tokens in (rollout.tokens, changed))
+        before, after = (ppo.evaluate(learner, x)[1] for x in (rollout.tokens, changed))
     torch.testing.assert_close(before[:, :4], after[:, :4])
     long = rollout.mask[:, 4] == 1
     assert long.any() and ((before[long, 4] - after[long, 4]).abs() > 1e-4).all()
@@ -306,24 +385,25 @@ def test_padding_is_not_computed_and_changes_nothing(name, train, separate, monk
     how = {"layers": 1, "forward_rows": 3, "temperature": 0.8}
     config = dataclasses.replace(SHORT, train=train, **how)
     monkeypatch.setattr(losses, "VOCABULARY_AT_ONCE", 4)
-    run, _, _ = started(config, name, value_model=value_model)
-    assert run._reads_states(entropy=False) == (train != "all")
-    torch.nn.init.normal_(run.shared.value_head[-1].weight)
+    learner, _, _ = started(config, name, value_model=value_model)
+    assert ppo._reads_states(learner.policy, entropy=False) == (train != "all")
+    torch.nn.init.normal_(learner.shared.value_head[-1].weight)
     prompts = ["a", "a b c d e", "yes", "no yes a", "a b", "b", "c", "a b c"]
-    samples = generation.sample(run.policy, run.tokenizer, prompts, seed=0, max_new_tokens=8)
+    samples = generation.sample(
+        learner.policy, learner.tokenizer, prompts, seed=0, max_new_tokens=8
+    )
     for row in (1, 4):
         samples.response_ids[row] = samples.response_ids[row][:2]
-    paid = torch.zeros(len(samples), max(map(len, samples.response_ids)))
     found, computed = {}, {}
     for plain in ("0", "1"):
         monkeypatch.setenv("LIB_PLAIN", plain)
-        rollout = run.roll_out(samples, paid)
+        rollout = ppo.roll_out(learner, samples)
         part = rollout.rows(torch.tensor([2, 0, 5]))
         computed[plain] = part.tokens.prompt_ids.shape[1]
-        log_probs, values, _ = run.evaluate(part.tokens)
-        run.optimizer.zero_grad()
+        log_probs, values, _ = ppo.evaluate(learner, part.tokens)
+        learner.optimizer.zero_grad()
         ((log_probs.exp() + values) * part.mask).sum().backward()
-        gradients = [p.grad for p in run.network.parameters() if p.grad is not None]
+        gradients = [p.grad for p in learner.network.parameters() if p.grad is not None]
         parts = (rollout.log_probs, rollout.ref_log_probs, rollout.values, rollout.entropy)
         found[plain] = [x * rollout.mask for x in parts]
         found[plain] += [log_probs * part.mask, values * part.mask, *gradients]
@@ -333,9 +413,9 @@ def test_padding_is_not_computed_and_changes_nothing(name, train, separate, monk
 
 
 def test_the_reference_stays_the_initial_policy():
-    run, samples, rollout = started(dataclasses.replace(SHORT, train="lora", layers=2))
-    run.update(rollout, 0)
-    again = run.roll_out(samples, rollout.rewards)
+    learner, samples, rollout = started(dataclasses.replace(SHORT, train="lora", layers=2))
+    ppo.update(learner, rollout, *advantages_of(learner, samples, rollout), 0)
+    again = ppo.roll_out(learner, samples)
     torch.testing.assert_close(again.ref_log_probs, rollout.log_probs)
     assert not torch.allclose(again.log_probs, rollout.log_probs, atol=1e-3)
 
@@ -375,11 +455,12 @@ def test_set_trainable_refuses_what_it_cannot_do():
 
 def test_advantages_are_those_of_reward_less_kl_penalty():
     config = dataclasses.replace(SHORT, kl_coef=0.5, gamma=0.9, lam=0.8, whiten_advantages=False)
-    run, _, rollout = started(config)
+    learner, samples, rollout = started(config)
     rollout.ref_log_probs = rollout.log_probs - 0.3
-    run.add_advantages(rollout)
-    expected, _ = losses.gae(rollout.rewards - 0.5 * 0.3, rollout.values, rollout.mask, 0.9, 0.8)
-    torch.testing.assert_close(rollout.advantages, expected)
+    advantages, _ = advantages_of(learner, samples, rollout)
+    scores, _ = rewards.place_rewards(share_of_yes(samples), samples)
+    expected, _ = losses.gae(scores - 0.5 * 0.3, rollout.values, rollout.mask, 0.9, 0.8)
+    torch.testing.assert_close(advantages, expected)
 
 
 @pytest.mark.parametrize("rows_at_once", [1, 3, 16])
@@ -387,27 +468,24 @@ def test_micro_batches_add_up_to_the_minibatch(rows_at_once):
     config = dataclasses.replace(SHORT, entropy_coef=0.1)
     gradients = []
     for rows in (rows_at_once, 8):
-        run, _, rollout = started(dataclasses.replace(config, forward_rows=rows))
-        run._accumulate(rollout, learns=1.0)
-        gradients.append(torch.cat([p.grad.flatten() for p in run.shared.parameter_groups()[0]]))
+        learner, samples, rollout = started(dataclasses.replace(config, forward_rows=rows))
+        ppo.backward(learner, rollout, *advantages_of(learner, samples, rollout))
+        gradients.append(policy_gradient(learner))
     torch.testing.assert_close(gradients[0], gradients[1], atol=1e-6, rtol=1e-4)
 
 
 def test_minibatches_hold_every_row_once_whatever_the_number_of_processes():
-    run = ppo.PPO(*toy(), PROMPTS, share_of_yes, SHORT)  # 8 rows in minibatches of 4
-    whole = run.minibatches(3, 1)
+    whole = ppo.minibatches(SHORT, 3, 1)  # 8 rows in minibatches of 4
     assert sorted(whole.flatten().tolist()) == list(range(8)) and whole.shape == (2, 4)
-    assert not torch.equal(whole, run.minibatches(3, 0))
+    assert not torch.equal(whole, ppo.minibatches(SHORT, 3, 0))
 
-    shares, run.world = [], 2
-    for run.rank in (0, 1):
-        shares.append(run.minibatches(3, 1) + 4 * run.rank)
+    shares = [ppo.minibatches(SHORT, 3, 1, rank, world=2) + 4 * rank for rank in (0, 1)]
     assert torch.equal(torch.cat(shares, 1), whole)
 
 
 def test_prompts_go_round_without_repetition():
-    run = ppo.PPO(*toy(), PROMPTS[:16], share_of_yes, SHORT)
-    seen = [run.sample(step).prompts for step in range(4)]
+    learner = ppo.make_learner(*toy(), SHORT)
+    seen = [ppo.sample(learner, PROMPTS[:16], step).prompts for step in range(4)]
     assert sorted(seen[0] + seen[1]) == sorted(PROMPTS[:16]) == sorted(seen[2] + seen[3])
     assert seen[:2] != seen[2:]
 
@@ -462,10 +540,10 @@ def test_it_stops_at_the_kl_and_entropy_limits():
 
 
 def test_a_loss_that_is_not_finite_names_step_and_minibatch():
-    run, _, rollout = started()
-    rollout.advantages = rollout.advantages + math.inf
+    learner, samples, rollout = started()
+    advantages, returns = advantages_of(learner, samples, rollout)
     with pytest.raises(FloatingPointError, match="step 5, epoch 0, minibatch 0"):
-        run.update(rollout, 4)
+        ppo.update(learner, rollout, advantages + math.inf, returns, 4)
 
 
 def test_the_policy_ends_with_the_best_held_out_weights():
@@ -507,12 +585,12 @@ import os, signal, sys
 from lib import ppo
 from tests import test_ppo
 
-step = ppo.PPO.update
-def killing_update(self, rollout, number):
-    if number == 3:
+update = ppo.update
+def killing_update(learner, rollout, advantages, returns, step):
+    if step == 3:
         os.kill(os.getpid(), signal.SIGKILL)
-    return step(self, rollout, number)
-ppo.PPO.update = killing_update
+    return update(learner, rollout, advantages, returns, step)
+ppo.update = killing_update
 test_ppo.train_resumable(sys.argv[1])
 """
 
@@ -530,7 +608,9 @@ def run_python(*arguments, timeout=240):
 def test_a_run_killed_with_sigkill_continues_to_the_same_history_and_weights(tmp_path):
     killed = run_python("-c", KILLED_RUN, str(tmp_path / "killed"))
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert (tmp_path / "killed" / "checkpoint.pt").exists()
+    newest = training.newest_checkpoint(tmp_path / "killed")
+    assert newest.name == "checkpoint-000002" and (newest / "weights.safetensors").exists()
+    assert len(pd.read_csv(tmp_path / "killed" / "history.csv")) == 3  # written as the run goes
     resumed, weights = train_resumable(tmp_path / "killed")
     whole, expected = train_resumable(tmp_path / "whole")
     assert len(whole) == 6
@@ -584,12 +664,14 @@ def test_two_processes_give_the_losses_of_one(tmp_path):
     pd.testing.assert_frame_equal(two, one, rtol=1e-4, atol=1e-4, check_dtype=False)
 
 
-def test_rloo_learns_from_the_same_reward_function():
+def test_rloo_learns_from_the_same_reward_function(tmp_path):
     config = dataclasses.replace(
         TOY, steps=12, prompts_per_step=4, samples_per_prompt=4, layers=2, learning_rate=3e-2
     )
     model, tokenizer = toy()
-    history = rloo.train_rloo(model, tokenizer, PROMPTS, share_of_yes, config)
+    history = rloo.train_rloo(model, tokenizer, PROMPTS, share_of_yes, config, folder=tmp_path)
+    on_disk = pd.read_csv(tmp_path / "history.csv").drop(columns="seconds_step")
+    pd.testing.assert_frame_equal(on_disk, history.drop(columns="seconds_step"), check_dtype=False)
     assert history["step"].tolist() == list(range(1, 13))
     assert history["reward"].tail(3).mean() > history["reward"].head(3).mean() + 0.05
     np.testing.assert_allclose(history["reward"], history["reward/yes"], rtol=1e-5)

@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import WORDS, asset
+from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
 from lib import losses, models, preferences, reward_models, stats
@@ -284,6 +285,19 @@ def test_cached_features_train_the_same_head_as_the_frozen_backbone():
     torch.testing.assert_close(found[0], found[1], atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.parametrize("value", [0.0, 0.1, 77.7])
+def test_a_feature_that_does_not_vary_is_not_blown_up(value):
+    model = decoder()
+    width = len(model.scale)
+    features = torch.randn(7, width)
+    features[:, 0] = value
+    model.fit_scale(features)
+    assert model.scale[0] == 1.0
+    torch.testing.assert_close(model.scale[1:], features.std(0)[1:])
+    model.fit_scale(features[:1])  # one row has no spread at all
+    assert (model.scale == 1).all()
+
+
 def test_training_stops_where_the_loss_is_not_finite():
     model, feedback = decoder(), toy_feedback(4)
     features = model.features(feedback.prompts, feedback.responses)
@@ -328,11 +342,16 @@ def test_a_model_can_start_again_from_its_trained_state():
 
 def test_weights_that_the_card_does_not_explain_are_refused(tmp_path):
     backbone, tokenizer = reward_models.load_backbone("tiny")
-    models.set_trainable(backbone, "lora")
-    model = RewardModel(backbone, tokenizer)
-    model.save(tmp_path, "tiny")  # the card lacks the adapters
-    with pytest.raises(ValueError, match="weights that the card does not explain"):
-        reward_models.load(tmp_path)
+    folder = RewardModel(backbone, tokenizer).save(tmp_path / "kept", "tiny")
+    weights = load_file(folder / reward_models.WEIGHTS)
+    save_file(weights | {"lora_A": torch.ones(2)}, folder / reward_models.WEIGHTS)
+    with pytest.raises(ValueError, match="weights that the card does not explain, first 'lora_A'"):
+        reward_models.load(folder)
+    save_file({"centre": weights["centre"]}, folder / reward_models.WEIGHTS)
+    with pytest.raises(
+        ValueError, match="weights that the card does not explain, first 'head.bias'"
+    ):
+        reward_models.load(folder)
 
 
 def test_trl_computes_the_same_loss_and_learns(tmp_path):

@@ -1,7 +1,9 @@
 """Seeds, records, caches: what every notebook stands on."""
 
+import ast
 import json
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -122,10 +124,89 @@ def test_secret_reads_dotenv_and_names_what_is_missing(tmp_path, monkeypatch):
 
 
 def test_plain_mode_samples_in_float32(monkeypatch):
-    runtime.inference_dtype.cache_clear()
+    monkeypatch.delenv("LIB_DTYPE", raising=False)
     monkeypatch.setenv("LIB_PLAIN", "1")
     assert runtime.inference_dtype() == torch.float32
-    runtime.inference_dtype.cache_clear()
+
+
+def test_the_number_type_is_chosen_by_what_the_machine_is_or_by_a_setting(monkeypatch):
+    monkeypatch.delenv("LIB_DTYPE", raising=False)
+    monkeypatch.delenv("LIB_PLAIN", raising=False)
+    cpu, card = torch.device("cpu"), torch.device("cuda")
+    for flags, known in ((["amx_bf16"], True), (["avx512_bf16"], True), (["avx512f"], False)):
+        monkeypatch.setattr(runtime, "cpu_flags", lambda flags=flags: set(flags))
+        runtime.cpu_has_bfloat16.cache_clear()
+        supported = known and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        expected = torch.bfloat16 if supported else torch.float32
+        assert runtime.inference_dtype(cpu) == expected
+    runtime.cpu_has_bfloat16.cache_clear()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for native in (True, False):  # a T4 has bfloat16 by emulation alone
+
+        def supported(including_emulation=True, native=native):
+            return native or including_emulation
+
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+        assert runtime.inference_dtype(card) == (torch.bfloat16 if native else torch.float16)
+    for name in ("float32", "bfloat16", "float16"):
+        monkeypatch.setenv("LIB_DTYPE", name)
+        assert runtime.inference_dtype(cpu) == runtime.inference_dtype(card) == getattr(torch, name)
+    monkeypatch.setenv("LIB_DTYPE", "int8")
+    with pytest.raises(
+        ValueError, match="LIB_DTYPE is 'int8'; allowed: float32, bfloat16, float16"
+    ):
+        runtime.inference_dtype()
+
+
+CLOCKS = {"perf_counter", "monotonic", "process_time", "time", "time_ns", "perf_counter_ns"}
+MAY_WAIT = {
+    "course",
+    "feedback.py",
+    "chat.py",
+    "scorers.py",
+}  # deadlines and pauses of downloads and calls
+
+
+def decisions_by_time(tree: ast.AST) -> list[str]:
+    """Comparisons, in a function that reads a clock, of what it read or of what was made of it."""
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    return [f"{f.name}: {text}" for f in functions for text in _compared_times(f)]
+
+
+def _compared_times(function: ast.FunctionDef) -> list[str]:
+    timed: set[str] = set()
+
+    def of_time(node: ast.AST) -> bool:
+        names = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
+        calls = {called(n) for n in ast.walk(node) if isinstance(n, ast.Call)}
+        return bool(names & timed or calls & CLOCKS)
+
+    for _ in range(3):  # what is made of a time may be made into something else again
+        for node in ast.walk(function):
+            if isinstance(node, ast.Assign) and of_time(node.value):
+                timed |= {
+                    n.id for t in node.targets for n in ast.walk(t) if isinstance(n, ast.Name)
+                }
+            adds = isinstance(node, ast.Call) and called(node) in ("append", "extend")
+            if adds and any(map(of_time, node.args)) and isinstance(node.func.value, ast.Name):
+                timed.add(node.func.value.id)
+    compared = [node for node in ast.walk(function) if isinstance(node, ast.Compare)]
+    return [ast.unparse(node) for node in compared if of_time(node)]
+
+
+def called(node: ast.Call) -> str:
+    return getattr(node.func, "attr", getattr(node.func, "id", ""))
+
+
+def test_no_function_decides_by_a_stopwatch():
+    """Two runs on one machine must take the same numeric path, however busy it is."""
+    sample = "def f():\n    t = []\n    t.append(time.perf_counter())\n    return t[0] > 1.2 * t[1]"
+    assert decisions_by_time(ast.parse(sample)) == ["f: t[0] > 1.2 * t[1]"]
+    root = runtime.project_root() / "lib"
+    for path in root.rglob("*.py"):
+        if not MAY_WAIT & set(path.relative_to(root).parts):
+            source = path.read_text(encoding="utf-8")
+            assert not decisions_by_time(ast.parse(source)), path
 
 
 def test_scale_settings_names_what_is_missing():
@@ -133,15 +214,66 @@ def test_scale_settings_names_what_is_missing():
         record.scale_settings({"a": {"full": 1}, "b": {"demo": 2}}, "full")
 
 
-def test_stored_tables_are_joined_by_name(tmp_path, monkeypatch):
+@pytest.fixture
+def keep(tmp_path, monkeypatch):
+    """Keep a run's table and settings as `data/results/test/<place>/`; None: without settings."""
     monkeypatch.setenv("FEEDBACK_ROOT", str(tmp_path))
-    folder = tmp_path / "data" / "results" / "11_x" / "demo"
-    folder.mkdir(parents=True)
-    for seed in (1, 2):
-        pd.DataFrame({"seed": [seed]}).to_csv(folder / f"scores-seed{seed}.csv", index=False)
-    stored = record.stored_tables("11_x", "demo")
-    assert list(stored) == ["scores"] and list(stored["scores"].seed) == [1, 2]
-    assert record.stored_tables("11_x", "full") == {}
+
+    def keep_run(name, settings, place="smoke", table="scores"):
+        folder = tmp_path / "data" / "results" / "test" / place
+        folder.mkdir(parents=True, exist_ok=True)
+        seed = int(name[-1])
+        pd.DataFrame({"seed": [seed]}).to_csv(folder / f"{table}-{name}.csv", index=False)
+        if settings is not None:
+            (folder / f"settings-{name}.json").write_text(json.dumps(settings))
+
+    return keep_run
+
+
+def test_stored_runs_of_the_same_settings_are_joined_by_table(run, keep, capsys):
+    same = {"model": "policy", "steps": 20, "rate": 1e-4, "sizes": [16, 32]}
+    keep("seed1", same)
+    keep("seed2", same)
+    keep("seed2", same, table="panel")
+    asked = same | {"sizes": (16, 32), "rate": np.float64(1e-4)}  # as a notebook may have them
+    stored = run.stored(settings=asked)
+    assert list(stored["scores"].seed) == [1, 2] and list(stored["panel"].seed) == [2]
+    assert capsys.readouterr().out == ""
+    assert run.stored(settings=asked, use=False) == {}
+    assert json.loads((run.folder / "settings.json").read_text()) == same  # to keep this run too
+
+
+def test_stored_runs_of_other_settings_are_left_out_and_a_line_says_why(run, keep, capsys):
+    same = {"model": "policy", "data": "a", "steps": 20}
+    keep("seed1", same)
+    keep("seed2", same)
+    keep("seed3", same | {"steps": 40})
+    keep("seed4", None)
+    keep("seed5", same | {"layers": 4})
+    stored = run.stored(settings=same | {"steps": 40})
+    assert list(stored["scores"].seed) == [3]
+    assert capsys.readouterr().out.splitlines() == [
+        "stored seed1, seed2: made with steps=20, this run has steps=40: not mixed",
+        "stored seed4: there is no settings-seed4.json that says how it was made: not mixed",
+        "stored seed5: made with steps=20, layers=4, this run has steps=40, layers=nothing: not mixed",
+    ]
+    assert run.stored(settings=same | {"model": "mine", "data": "b"}) == {}
+    assert "made with model=policy, data=a, this run has model=mine, data=b" in (
+        capsys.readouterr().out
+    )
+
+
+def test_a_stored_set_differs_by_what_is_asked_for(run, keep, capsys):
+    same = {"model": "policy", "steps": 6}
+    keep("seed1", same | {"steps": 20}, place="smoke-long")
+    assert list(run.stored("long", settings=same, steps=20)["scores"].seed) == [1]
+    assert run.stored(settings=same) == {} == run.stored("none", settings=same)
+    assert capsys.readouterr().out == ""
+    assert run.stored("long", settings=same, steps=60) == {}  # not what was asked for
+    assert "made with steps=20, this run has steps=60" in capsys.readouterr().out
+    assert (
+        json.loads((run.folder / "settings.json").read_text()) == same
+    )  # of this run, not the set
 
 
 def test_a_saved_table_comes_back_as_it_was(tmp_path, monkeypatch):
@@ -157,7 +289,9 @@ def test_a_saved_table_comes_back_as_it_was(tmp_path, monkeypatch):
     )
     run = record.Run("11_x", "demo", 0, folder)
     run.save_table(table, "scores-seed0")
-    pd.testing.assert_frame_equal(record.stored_tables("11_x", "demo")["scores"], table)
+    (folder / "settings-seed0.json").write_text("{}")
+    stored = run.stored(settings={})
+    pd.testing.assert_frame_equal(stored["scores"], table)
     first = run.cached("step", lambda: table)
     pd.testing.assert_frame_equal(run.cached("step", lambda: None), first, check_dtype=False)
     assert run.cached("step", lambda: None)["id"].tolist() == table["id"].tolist()
@@ -177,9 +311,44 @@ def test_what_ran_here_takes_the_place_of_what_was_kept():
 
 
 def test_free_memory_releases_a_models_weights():
-    layer = torch.nn.Linear(10, 10)
+    layer = torch.nn.BatchNorm1d(10)
     runtime.free_memory(layer)
-    assert layer.weight.device.type == "meta"
+    assert {x.device.type for x in [*layer.parameters(), *layer.buffers()]} == {"meta"}
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path):
+    target = tmp_path / "model"
+    with pytest.raises(KeyError), runtime.atomic_folder(target) as staging:
+        (staging / "weights").write_text("half")
+        raise KeyError
+    assert not [*tmp_path.iterdir()]
+    for text in ("old", "new"):
+        with runtime.atomic_folder(target) as staging:
+            (staging / "weights").write_text(text)
+            assert (target / "weights").exists() == (text == "new")
+        assert (target / "weights").read_text() == text
+    with pytest.raises(KeyError), runtime.atomic_folder(target) as staging:
+        raise KeyError
+    assert (target / "weights").read_text() == "new" and [*tmp_path.iterdir()] == [target]
+
+
+KILLED = """
+import os, signal, sys
+from lib import runtime
+with runtime.atomic_folder(sys.argv[1]) as staging:
+    (staging / "config.json").write_text("{}")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_killed_writer_leaves_nothing_that_could_be_loaded(tmp_path):
+    target = tmp_path / "model"
+    done = subprocess.run([sys.executable, "-c", KILLED, str(target)])
+    assert done.returncode == -signal.SIGKILL and not target.exists()
+    assert all(path.name.startswith(".") for path in tmp_path.iterdir())
+    with runtime.atomic_folder(target) as staging:
+        (staging / "config.json").write_text("{}")
+    assert [*tmp_path.iterdir()] == [target]
 
 
 def test_troubleshooting_quotes_what_the_code_says():

@@ -208,6 +208,9 @@ def test_a_killed_run_continues_to_the_same_history(tmp_path):
     assert (tmp_path / "killed" / "checkpoint-4").exists()
     resumed, whole = train_toy(tmp_path / "killed"), train_toy(tmp_path / "whole")
     pd.testing.assert_frame_equal(resumed, whole, rtol=1e-5)
+    on_disk = pd.read_csv(tmp_path / "killed" / "history.csv")
+    on_disk = on_disk.reindex(columns=list(resumed))
+    pd.testing.assert_frame_equal(on_disk, resumed, check_dtype=False)
     assert len(whole) == 8
 
 

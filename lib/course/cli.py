@@ -1,12 +1,14 @@
-"""The command line: `python -m lib run | list | publish | report | annotate | bench` (try `--help`)."""
+"""The command line: run, list, publish, report, address, lab, fetch, annotate, bench (see `--help`)."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
-from lib.course import record
+from lib import runtime
+from lib.course import address, record
 
 try:
     from lib.course import notebooks, publish, report, runner
@@ -19,6 +21,8 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 def _run(options: argparse.Namespace) -> int:
     names = notebooks.resolve_notebooks(options.notebooks)
     chosen = notebooks.assign_parameters(names, options.parameters)
+    if options.out:
+        os.environ["FEEDBACK_OUT"] = options.out
     return runner.run_notebooks(names, options.scale, chosen, force=options.force)[0]
 
 
@@ -36,13 +40,49 @@ def _report(options: argparse.Namespace) -> int:
     return 0
 
 
+def _address(options: argparse.Namespace) -> int:
+    root = runtime.project_root()
+    if options.url is None:
+        hint = "No address is set. Try: python -m lib address https://github.com/YOU/FORK"
+        print(address.read(root) or hint)
+        return 0
+    try:
+        written = address.write_everywhere(root, "" if options.url == "none" else options.url)
+    except ValueError as error:
+        raise notebooks.RequestError(str(error)) from None
+    print(f"Address {address.read(root) or 'removed'}: {len(written)} files written.")
+    return 0
+
+
+def _lab(options: argparse.Namespace) -> int:
+    from lib.course import lab
+
+    lab.start(runtime.project_root(), options.rest)
+    return 0
+
+
+def _fetch(options: argparse.Namespace) -> int:
+    from lib.course import fetch
+
+    if not options.sets:
+        print(fetch.describe_sets())
+        return 0
+    try:
+        fetch.fetch(*options.sets)
+    except (ValueError, fetch.AssetError) as error:
+        raise notebooks.RequestError(str(error)) from None
+    return 0
+
+
 def _annotate(options: argparse.Namespace) -> int:
     from lib import annotate
 
     try:
         items = annotate.read_items(options.items)
-        print(f"Page: {annotate.write(items, options.out, options.kind)} ({len(items)} records)")
-    except (ValueError, FileNotFoundError) as error:
+        own = options.guidelines and Path(options.guidelines).read_text(encoding="utf-8")
+        page = annotate.write(items, options.out, options.kind, guidelines=own)
+        print(f"Page: {page} ({len(items)} records)")
+    except (ValueError, OSError) as error:
         raise notebooks.RequestError(str(error)) from None
     return 0
 
@@ -78,10 +118,24 @@ def build_parser() -> argparse.ArgumentParser:
     listing = add("list", _list, "the notebooks, their questions, and what has run")
     publishing = add("publish", _publish, "write the committed notebooks and plots/ (demo scale)")
     report = add("report", _report, "write the page of results, runs/<scale>/index.html")
+    where = add("address", _address, "show or set the address of badges and set-up cells")
+    where.add_argument(
+        "url", nargs="?", metavar="URL", help="https address of a git repository; none"
+    )
+    jupyter = add("lab", _lab, "open the course in JupyterLab")
+    jupyter.add_argument("rest", nargs=argparse.REMAINDER, help="options of JupyterLab")
+    fetching = add(
+        "fetch", _fetch, "get the papers' own released files (without a name: list them)"
+    )
+    fetching.add_argument(
+        "sets", nargs="*", metavar="NAME", help="such as qa_feedback; several too"
+    )
     page = add("annotate", _annotate, "write an annotation page that works offline in a browser")
     page.add_argument("items", metavar="ITEMS.json", help="qa-feedback records, or course items")
     page.add_argument("--out", default="annotate.html", metavar="PAGE.html")
     page.add_argument("--kind", choices=("spans", "compare"), default="spans")
+    text = "your own text in place of the page's guidelines ('# ' heading, '- ' list)"
+    page.add_argument("--guidelines", metavar="FILE", help=text)
     bench = add("bench", _bench, "measure speed beside what a reader would use instead")
     text = (
         "benchmark (all of them if none is named), `course` for a table of the notebooks' times, "
@@ -101,6 +155,7 @@ def build_parser() -> argparse.ArgumentParser:
         sub.add_argument("notebooks", nargs="*", metavar="NOTEBOOK", help=text)
     for sub in (run, report):
         sub.add_argument("--scale", choices=record.SCALES, default="demo")
+    run.add_argument("--out", metavar="DIR", help="write to DIR/<notebook>/ instead of runs/")
     run.add_argument("--force", action="store_true", help="repeat finished notebooks from scratch")
     run.add_argument(
         "-p", dest="parameters", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),

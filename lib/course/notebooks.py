@@ -13,6 +13,7 @@ import contextlib
 import difflib
 import hashlib
 import json
+import os
 import warnings
 from datetime import datetime
 from pathlib import Path
@@ -42,9 +43,15 @@ def find_notebooks() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("[!.]*.ipynb"))}
 
 
+def results_root(scale: str) -> Path:
+    """Folder of all results at a scale: `$FEEDBACK_OUT` (set by `run --out`), else `runs/<scale>/`."""
+    out = os.environ.get("FEEDBACK_OUT")
+    return Path(out).resolve() if out else runtime.project_root() / "runs" / scale
+
+
 def run_folder(name: str, scale: str) -> Path:
     """Where a notebook's results at this scale are."""
-    return runtime.project_root() / "runs" / scale / name
+    return results_root(scale) / name
 
 
 def read_notebook(path: Path) -> NotebookNode:

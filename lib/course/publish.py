@@ -12,7 +12,7 @@ import nbformat
 from nbformat import NotebookNode
 
 from lib import runtime
-from lib.course import notebooks, runner
+from lib.course import address, notebooks, runner
 
 MAX_PUBLISHED = 500_000  # bytes of a committed notebook
 KEYS = re.compile(r"\b(?:sk-[\w-]{16,}|hf_[A-Za-z0-9]{16,}|AIza[\w-]{35})")
@@ -119,7 +119,9 @@ def publish(names: list[str]) -> int:
         path, folder = notebooks.find_notebooks()[name], notebooks.run_folder(name, "demo")
         try:
             executed = notebooks.read_notebook(folder / "executed.ipynb")
-            text = _publishable_text(clean_notebook(notebooks.read_notebook(path), executed))
+            clean = clean_notebook(notebooks.read_notebook(path), executed)
+            address.write_into_notebook(clean, name, address.read(runtime.project_root()))
+            text = _publishable_text(clean)
         except notebooks.RequestError as error:
             print(f"{name} is not published: {error}")
             code = code or 1

@@ -7,7 +7,9 @@ A notebook calls `start_run` once and hands everything to the `Run` it gets back
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import json
 import os
 import platform
 import time
@@ -20,6 +22,7 @@ from pathlib import Path
 import pandas as pd
 
 from lib import runtime, tables
+from lib.course import place, show
 
 SCALES = ("smoke", "demo", "full")
 VERDICTS = ("same direction", "opposite", "not demonstrated")
@@ -74,11 +77,7 @@ class Run:
         return verdict
 
     def closing_table(self) -> pd.DataFrame:
-        """The notebook's last table: claim | paper | here | same direction? | why it differs.
-
-        From here on pandas shows texts of any length whole: none of a claim may be cut off.
-        """
-        pd.set_option("display.max_colwidth", None)
+        """The notebook's last table: claim | paper | here | same direction? | why it differs."""
         rows = [(c.claim, c.paper, c.here, c.verdict, c.why) for c in self.claims]
         return pd.DataFrame(
             rows, columns=["claim", "paper", "here", "same direction?", "why it differs"]
@@ -123,6 +122,55 @@ class Run:
             tables.write_jsonl(table, path)
         return table
 
+    def stored(
+        self, name: str = "", *, settings: dict, use: bool = True, **other
+    ) -> dict[str, pd.DataFrame]:
+        """Kept tables of other runs of this notebook, joined by table, as far as their settings are these.
+
+        `settings`: whatever moves the numbers (model, data, steps, ...), but what the rows say themselves
+        (seed, arm).  They are written to `settings.json` here, for who keeps this run: a kept run is
+        `<table>-<run>.csv` and `settings-<run>.json` in `data/results/<notebook>/<scale>/`, or in
+        `<scale>-<name>/` for a set that differs from this run by `other`.  Runs with other settings are left
+        out, and one line says why.  `use=False` reads none.
+        """
+        own = json.loads(runtime.to_json(settings))
+        runtime.write_atomic(self.folder / "settings.json", runtime.to_json(own))
+        if not use:
+            return {}
+        wanted = own | json.loads(runtime.to_json(other))
+        place = f"{self.scale}-{name}" if name else self.scale
+        folder = runtime.project_root() / "data" / "results" / self.notebook / place
+        parts: dict[str, list[pd.DataFrame]] = {}
+        left_out: dict[str, list[str]] = {}
+        for run, paths in _stored_runs(folder).items():
+            reason = _other_settings(folder / f"settings-{run}.json", wanted)
+            if reason:
+                left_out.setdefault(reason, []).append(run)
+                continue
+            for table, path in paths.items():
+                parts.setdefault(table, []).append(tables.read_csv(path))
+        for reason, runs in left_out.items():
+            print(f"stored {', '.join(runs)}: {reason}: not mixed")
+        return {table: pd.concat(rows, ignore_index=True) for table, rows in parts.items()}
+
+    def keep(self, name: str, model, tokenizer, **card) -> Path:
+        """Keep a trained model in `models/<name>/` of this run's folder; return that folder.
+
+        `card`: what `lib.cards.describe` takes (settings, metrics, data, licence).  A later run of the
+        notebook replaces it.  `models.load_policy` or `reward_models.load` read the folder, and so does any
+        notebook parameter that names a model.
+        """
+        from lib import models
+
+        made_by = {"notebook": self.notebook, "scale": self.scale, "seed": self.seed}
+        card["settings"] = made_by | card.get("settings", {})
+        folder = models.save(model, tokenizer, self.folder / "models" / name, card=card)
+        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        with contextlib.suppress(ValueError):  # a folder elsewhere is named whole
+            folder = folder.relative_to(runtime.project_root())
+        print(f"kept: {folder} ({size / 1e6:.0f} MB)")
+        return folder
+
     def finish(self) -> pd.DataFrame:
         """Write `results.json` and return the metrics as a table."""
         record = {
@@ -150,20 +198,38 @@ def start_run(notebook: str, *, scale: str, seed: int) -> Run:
         raise ValueError(f"SEED is {seed!r}; it must be a whole number >= 0.")
     runtime.set_seed(seed)
     runtime.quiet_libraries()
-    pd.set_option("display.max_colwidth", 160, "display.max_columns", 40)
-    chosen = os.environ.get("FEEDBACK_RUN_DIR")
-    folder = Path(chosen) if chosen else runtime.project_root() / "runs" / "interactive" / notebook
-    folder.mkdir(parents=True, exist_ok=True)
-    return Run(notebook, scale, seed, folder)
+    runtime.use_hub_token()
+    show.show_tables_so()
+    return Run(notebook, scale, seed, place.results_folder(notebook))
 
 
-def stored_tables(notebook: str, scale: str) -> dict[str, pd.DataFrame]:
-    """Kept results of long runs, `data/results/<notebook>/<scale>/<name>-<run>.csv`, joined by name."""
-    parts: dict[str, list[pd.DataFrame]] = {}
-    folder = runtime.project_root() / "data" / "results" / notebook / scale
+def _stored_runs(folder: Path) -> dict[str, dict[str, Path]]:
+    """Run -> table -> file, of the files `<table>-<run>.csv` in a folder."""
+    runs: dict[str, dict[str, Path]] = {}
     for path in sorted(folder.glob("*-*.csv")):
-        parts.setdefault(path.stem.split("-")[0], []).append(tables.read_csv(path))
-    return {name: pd.concat(same_name, ignore_index=True) for name, same_name in parts.items()}
+        table, _, run = path.stem.partition("-")
+        runs.setdefault(run, {})[table] = path
+    return {run: runs[run] for run in sorted(runs, key="{}.csv".format)}
+
+
+def _other_settings(path: Path, wanted: dict) -> str:
+    """How the settings in a file differ from those wanted, in words; "" where they are the same."""
+    if not path.exists():
+        return f"there is no {path.name} that says how it was made"
+    recorded = json.loads(path.read_text(encoding="utf-8"))
+    names = [name for name in {**wanted, **recorded} if recorded.get(name) != wanted.get(name)]
+    if not names:
+        return ""
+    return f"made with {_listed(names, recorded)}, this run has {_listed(names, wanted)}"
+
+
+def _listed(names: list[str], settings: dict) -> str:
+    return ", ".join(f"{name}={_short(settings.get(name))}" for name in names)
+
+
+def _short(value: object) -> str:
+    text = "nothing" if value is None else str(value)
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def with_stored(

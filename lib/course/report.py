@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from datetime import datetime
 from pathlib import Path
@@ -127,20 +128,23 @@ def _math_to_mathml(text: str) -> str:
     return FORMULA.sub(replace, text)
 
 
-def _link_from_run(link: re.Match) -> str:
+def _link_from_run(link: re.Match, folder: Path) -> str:
     """A notebook's link to another one leads to its results, others to the same file as before."""
     if link[1].endswith(".ipynb"):
         return f"](../index.html#{Path(link[1]).stem})"
-    return f"](../../../notebooks/{link[1]})"
+    here = os.path.relpath(runtime.project_root() / "notebooks", folder).replace(os.sep, "/")
+    return f"]({here}/{link[1]})"
 
 
-def notebook_html(notebook: NotebookNode, title: str) -> str:
-    """An executed notebook as one HTML page that needs no network and fits a phone."""
+def notebook_html(notebook: NotebookNode, folder: Path) -> str:
+    """An executed notebook as one HTML page for its run's folder: no network needed, fits a phone."""
     from nbconvert import HTMLExporter
 
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
-            text = LOCAL_LINK.sub(_link_from_run, BADGE.sub(r"\1", cell.source))
+            text = LOCAL_LINK.sub(
+                lambda link: _link_from_run(link, folder), BADGE.sub(r"\1", cell.source)
+            )
             cell.source = _math_to_mathml(text)
     exporter = HTMLExporter(
         template_name="classic",  # the default template drops the figures' alt text
@@ -148,7 +152,7 @@ def notebook_html(notebook: NotebookNode, title: str) -> str:
         extra_loaders=[jinja2.FileSystemLoader(TEMPLATES)],
         template_file="executed.html.j2",
     )
-    return exporter.from_notebook_node(notebook, {"metadata": {"name": title}})[0]
+    return exporter.from_notebook_node(notebook, {"metadata": {"name": folder.name}})[0]
 
 
 def _refresh_html(folder: Path) -> bool:
@@ -158,7 +162,7 @@ def _refresh_html(folder: Path) -> bool:
         return False
     if not page.exists() or page.stat().st_mtime < source.stat().st_mtime:
         try:
-            html = notebook_html(notebooks.read_notebook(source), folder.name)
+            html = notebook_html(notebooks.read_notebook(source), folder)
         except notebooks.RequestError:  # cut off in the middle of a save
             return False
         runtime.write_atomic(page, html)
@@ -184,7 +188,7 @@ def _report_row(name: str, scale: str) -> dict:
 
 
 def write_report(scale: str) -> Path:
-    """Write `runs/<scale>/index.html` from what has run at this scale; return its path."""
+    """Write `index.html` beside the results from what has run at this scale; return its path."""
     rows = [_report_row(name, scale) for name in notebooks.resolve_notebooks([])]
     ran = [row["record"] for row in rows if row["record"]]
     templates = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True)
@@ -194,4 +198,4 @@ def write_report(scale: str) -> Path:
         devices=list(dict.fromkeys(record["device"] for record in ran)),
         commits=list(dict.fromkeys(record["git_commit"] for record in ran)),
     )  # fmt: skip
-    return runtime.write_atomic(runtime.project_root() / "runs" / scale / "index.html", page)
+    return runtime.write_atomic(notebooks.results_root(scale) / "index.html", page)

@@ -27,6 +27,9 @@ from pathlib import Path
 import filelock
 import papermill
 import psutil
+from ipykernel.kernelspec import get_kernel_dict
+from jupyter_client.kernelspec import KernelSpec
+from jupyter_client.manager import AsyncKernelManager
 from nbclient.exceptions import DeadKernelError
 from nbformat import NotebookNode
 from papermill.clientwrap import PapermillNotebookClient
@@ -107,6 +110,15 @@ def _resident(process: psutil.Process) -> int:
     return 0
 
 
+class OwnKernel(AsyncKernelManager):
+    """The kernel of the Python that runs this, whatever other Python a kernelspec "python3" names."""
+
+    @property
+    def kernel_spec(self) -> KernelSpec:
+        """How this Python starts its kernel."""
+        return KernelSpec(**get_kernel_dict())
+
+
 class CourseEngine(NBClientEngine):
     """papermill's engine with the kernel's environment and a watch on it."""
 
@@ -117,6 +129,7 @@ class CourseEngine(NBClientEngine):
             nb_man, kernel_name=kernel_name, startup_timeout=start_timeout, timeout=None,
             log=papermill_log, on_notebook_start=lambda notebook: watch.attach(client),
             on_cell_start=watch.cell_started,
+            kernel_manager_class=OwnKernel,
             extra_arguments=["--IPKernelApp.log_level=CRITICAL"],  # quiet about its own matters
         )  # fmt: skip
         return client.execute(env=env)
@@ -147,9 +160,13 @@ def _new_record(name: str, scale: str, given: dict, source_hash: str) -> dict:
 
 
 def _clear_folder(folder: Path, everything: bool) -> None:
-    """Remove what an older run left; its finished steps (`work/`) only if `everything` is to go."""
+    """Remove what an older run left; its finished steps (`work/`) only if `everything` is to go.
+
+    What it trained stays until this run keeps something under the same name.
+    """
+    stays = (".lock", "models") if everything else (".lock", "models", "work")
     for path in folder.iterdir():
-        if path.name not in ((".lock",) if everything else (".lock", "work")):
+        if path.name not in stays:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 

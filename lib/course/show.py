@@ -1,8 +1,9 @@
-"""Tables of texts that may offend: blurred in the notebook until they are pointed at."""
+"""How a notebook shows tables: texts to the left and whole, texts that may offend blurred until clicked."""
 
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Sequence
 
 import pandas as pd
@@ -19,8 +20,8 @@ _CSS = """<style>
 _WARNING = "Content warning: click a blurred text, or press Enter on it, to read it."
 
 
-class ExampleTable(HTML):
-    """A table of texts as HTML; its plain-text form gives the same rows, with hidden texts left out."""
+class HtmlWithText(HTML):
+    """HTML for a cell's output with a plain-text form of its own, which terminals and text exports show."""
 
     def __init__(self, markup: str, plain: str):
         super().__init__(markup)
@@ -33,7 +34,7 @@ class ExampleTable(HTML):
 def blurred_examples(
     rows: pd.DataFrame | Sequence[dict], *, text_columns: Sequence[str] | None = None,
     reveal: bool = False,
-) -> ExampleTable:  # fmt: skip
+) -> HtmlWithText:  # fmt: skip
     """Rows as a table whose texts stay hidden until clicked (or reached by Tab and opened with Enter).
 
     What is blurred is a stand-in of the same shape, and the text sits in a closed <details>: pages that
@@ -53,7 +54,7 @@ def blurred_examples(
     markup = f'{_CSS}<div class="veiled"><table>{note}<thead><tr>{head}</tr></thead>'
     lengths = {c: [f"[{len(str(v))} characters, hidden]" for v in table[c]] for c in hidden}
     plain = table.assign(**lengths).to_string(index=False)
-    return ExampleTable(f"{markup}<tbody>{body}</tbody></table></div>", plain)
+    return HtmlWithText(f"{markup}<tbody>{body}</tbody></table></div>", plain)
 
 
 def _cell(value: object, hidden: bool) -> str:
@@ -78,3 +79,44 @@ def _escape(value: object) -> str:
     """HTML-escaped; dollar signs and backslashes are set apart, or pages would typeset them as formulas."""
     text = str(value).encode("utf-8", "replace").decode("utf-8")
     return html.escape(text).replace("$", "<span>$</span>").replace("\\", "<span>\\</span>")
+
+
+# --- any table -----------------------------------------------------------------------------------
+
+
+def _is_text(values: pd.Series) -> bool:
+    return not (pd.api.types.is_numeric_dtype(values) or pd.api.types.is_bool_dtype(values))
+
+
+def _aligned(row: re.Match, sides: list[str]) -> str:
+    """One <tr> of pandas' HTML with a side for each of its cells."""
+    cells = re.findall(r"<t[hd][ >]", row[0])
+    if len(cells) != len(sides):  # a header over several columns, or columns left out by "..."
+        return row[0]
+    side = iter(sides)
+
+    def mark(match: re.Match) -> str:
+        chosen = next(side)
+        return f'<{match[1]} align="{chosen}" style="text-align: {chosen}"{match[2]}'
+
+    return re.sub(r"<(t[hd])([ >])", mark, row[0])
+
+
+def table_html(table: pd.DataFrame) -> str:
+    """The table as pandas writes it, with the columns of text aligned to the left, their headings too."""
+    index = [table.index.get_level_values(level) for level in range(table.index.nlevels)]
+    columns = [pd.Series(values) for values in index]
+    columns += [table.iloc[:, place] for place in range(table.shape[1])]
+    sides = ["left" if _is_text(values) else "right" for values in columns]
+    markup = table._repr_html_() or ""
+    return re.sub(r"(?s)<tr[^>]*>.*?</tr>", lambda row: _aligned(row, sides), markup)
+
+
+def show_tables_so() -> None:
+    """From here on this kernel shows tables so; without a kernel nothing happens."""
+    pd.set_option("display.max_colwidth", None, "display.max_columns", 40)
+    from IPython import get_ipython
+
+    shell = get_ipython()
+    if shell is not None:
+        shell.display_formatter.formatters["text/html"].for_type(pd.DataFrame, table_html)

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from lib import data, generation, rewards, scorers, tables
+from lib.course import fetch
 from lib.stats import Interval, bootstrap, exceedance, paired_difference, proportion
 
 REWARDLM_COLUMNS = ("prompts", "responses", "prompt_score", "response_score")
@@ -41,12 +42,15 @@ def read_rewardlm_csv(path: str | Path) -> pd.DataFrame:
 
 
 def load_dialoconan(path: str | Path) -> list[list[dict[str, str]]]:
-    """Dialogues of the reader's own DIALOCONAN.csv as conversations: hate turns "user", counter "assistant".
+    """Dialogues of DIALOCONAN.csv as conversations: hate turns "user", counter "assistant".
 
-    Columns text, dialogue_id, turn_id, type (HS or CN).  Turns are put in order; an unanswered last turn
-    and empty turns' pairs are left out.  The data may not be redistributed: nothing of it is stored here.
-    Raises ValueError with file and line, FileNotFoundError.
+    `path`: a file of yours, or "dialoconan" for what `python -m lib fetch dialoconan` got.  Columns text,
+    dialogue_id, turn_id, type (HS or CN).  Turns are put in order; an unanswered last turn and empty
+    turns' pairs are left out.  The data may not be redistributed: nothing of it is stored here.  Raises
+    ValueError with file and line, FileNotFoundError.
     """
+    if str(path) == "dialoconan":
+        path = fetch.released("dialoconan", "DIALOCONAN.csv") / "DIALOCONAN.csv"
     path = Path(path).expanduser()
     dialogues: dict[str, list[tuple[int, str, str]]] = {}
     for line, row in tables.csv_dicts(path, ("text", "dialogue_id", "turn_id", "type")):

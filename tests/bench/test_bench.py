@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bench import cases, measure, report
-from lib import generation, logprobs
+from lib import encoding, logprobs
 from lib.course import cli as command
 
 ROOT = Path(__file__).parents[2]
@@ -102,7 +102,7 @@ def test_the_peer_of_sample_counts_tokens_up_to_the_end():
 def test_separate_models_start_as_one_policy():
     fresh, prompts, config = cases._rl("tiny", train="top", samples_per_prompt=1)
     arrangement = cases._Separate(*fresh(), config)
-    ids, seen = generation.pad_rows([[7, 8, 9, 10], [7, 8, 9, 11]], 0, "left")
+    ids, seen = encoding.pad_rows([[7, 8, 9, 10], [7, 8, 9, 11]], 0, "left")
     policy, reference = (
         arrangement.forward(model, ids, seen, 2)[0]
         for model in (arrangement.policy, arrangement.reference)

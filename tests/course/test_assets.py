@@ -215,8 +215,8 @@ def test_disk_full_while_extracting(index, tmp_path, monkeypatch):
 
 def test_disk_full_and_permission_as_pip_says_it():
     full = "Traceback\n  File x\nOSError: [Errno 28] No space left on device: '/x/y.whl'"
-    assert "disk is full" in assets._advice(full)
-    assert "no permission" in assets._advice("ERROR: [Errno 13] Permission denied: '/x'")
+    assert "disk is full" in assets.advice(full)
+    assert "no permission" in assets.advice("ERROR: [Errno 13] Permission denied: '/x'")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
@@ -311,47 +311,6 @@ def test_cards_name_every_asset_and_its_state(index):
     assert after.loc["tiny", "state"] == "cached"
     assert set(after.index) >= {"policy", "encoder", "wikipedia", "prompts", "profanity", "hate"}
     assert after["licence"].str.len().gt(0).all()
-
-
-# --- the Hub -------------------------------------------------------------------------------------
-
-
-def test_resolve_model_takes_folders_and_refuses_other_names(tmp_path):
-    assert assets.resolve_model(tmp_path) == tmp_path.resolve()
-    for name in ("polcy", "a/b/c", "/no/such/folder", "../up"):
-        with pytest.raises(ValueError, match="policy, encoder"):
-            assets.resolve_model(name)
-
-
-def test_hub_gets_only_safe_files_and_says_so_when_offline(tmp_path, monkeypatch):
-    import huggingface_hub
-
-    asked = {}
-
-    def download(name, **options):
-        asked.update(options, name=name)
-        if name == "some/offline":
-            raise huggingface_hub.errors.LocalEntryNotFoundError("cannot find the files\nmore")
-        return str(tmp_path)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    monkeypatch.setenv("FEEDBACK_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("HF_HOME", raising=False)
-    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
-    with pytest.raises(assets.AssetError, match="no safetensors"):
-        assets.resolve_model("some/pickled")
-    (tmp_path / "model.safetensors").touch()
-    assert assets.resolve_model("some/model", revision="abc") == tmp_path
-    assert (
-        asked["cache_dir"] == (tmp_path / "cache").resolve() / "hub" and asked["revision"] == "abc"
-    )
-    assert not [p for p in asked["allow_patterns"] if p.endswith((".bin", ".pt", ".py", "*"))]
-    monkeypatch.setenv("HF_HOME", str(tmp_path))
-    assets.resolve_model("some/model")
-    assert asked["cache_dir"] is None
-    with pytest.raises(assets.AssetError, match="Check the name and the network") as caught:
-        assets.resolve_model("some/offline")
-    assert "\n" not in str(caught.value)
 
 
 # --- the real assets -----------------------------------------------------------------------------

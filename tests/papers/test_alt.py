@@ -6,14 +6,15 @@ import dataclasses
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import WORDS, completion
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lib import annotator, chat, models, policy
-from lib.papers.alt import conditions, critics
+from lib import annotator, chat, models, policy, training
+from lib.papers.alt import conditions, critics, loop
 from lib.papers.alt.conditions import Conditioner
 from lib.papers.alt.labels import (
     DataPool,
@@ -24,13 +25,7 @@ from lib.papers.alt.labels import (
     parse_category,
     quantile_labels,
 )
-from lib.papers.alt.training import (
-    ConditionalTraining,
-    ConditioningConfig,
-    _Rows,
-    conditional_loss,
-    token_weights,
-)
+from lib.papers.alt.loop import ConditioningConfig, Task, conditional_loss, token_weights
 
 TAGS = ("Excellent.", "Good.", "Mediocre.", "Bad.", "Horrible.")
 FIVE = Quantiles(TAGS)
@@ -465,25 +460,32 @@ def nice(prompts, responses):
     return [float(r.count("nice") + r.count("kind") - r.count("stupid")) for r in responses]
 
 
-def training(folder=None, style="token", labeller=FIVE, **more):
+def arm(style="token", labeller=FIVE, **more):
+    """A learner and its task."""
     model, tokenizer = models.build_tiny_model("tiny", words=WORDS)
     first = conditions.add_tokens(model, len(TAGS)) if style in ("token", "separator") else None
     tokens = more.pop("tokens", TAGS)
     conditioner = Conditioner(tokenizer, style, tokens=tokens, first_id=first)
     config = ConditioningConfig(**{**TINY, **more.pop("config", {})})
-    return ConditionalTraining(
-        model, tokenizer, PROMPTS, more.pop("feedback", critics.scored(nice)), labeller,
-        conditioner, config, held_out=["a mat", "the dog"], judge=nice, folder=folder, **more,
+    task = Task(
+        PROMPTS, more.pop("feedback", critics.scored(nice)), labeller, conditioner,
+        held_out=["a mat", "the dog"], judge=nice, **more,
     )  # fmt: skip
+    return loop.make_learner(model, tokenizer, config), task
 
 
-def outcome(loop):
+def train(folder=None, **more):
+    """A trained learner, its task, and the result."""
+    learner, task = arm(**more)
+    return learner, task, loop.train(learner, task, folder=folder)
+
+
+def outcome(learner, _, result):
     """What two runs must share: history without times, pool, held-out samples, weights."""
-    history = [
-        {k: v for k, v in row.items() if not k.startswith("seconds")} for row in loop.history
-    ]
-    weights = {n: p.detach().clone() for n, p in loop.weights.items()}
-    return history, loop.pool.items, loop.evaluation.to_dict("records"), weights
+    history = result.history.drop(columns=[c for c in result.history if c.startswith("seconds")])
+    weights = {n: p.detach().clone() for n, p in learner.weights().items()}
+    evaluation = result.evaluation.to_dict("records")
+    return history.to_dict("records"), result.pool.items, evaluation, weights
 
 
 def same(one, two):
@@ -498,24 +500,22 @@ class KilledError(Exception):
     pass
 
 
-KILLS = [("sample", 1), ("ask", 1), ("_fill_pool", 1), ("_step", 2), ("_step", 3), ("evaluate", 1),
-         ("_finish", 1), ("sample", 2), ("ask", 2), ("_step", 4), ("_step", 6), ("_finish", 2)]  # fmt: skip
+KILLS = [("sample_items", 1), ("ask", 1), ("fill_pool", 1), ("update", 2), ("update", 3),
+         ("evaluate", 1), ("describe_iteration", 1), ("sample_items", 2), ("ask", 2), ("update", 4),
+         ("update", 6), ("describe_iteration", 2)]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def whole():
-    loop = training()
-    loop.run()
-    return outcome(loop)
+    return outcome(*train())
 
 
 @pytest.mark.parametrize("after", [False, True])
-@pytest.mark.parametrize("method, call", KILLS)
+@pytest.mark.parametrize("stage, call", KILLS)
 def test_killed_anywhere_it_ends_with_the_same_pool_and_history(
-    tmp_path, whole, method, call, after
+    tmp_path, whole, stage, call, after, monkeypatch
 ):
-    loop = training(tmp_path)
-    real, calls = getattr(loop, method), []
+    real, calls = getattr(loop, stage), []
 
     def killed(*arguments):
         calls.append(1)
@@ -526,30 +526,45 @@ def test_killed_anywhere_it_ends_with_the_same_pool_and_history(
             raise KilledError
         return found
 
-    setattr(loop, method, killed)
-    with pytest.raises(KilledError):
-        loop.run()
-    again = training(tmp_path)
-    again.run()
-    same(outcome(again), whole)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, stage, killed)
+        with pytest.raises(KilledError):
+            train(tmp_path)
+    again = train(tmp_path)
+    same(outcome(*again), whole)
+    on_disk = pd.read_csv(tmp_path / "history.csv")
+    pd.testing.assert_frame_equal(on_disk, again[2].history, check_dtype=False)
+
+
+def test_killed_between_an_iteration_and_its_line_of_history(tmp_path, whole, monkeypatch):
+    def killed(*_):
+        raise KilledError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training.History, "add", killed)
+        with pytest.raises(KilledError):
+            train(tmp_path)
+    same(outcome(*train(tmp_path)), whole)
+    same(outcome(*train(tmp_path)), whole)  # nothing is left to do
 
 
 def test_a_folder_of_another_run_is_refused(tmp_path):
-    training(tmp_path)
+    train(tmp_path)
     with pytest.raises(ValueError, match="other settings"):
-        training(tmp_path, config={"beta": 0.5})
+        train(tmp_path, config={"beta": 0.5})
 
 
 @pytest.mark.parametrize("style", ["token", "separator", "text", "none"])
 def test_the_reference_does_not_see_the_condition(style):
     """Reference logits of one response are equal under two labels; the policy's are not."""
-    loop = training(style=style, labeller=Quantiles(("kind", "stupid")), tokens=("kind", "stupid"))
+    two = ("kind", "stupid")
+    learner, task = arm(style=style, labeller=Quantiles(two), tokens=two)
     found, single = [], Item("the cat", "sat", (9, 10, 1), True, 1, 1.0)
     for label in (0, 1):
-        conditioned, raw, _ = loop._rows([(single, label)])
+        batch = loop.as_batch(learner, task, [(single, label)])
         with torch.no_grad():
-            reference = loop._logits(raw, torch.arange(1), reference=True)
-            found.append((reference, loop._logits(conditioned, torch.arange(1))))
+            reference = loop.logits_of(learner, batch.raw, reference=True)
+            found.append((reference, loop.logits_of(learner, batch.conditioned)))
     assert torch.equal(found[0][0], found[1][0])
     plain, tokenizer = models.build_tiny_model("tiny", words=WORDS)
     ids = torch.tensor([tokenizer("the cat")["input_ids"] + [9, 10]])
@@ -560,22 +575,23 @@ def test_the_reference_does_not_see_the_condition(style):
 @pytest.mark.parametrize("style", ["token", "text", "none"])
 def test_the_kl_of_training_is_against_the_unconditioned_reference(style):
     """At the start only the condition tells policy and reference apart."""
-    loop = training(style=style, labeller=Quantiles(("kind", "stupid")), tokens=("kind", "stupid"))
+    two = ("kind", "stupid")
+    learner, task = arm(style=style, labeller=Quantiles(two), tokens=two)
     single = Item("the cat", "sat", (9, 10, 1), True, 1, 1.0)
-    conditioned, raw, mask = loop._rows([(single, 0)])
-    weights, places = token_weights(mask), torch.arange(1)
-    kl = float(loop._loss(conditioned, raw, mask, weights, places)["kl"])
+    batch = loop.as_batch(learner, task, [(single, 0)])
+    weights, places = token_weights(batch.mask), torch.arange(1)
+    kl = float(loop.batch_loss(learner, batch, places, weights)["kl"])
     assert kl < 1e-6 if style == "none" else kl > 1e-4
 
 
 def test_the_reference_stays_while_the_policy_and_the_new_rows_learn():
-    loop = training()
-    before = {n: p.detach().clone() for n, p in loop.weights.items()}
+    learner, task = arm()
+    before = {n: p.detach().clone() for n, p in learner.weights().items()}
     prompts, responses = [[7, 8]], [[9, 10, 1]]
-    start = loop._reference_nll(prompts, responses)
-    loop.run()
-    assert loop._reference_nll(prompts, responses) == start
-    moved = {n for n, p in loop.weights.items() if not torch.equal(p, before[n])}
+    start = loop.reference_nll(learner, prompts, responses)
+    loop.train(learner, task)
+    assert loop.reference_nll(learner, prompts, responses) == start
+    moved = {n for n, p in learner.weights().items() if not torch.equal(p, before[n])}
     assert any("extra" in name for name in moved) and len(moved) > 5
 
 
@@ -586,15 +602,15 @@ def test_frozen_layers_stay_and_their_states_are_computed_once(monkeypatch, styl
     monkeypatch.setattr(policy.TokenBatch, "_padding", lambda *_: (0, 0))
     found = []
     for cached in (True, False):
-        loop = training(style=style, config={"train": "top", "layers": 1, "steps": 12})
+        learner, task = arm(style=style, config={"train": "top", "layers": 1, "steps": 12})
         calls = []
-        layer = models.decoder_layers(loop.policy)[0]
+        layer = models.decoder_layers(learner.policy)[0]
         layer.mlp.register_forward_hook(lambda *_, calls=calls: calls.append(1))
         if not cached:
-            monkeypatch.setattr(_Rows, "keep", lambda *_: None)
-        loop.run()
-        found.append((outcome(loop), len(calls)))
-        assert not any("layers.0" in name for name in loop.weights)
+            monkeypatch.setattr(loop._Rows, "keep", lambda *_: None)
+        result = loop.train(learner, task)
+        found.append((outcome(learner, task, result), len(calls)))
+        assert not any("layers.0" in name for name in learner.weights())
     (with_cache, fewer), (without, more) = found
     assert fewer < more
     for name in with_cache[3]:
@@ -603,23 +619,22 @@ def test_frozen_layers_stay_and_their_states_are_computed_once(monkeypatch, styl
 
 def test_training_makes_the_requested_label_likelier():
     """The label that a text got predicts it better than another label does, after training."""
-    loop = training(config={"iterations": 1, "steps": 60, "samples_per_prompt": 20, "beta": 0.0})
-    loop.run()
+    config = {"iterations": 1, "steps": 60, "samples_per_prompt": 20, "beta": 0.0}
+    learner, task, result = train(config=config)
     nll = {True: 0.0, False: 0.0}
-    for single, label in loop.pool.select(without=(2,)):
+    for single, label in result.pool.select(without=(2,)):
         for asked in (label, 4 - label):
-            rows, _, mask = loop._rows([(single, asked)])
+            batch = loop.as_batch(learner, task, [(single, asked)])
             with torch.no_grad():
-                logits = loop._logits(rows, torch.arange(1))
-            found = conditional_loss(logits, rows.tokens.response_ids, mask)
+                logits = loop.logits_of(learner, batch.conditioned)
+            found = conditional_loss(logits, batch.ids, batch.mask)
             nll[asked == label] += float(found["nll"])
     assert nll[True] < nll[False] - 1
 
 
 def test_filtered_cloning_and_free_text_run_in_the_same_loop():
-    cloning = training(style="none", config={"only": (0,)})
-    history = cloning.run()
-    assert list(history["scored"]) == [20, 40] and cloning.requests["none"] == ()
+    _, task, cloning = train(style="none", config={"only": (0,)})
+    assert list(cloning.history["scored"]) == [20, 40] and task.requests["none"] == ()
     assert {label for _, label in cloning.pool.select(only=(0,))} == {0}
 
     def critic(prompts, responses):
@@ -628,38 +643,58 @@ def test_filtered_cloning_and_free_text_run_in_the_same_loop():
         rows[0] = {"score": None, "feedback": None}
         return rows
 
-    loop = training(
+    _, _, (history, evaluation, pool) = train(
         style="text", labeller=FreeText(), feedback=critic, config={"exemplar": "pool"},
         requests={"none": ()},
     )  # fmt: skip
-    history = loop.run()
-    assert list(history["missing"]) == [1, 1] and set(loop.evaluation.request) == {"none", "pool"}
-    assert loop.pool.items[0].round == 1 and set(history["direction"]) == {"forward"}
+    assert list(history["missing"]) == [1, 1] and set(evaluation.request) == {"none", "pool"}
+    assert pool.items[0].round == 1 and set(history["direction"]) == {"forward"}
+
+
+def test_scores_of_any_kind_of_number_are_kept(tmp_path):
+    """A judge may give numpy's float32, and NaN where it has no score: files hold neither."""
+
+    def judge(prompts, responses):
+        scores = [
+            {"score": np.float32(len(r)), "attributes": {"size": np.int64(3)}} for r in responses
+        ]
+        scores[0] = {"score": float("nan")}
+        return scores
+
+    _, _, result = train(tmp_path, feedback=judge, config={"iterations": 1})
+    assert list(result.history["missing"]) == [1]
+    assert all(type(i.score) is float and i.attributes == {"size": 3.0} for i in result.pool.items)
 
 
 def test_exemplars_are_feedback_of_the_best_label_there_is():
-    loop = training(style="text", labeller=FreeText(), config={"exemplar": "pool"})
-    loop.pool.add([item(i, float(i % 3), feedback=f"said {i}") for i in range(9)])
-    drawn = {condition[0] for condition in loop.exemplars(40, 2)}
+    learner, task = arm(style="text", labeller=FreeText(), config={"exemplar": "pool"})
+    pool = DataPool(task.labeller)
+    pool.add([item(i, float(i % 3), feedback=f"said {i}") for i in range(9)])
+    drawn = {condition[0] for condition in loop.exemplars(learner, pool, 40, 2)}
     assert drawn == {"said 2", "said 5", "said 8"}
-    assert loop.exemplars(5, 2) == loop.exemplars(5, 2) != loop.exemplars(5, 3)
-    assert set(training(config={"exemplar": "kind"}).exemplars(2, 2)) == {("kind",)}
+    five = [loop.exemplars(learner, pool, 5, iteration) for iteration in (2, 2, 3)]
+    assert five[0] == five[1] != five[2]
+    learner, _ = arm(config={"exemplar": "kind"})
+    assert set(loop.exemplars(learner, pool, 2, 2)) == {("kind",)}
 
 
 def test_an_encoder_decoder_trains_too(tiny_seq2seq):
     model, tokenizer = copy.deepcopy(tiny_seq2seq[0]), tiny_seq2seq[1]
     config = ConditioningConfig(**{**TINY, "iterations": 1})
-    loop = ConditionalTraining(
-        model, tokenizer, PROMPTS, critics.scored(nice), FIVE, Conditioner(tokenizer), config
-    )
-    assert np.isfinite(loop.run()["loss"]).all()
+    task = Task(PROMPTS, critics.scored(nice), FIVE, Conditioner(tokenizer))
+    history, evaluation, _ = loop.train_conditional(model, tokenizer, task, config)
+    assert np.isfinite(history["loss"]).all() and len(evaluation) == 0
 
 
 def test_what_does_not_fit_is_told():
     with pytest.raises(ValueError, match="samples_per_prompt"):
-        training(labeller=Quantiles(TAGS, within="prompt"), config={"samples_per_prompt": 2})
+        train(labeller=Quantiles(TAGS, within="prompt"), config={"samples_per_prompt": 2})
     with pytest.raises(ValueError, match="verdicts"):
-        training(feedback=lambda p, r: []).run()
+        train(feedback=lambda p, r: [])
     nothing = critics.scored(lambda p, r: [float("nan")] * len(r))
     with pytest.raises(ValueError, match="no item"):
-        training(feedback=nothing).run()
+        train(feedback=nothing)
+    with pytest.raises(ValueError, match="no prompts"):
+        Task([], nothing, FIVE, None)
+    with pytest.raises(ValueError, match="need a judge"):
+        Task(PROMPTS, nothing, FIVE, None, held_out=["a"])

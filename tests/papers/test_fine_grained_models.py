@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import LongformerConfig, LongformerModel
 
-from lib import reward_models, runtime
+from lib import models, reward_models, runtime
 from lib.papers.fine_grained import models as fg
 from lib.papers.fine_grained import schema as qa
 from lib.segments import Segmenter
@@ -200,6 +200,22 @@ def test_training_on_labels_starts_at_ln_2_and_ranks_errors_below(tmp_path):
     for a, b in zip(again.score_segments(*some), model.score_segments(*some), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
     assert set(np.concatenate(again.signs(*some))) <= {1.0, -1.0}
+
+
+def test_a_set_of_kept_models_is_read_whole_or_refused(tmp_path):
+    for name, category in fg.REWARDS.items():
+        with pytest.raises(ValueError, match=f"no folder .*{name}"):
+            fg.load_all(tmp_path)
+        model = model_of(fg.UNITS[category])
+        model.fit_normaliser([np.array([0.0, 4.0])])
+        models.save(model, model.tokenizer, tmp_path / name)
+    loaded = fg.load_all(tmp_path)
+    assert [(name, model.mean, model.std) for name, model in loaded.items()] == [
+        ("R1", 2, 2), ("R2", 2, 2), ("R3", 2, 2),
+    ]  # fmt: skip
+    models.save(loaded["R1"], loaded["R1"].tokenizer, tmp_path / "R2")
+    with pytest.raises(ValueError, match="'sub_sentence'; R2 judges 'sentence'"):
+        fg.load_all(tmp_path)
 
 
 def test_balance_weighs_both_classes_alike():

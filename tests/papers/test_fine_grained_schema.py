@@ -85,8 +85,23 @@ def test_a_broken_field_is_named_with_its_line(record, tmp_path, change, named):
     change(broken)
     path = write(tmp_path / "f.json", [record, broken])
     with pytest.raises(ValueError) as error:
-        qa.load_feedback(path)
+        qa.load_feedback(path, needed=qa.FIELDS)
     assert "f.json, line " in str(error.value) and named in str(error.value)
+
+
+def test_white_space_at_the_edges_of_a_span_is_no_part_of_it(record, tmp_path):
+    """As in the released training records, where a last span may hold the line break that ends the text."""
+    record["prediction 1"] += "\n"
+    size = len(record["prediction 1"])
+    first = record["prediction 1"].rindex(" ") + 1
+    span = {"error type": "Irrelevant", "explanation": "", "start": first, "end": size - 1}
+    record["feedback"]["errors"] = [span]
+    wide = copy.deepcopy(record)
+    wide["feedback"]["errors"][0] |= {"start": first - 1, "end": size}
+    assert qa.load_feedback(write(tmp_path / "f.json", [wide])) == [record]
+    wide["feedback"]["errors"][0] |= {"start": size - 1, "end": size}  # white space alone
+    with pytest.raises(ValueError, match="whole words"):
+        qa.load_feedback(write(tmp_path / "f.json", [wide]))
 
 
 def test_course_items_become_records():
@@ -268,3 +283,18 @@ def test_released_questions(real_data):
     }
     row = found["dev.json"][0]
     assert qa.prompt(row["question"], qa.passages_of(row)) == row["text"]
+
+
+def test_first_records_of_the_files_for_training(real_data):
+    """The first 24 of the authors' train_feedback.json, train.json and test.json fit the readers whole."""
+    folder = real_data / "qa_feedback" / "first_24"
+    records = qa.load_feedback(folder / "train_feedback.json")
+    assert len(records) == 24 and len(qa.preference_table(records)) == 24 * 6
+    assert set(qa.span_table(records).type) <= set(qa.CATEGORIES)
+    assert not any(qa.conflicts(r["preference"]) for r in records)
+    for name, references in (("train.json", 1), ("test.json", 2)):
+        rows = qa.load_questions(folder / name)
+        assert len(rows) == 24 and {len(row["answer"]) for row in rows} == {references}
+        for row in rows:  # the layout is exact but for white space
+            rebuilt = qa.prompt(row["question"], qa.passages_of(row))
+            assert rebuilt.split() == row["text"].split()

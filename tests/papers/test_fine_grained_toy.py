@@ -2,9 +2,11 @@
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lib import models
 from lib.papers.fine_grained import toy
 
 PROMPT = "colour red, metal iron, city oslo? metal city:"
@@ -83,3 +85,15 @@ def test_demonstrations_err_as_often_as_they_are_told_to():
     )
     perfect = toy.demonstrate(questions, 0, relevant=1.0, right=1.0)
     assert all(e.sentences.all() for e in map(toy.judge, prompts, perfect))
+
+
+def test_a_kept_policy_of_the_task_is_loaded_and_another_refused(tmp_path):
+    policy, tokenizer = toy.tokenizer_and_model(7, hidden_size=32)
+    models.save(policy, tokenizer, tmp_path / "toy")
+    again = toy.load_policy(str(tmp_path / "toy"))
+    assert again.dtype == torch.float32
+    for name, weight in policy.state_dict().items():
+        torch.testing.assert_close(again.state_dict()[name].cpu(), weight, atol=0, rtol=0)
+    models.save(*models.build_tiny_model("tiny"), tmp_path / "tiny")
+    with pytest.raises(ValueError, match="other tokens than the words of this task"):
+        toy.load_policy(str(tmp_path / "tiny"))

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers import models as token_models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lib import chat, logprobs, models
+from lib import chat, encoding, logprobs, models
 from lib.annotator import Critique, Rubric, SimulatedAnnotator
 from lib.papers.ilf import refine as rf
 
@@ -412,7 +412,7 @@ def test_answers_that_cannot_be_told_apart():
 def test_answers_of_an_encoder_decoder(tiny_seq2seq):
     model, tokenizer = tiny_seq2seq
     found = logprobs.answer_log_probs(model, tokenizer, ["the cat", "a dog"], (" nice", " kind"))
-    ids = [logprobs.encode_pair(tokenizer, "the cat", w)[1] for w in (" nice", " kind")]
+    ids = [encoding.encode(tokenizer, "the cat", w, joined=True)[1] for w in (" nice", " kind")]
     rows = logprobs.token_log_probs(model, [tokenizer("the cat")["input_ids"]] * 2, ids)
     assert np.allclose(found[0], [r.sum() for r in rows], atol=1e-5)
 

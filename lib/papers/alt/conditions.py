@@ -9,6 +9,7 @@ import torch
 from torch.nn.functional import embedding
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lib import encoding
 from lib.papers.alt import labels
 
 STYLES = ("none", "text", "separator", "token")
@@ -97,8 +98,9 @@ class Conditioner:
 
     def build(self, prompt: str, condition: labels.Condition = ()) -> Built:
         """The prompt with the condition before it; () adds nothing."""
-        raw = list(self.tokenizer(prompt)["input_ids"])
-        start = int(bool(raw) and raw[0] == self.tokenizer.bos_token_id)
+        raw = encoding.encode(self.tokenizer, prompt).prompt
+        first = encoding.start_ids(self.tokenizer)
+        start = len(first) if raw[: len(first)] == first else 0
         added = self._ids(condition) if condition and self.style != "none" else []
         ids = raw[:start] + added + raw[start:]
         return Built(prompt, tuple(condition), ids, start, start + len(added))
@@ -119,5 +121,5 @@ class Conditioner:
                 raise ValueError(f"no token for {unknown}; allowed: {', '.join(self.tokens)}.")
             return [self.first_id + self.tokens.index(tag) for tag in condition]
         text = self.template.format(self.join.join(condition))
-        ids = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        ids = encoding.bare_ids(self.tokenizer, text)
         return ids + [self.first_id] * (self.style == "separator")

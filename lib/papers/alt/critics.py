@@ -14,8 +14,8 @@ from lib.annotator import SimulatedAnnotator
 from lib.answers import first_line, parse_whole, without_reasoning
 from lib.chat import ChatClient, Reply, chat, with_defaults
 from lib.papers.alt import labels
+from lib.rewards import Judge
 
-Judge = Callable[[Sequence[str], Sequence[str]], Sequence[float]]  # prompts, responses -> scores
 Feedback = Callable[[Sequence[str], Sequence[str]], list[dict]]  # -> score, feedback, attributes
 
 
@@ -34,6 +34,16 @@ def scored(judge: Judge, **attributes: Judge) -> Feedback:
         ]
 
     return ask
+
+
+def as_plain(verdict: dict) -> dict:
+    """A verdict whose score and attributes are floats that a file can hold, or None where there is none."""
+    plain = dict(verdict)
+    if "score" in plain:
+        plain["score"] = _number(plain["score"])
+    if plain.get("attributes"):
+        plain["attributes"] = {k: _number(v) for k, v in plain["attributes"].items()}
+    return plain
 
 
 def _number(value) -> float | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
@@ -15,7 +14,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import rankdata
 
-from lib import runtime
+from lib import runtime, training
 from lib.answers import first_line
 
 Label = int | tuple[int, ...]  # 0 is best
@@ -295,12 +294,12 @@ class DataPool:
     def save(self, path: Path | str) -> Path:
         """JSON lines: what is missing by round, then an item a line."""
         rows = [{"missing": dict(self.missing)}, *map(asdict, self.items)]
-        return runtime.write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
+        return training.write_rows(path, rows)
 
     @classmethod
     def load(cls, path: Path | str, labeller, replay: tuple = ("keep",)) -> DataPool:
         """The pool that `save` wrote; labels are made anew by `labeller`."""
-        head, *rows = read_lines(path)
+        head, *rows = training.read_rows(path)
         pool = cls(labeller, replay)
         pool.items = [to_item(row) for row in rows]
         pool.missing = Counter({int(name): n for name, n in head["missing"].items()})
@@ -309,7 +308,3 @@ class DataPool:
 
 def to_item(row: dict) -> Item:
     return Item(**{**row, "response_ids": tuple(row["response_ids"])})
-
-
-def read_lines(path: Path | str) -> list[dict]:
-    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]

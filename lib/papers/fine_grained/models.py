@@ -27,13 +27,14 @@ import torch
 from torch.nn.functional import binary_cross_entropy_with_logits, normalize
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from lib import generation, models, reward_models, runtime
+from lib import encoding, models, reward_models, runtime, stats
 from lib.papers.fine_grained import schema as qa
 from lib.reward_models import Feedback, TrainConfig
 from lib.segments import SHORTEST, Segmenter
 from lib.text import check_texts
 
 UNITS = {"C1": "sub_sentence", "C2": "sentence", "C3": "sequence"}
+REWARDS = {"R1": "C1", "R2": "C2", "R3": "C3"}
 SAME = 0.85  # likeness from which a piece of text says what a passage sentence says
 RELATIONS = 20  # numbers that `_relations` gives for each segment
 
@@ -252,7 +253,7 @@ class FineGrainedModel(reward_models.RewardModel):
     def _row(self, prompt: str, response: str) -> _Row:
         tokenizer, plain = self.tokenizer, {"add_special_tokens": False, "verbose": False}
         question = prompt.partition(" context: ")[0]
-        before = tokenizer(prompt if self.context else question, **plain)["input_ids"]
+        before = encoding.bare_ids(tokenizer, prompt if self.context else question)
         found = tokenizer(response, **plain, return_offsets_mapping=True)
         start, stop = self._marks
         marks = len(start) + 2 * len(stop)
@@ -264,7 +265,7 @@ class FineGrainedModel(reward_models.RewardModel):
         last = [max(start, end - 1) for start, end in found["offset_mapping"][: len(after)]]
         owner = np.searchsorted(ends, last, side="right") if ends else np.zeros(0, dtype=int)
         self.truncated["segments"] += len(ends) - len(set(owner))
-        asked = min(room, len(tokenizer(question, **plain)["input_ids"]))
+        asked = min(room, len(encoding.bare_ids(tokenizer, question)))
         return _Row(
             start + before[:room] + stop, after + stop, owner, len(ends), len(start) + asked
         )
@@ -302,7 +303,7 @@ class FineGrainedModel(reward_models.RewardModel):
         bar = runtime.progress(total=len(rows), label="segment features", unit="text")
         lengths = [len(row.context) + len(row.response) for row in rows]
         with models.fast_float32(self):
-            for places in generation.token_batches(lengths, tokens_per_batch):
+            for places in encoding.token_batches(lengths, tokens_per_batch):
                 features = self._features([rows[i] for i in places])
                 for i, row in zip(places, features, strict=True):
                     found[i] = row.float().cpu()
@@ -336,9 +337,13 @@ class FineGrainedModel(reward_models.RewardModel):
         return [np.where(np.isnan(row), self.mean, row) for row in found]
 
     def fit_normaliser(self, scores: Sequence[np.ndarray]) -> None:
-        """Mean and deviation of these scores (of training texts), stored with the model."""
+        """Mean and deviation of these scores (of training texts), stored with the model.
+
+        Where all scores are alike the deviation counts as 1.
+        """
         found = np.concatenate([np.ravel(row) for row in scores])
-        values = torch.tensor([found.mean(), max(found.std(), 1e-6)], dtype=torch.float64)
+        std = stats.spread(found, precision=np.float32) or 1.0
+        values = torch.tensor([found.mean(), std], dtype=torch.float64)
         self.normaliser.copy_(values)
 
 
@@ -394,6 +399,29 @@ def _relations(hidden, ids, row: _Row, member, count) -> torch.Tensor:
 def load(folder: Path | str) -> FineGrainedModel:
     """What `FineGrainedModel.save` wrote, its normaliser too."""
     return reward_models.load(folder, FineGrainedModel)
+
+
+def load_all(folder: Path | str) -> dict[str, FineGrainedModel]:
+    """R1, R2 and R3 by name, from the folders of these names in `folder`.
+
+    Raises ValueError where one is missing or judges other segments than its name says.
+    """
+    folder = Path(folder).expanduser()
+    missing = [name for name in REWARDS if not (folder / name).is_dir()]
+    if missing:
+        raise ValueError(
+            f"{folder} has no folder {', '.join(missing)}; needed are {', '.join(REWARDS)}. Notebook 41 "
+            "keeps them in runs/<scale>/41_fine_grained_reward_models/models."
+        )
+    loaded = {name: load(folder / name) for name in REWARDS}
+    for name, category in REWARDS.items():
+        unit = loaded[name].segmenter.unit
+        if unit != UNITS[category]:
+            raise ValueError(
+                f"{folder / name} judges the unit {unit!r}; {name} judges {UNITS[category]!r}. Were the "
+                "folders renamed?"
+            )
+    return loaded
 
 
 # --- training ------------------------------------------------------------------------------------

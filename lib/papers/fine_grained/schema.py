@@ -15,6 +15,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -23,7 +24,7 @@ import pandas as pd
 from sklearn.metrics import cohen_kappa_score
 from transformers import PreTrainedTokenizerBase
 
-from lib import stats, tables
+from lib import runtime, stats, tables
 from lib.segments import Segmenter
 
 CATEGORIES = {  # error type -> what its reward model judges (section 4 of the paper)
@@ -31,6 +32,7 @@ CATEGORIES = {  # error type -> what its reward model judges (section 4 of the p
     "Unverifiable": "C2",
 }  # fmt: skip
 MISSING = ("Missing-Answer", "Missing-Major-Auxiliary", "Missing-Minor-Auxiliary")
+FIELDS = ("feedback", "preference")
 PAIRS = tuple(itertools.combinations(range(4), 2))
 PREDICTIONS = tuple(f"prediction {i}" for i in range(1, 5))
 LEVELS = ("any", "category", "type")  # how fine a label must agree
@@ -45,21 +47,74 @@ def word_spans(text: str) -> list[tuple[int, int]]:
     return [word.span() for word in re.finditer(r"\S+", text)]
 
 
-def load_feedback(
-    path: str | Path, *, needed: Sequence[str] = ("feedback", "preference")
-) -> list[dict]:
-    """Checked records of a feedback file (a JSON list, or JSON lines).
+def record_id(record: dict) -> str:
+    """16 hex digits of the hash of what is annotated: question, passages, answers."""
+    texts = [record.get(name) for name in PREDICTIONS]
+    return runtime.content_hash(record["question"], record["passages"], texts)[:16]
 
-    `needed`: which of feedback and preference every record must have; either is checked where it stands.
-    Raises ValueError that names file, line and field, FileNotFoundError.
+
+def load_feedback(
+    path: str | Path | Sequence[str | Path], *, needed: Sequence[str] = ()
+) -> list[dict]:
+    """Checked records of a feedback file (a JSON list, or JSON lines), or of several that belong together.
+
+    A record holds feedback, preference or both; `needed` names those that every record must have.  Of several
+    files, such as the exports of both annotation pages, records with the same texts become one.  What a page
+    has exported unfinished is left out with a warning.  Raises ValueError that names file, line, record and
+    field, FileNotFoundError.
     """
-    path = Path(path).expanduser()
-    found = tables.json_records(path)
-    return [check_record(record, f"{path.name}, line {n}", needed=needed) for n, record in found]
+    paths = [Path(p).expanduser() for p in ([path] if isinstance(path, str | Path) else path)]
+    if len(paths) == 1:
+        return _load_file(paths[0], needed)
+    joined: dict[str, dict] = {}
+    for file in paths:
+        for number, record in enumerate(_load_file(file, ()), 1):
+            known = joined.setdefault(record_id(record), {})
+            for field in known.keys() & record.keys() & set(FIELDS):
+                where = f"{file.name}, record {number}, {field}"
+                _need(False, where, "in one of the files only", record["question"])
+            notes = known.get("annotation", {}) | record.get("annotation", {})
+            known |= record | ({"annotation": notes} if notes else {})
+    for record in joined.values():
+        where = f"{' and '.join(file.name for file in paths)}, {record['question'][:60]!r}"
+        check_record(record, where, needed=needed)
+    return list(joined.values())
+
+
+def _load_file(path: Path, needed: Sequence[str]) -> list[dict]:
+    """The finished records of one file, checked."""
+    records, unfinished = [], 0
+    for number, (line, record) in enumerate(tables.json_records(path), 1):
+        where = f"{path.name}, line {line}, record {number}"
+        if _unfinished(record, needed or FIELDS):
+            unfinished += 1
+            continue
+        check_record(record, where, needed=needed)
+        fits = any(name in record for name in FIELDS)
+        _need(fits, f"{where}, feedback", "given, or preference (annotate it first)", None)
+        records.append(record)
+    if unfinished:
+        text = f"{path.name}: {unfinished} records are begun and not finished"
+        if not records:
+            raise ValueError(f"{text}, the others too. Open the file in its page and finish some.")
+        warnings.warn(f"{text}; they are left out.", stacklevel=3)
+    return records
+
+
+def _unfinished(record: object, fields: Sequence[str]) -> bool:
+    """Whether an annotation page has exported the record before any of these fields was finished."""
+    notes = record.get("annotation") if isinstance(record, dict) else None
+    if not isinstance(notes, dict) or any(name in record for name in fields):
+        return False
+    begun = [notes[name] for name in fields if isinstance(notes.get(name), dict)]
+    return any(note.get("finished") is False for note in begun)
 
 
 def check_record(record: object, where: str = "record", *, needed: Sequence[str] = ()) -> dict:
-    """The record itself; ValueError naming `where` and the field that breaks the schema."""
+    """The record itself; ValueError naming `where` and the field that breaks the schema.
+
+    White space at the edges of an error span is taken off the span, in the record.
+    """
     _need(
         isinstance(record, dict), where, "an object with question, passages, prediction 1", record
     )
@@ -108,11 +163,14 @@ def _check_feedback(record: dict, where: str) -> None:
         _need(isinstance(error, dict), place, "an object", error)
         kind, start, end = (error.get(k) for k in ("error type", "start", "end"))
         _need(kind in CATEGORIES, f"{place}, error type", f"one of {', '.join(CATEGORIES)}", kind)
-        whole = type(start) is type(end) is int and start < end
-        whole = whole and start in starts and end in ends
+        whole = type(start) is type(end) is int and 0 <= start < end
+        if whole:
+            error["start"], error["end"] = _without_edges(record["prediction 1"], start, end)
+            whole = error["start"] in starts and error["end"] in ends
         _need(
             whole, f"{place}, start and end", "offsets of whole words in prediction 1", (start, end)
         )
+        start, end = error["start"], error["end"]
         _check_explanation(error, record["passages"], f"{place}, explanation")
         spans.append((start, end))
     for (_, end), (start, _) in itertools.pairwise(sorted(spans)):
@@ -122,6 +180,13 @@ def _check_feedback(record: dict, where: str) -> None:
         kind = missing.get("error type") if isinstance(missing, dict) else missing
         _need(kind in MISSING, f"{place}, error type", f"one of {', '.join(MISSING)}", kind)
         _check_source(missing, record["passages"], place)
+
+
+def _without_edges(text: str, start: int, end: int) -> tuple[int, int]:
+    """A span without white space at its edges: three of the first 24 records released for training mark
+    the line break that ends the answer, too."""
+    inside = text[start:end]
+    return start + len(inside) - len(inside.lstrip()), end - len(inside) + len(inside.rstrip())
 
 
 def _check_explanation(error: dict, passages: list, where: str) -> None:
@@ -263,7 +328,7 @@ def span_table(records: Sequence[dict]) -> pd.DataFrame:
     """One row for each error span: record, type, category, start, end, words, characters."""
     rows = []
     for number, record in enumerate(records):
-        for error in record["feedback"]["errors"]:
+        for error in record["feedback"]["errors"] if "feedback" in record else []:
             start, end, kind = error["start"], error["end"], error["error type"]
             n_words = len(record["prediction 1"][start:end].split())
             rows.append((number, kind, CATEGORIES[kind], start, end, n_words, end - start))
@@ -276,6 +341,7 @@ def class_counts(records: Sequence[dict], seed: int = 0) -> pd.DataFrame:
 
     Columns group (spans, missing), type, category, count, records (with at least one), value, low, high, n.
     """
+    records = [record for record in records if "feedback" in record]
     listed = [[e["error type"] for e in r["feedback"]["errors"]] for r in records]
     missed = [[e["error type"] for e in r["feedback"]["missing-info"]] for r in records]
     kinds = [("spans", t, c, listed) for t, c in CATEGORIES.items()]
@@ -293,6 +359,8 @@ def preference_table(records: Sequence[dict]) -> pd.DataFrame:
     """One row for each pair: record, pair ("1-2"), value (1, 2, 0), first_words, second_words."""
     rows = []
     for number, record in enumerate(records):
+        if "preference" not in record:
+            continue
         lengths = [len(record[name].split()) for name in PREDICTIONS]
         for (a, b), value in zip(PAIRS, record["preference"], strict=True):
             rows.append((number, f"{a + 1}-{b + 1}", value, lengths[a], lengths[b]))
@@ -380,8 +448,9 @@ def agreement(
     `clusters` (records,) names what is drawn as one where records repeat; n counts clusters then.
 
     Columns unit, level (`LEVELS`), measure, value, low, high, n (records).  F1 of exact spans and of
-    characters (micro: 2 x shared / all given); Cohen's kappa of words, of passage sentences named as missing,
-    and of preferences where both have them.  Raises ValueError where the records are not the same ones.
+    characters (micro: 2 x shared / all given); Cohen's kappa of words and of passage sentences named as
+    missing; kappa of preferences.  Fields that not all records have are left out.  Raises ValueError where
+    the records are not the same ones, or share no field.
     """
     texts = [[(r["question"], r["prediction 1"]) for r in side] for side in (first, second)]
     if texts[0] != texts[1] or not first:
@@ -389,26 +458,35 @@ def agreement(
             f"{len(first)} and {len(second)} records; both must hold the same answers in the same order, "
             "at least one. Try to sort both by question, and leave out what only one has annotated."
         )
-    rows = []
     pairs = list(zip(first, second, strict=True))
+    marked, compared = (all(name in r for pair in pairs for r in pair) for name in FIELDS)
+    if not marked and not compared:
+        raise ValueError(f"no field of {' and '.join(FIELDS)} stands in every record of both.")
     clusters = np.arange(len(pairs)) if clusters is None else np.asarray(clusters)
     how = {"clusters": clusters, "seed": seed, "resamples": resamples}
-
-    def f1(shared: np.ndarray, given: np.ndarray) -> float:
-        return 2 * shared.sum() / given.sum() if given.sum() else np.nan
-
-    for unit, level in itertools.product(("span", "character"), LEVELS):
-        counts = np.array([_shared(a, b, unit, level) for a, b in pairs]).T
-        rows.append((unit, level, "F1", *stats.bootstrap((counts[0], counts[1]), f1, **how)))
-    asked = [("word", level) for level in LEVELS] + [("sentence", "any"), ("sentence", "type")]
-    for unit, level in asked:
-        labels = [(unit_labels(a, unit, level), unit_labels(b, unit, level)) for a, b in pairs]
-        rows.append((unit, level, "kappa", *_kappa(labels, **how)))
-    if all("preference" in r for pair in pairs for r in pair):
+    rows = _span_agreement(pairs, **how) if marked else []
+    if compared:
         labels = [(a["preference"], b["preference"]) for a, b in pairs]
         rows.append(("preference", "type", "kappa", *_kappa(labels, **how)))
     names = ["unit", "level", "measure", "value", "low", "high", "n"]
     return pd.DataFrame(rows, columns=names)
+
+
+def _span_agreement(pairs: Sequence[tuple[dict, dict]], **how) -> list[tuple]:
+    """The rows of `agreement` that are about spans and missing sentences."""
+
+    def f1(shared: np.ndarray, total: np.ndarray) -> float:
+        return 2 * shared.sum() / total.sum() if total.sum() else np.nan
+
+    rows = []
+    for unit, level in itertools.product(("span", "character"), LEVELS):
+        counts = np.array([_shared(a, b, unit, level) for a, b in pairs]).T
+        rows.append((unit, level, "F1", *stats.bootstrap((counts[0], counts[1]), f1, **how)))
+    units = [("word", level) for level in LEVELS] + [("sentence", "any"), ("sentence", "type")]
+    for unit, level in units:
+        labels = [(unit_labels(a, unit, level), unit_labels(b, unit, level)) for a, b in pairs]
+        rows.append((unit, level, "kappa", *_kappa(labels, **how)))
+    return rows
 
 
 def _kappa(labels: Sequence[tuple[Sequence, Sequence]], clusters, **how) -> stats.Interval:

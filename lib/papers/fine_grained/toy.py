@@ -21,6 +21,7 @@ from functools import lru_cache
 
 import numpy as np
 import pandas as pd
+import torch
 
 from lib import models, segments
 
@@ -50,6 +51,17 @@ def tokenizer_and_model(seed: int = 0, **sizes):
     """
     words = [*MARKS, *ATTRIBUTES, *(value for values in ATTRIBUTES.values() for value in values)]
     return models.build_tiny_model(words=words, seed=seed, **sizes)
+
+
+def load_policy(name: str):
+    """A kept policy of this task, in float32.  ValueError for a model that does not know the task's words."""
+    policy, tokenizer = models.load_policy(name, dtype=torch.float32)
+    if tokenizer.get_vocab() != tokenizer_and_model()[1].get_vocab():
+        raise ValueError(
+            f"{name} has other tokens than the words of this task. Give a policy that was trained on it: "
+            "notebook 42 keeps one in runs/<scale>/42_dense_reward_ppo/models/dense."
+        )
+    return policy
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from lib import data, runtime, tables
-from lib.course import assets
+from lib.course import assets, fetch
 
 SLF5K, TLDR = "JeremyAlain/SLF5K", "openai/summarize_from_feedback"
 SLF5K_SPLITS = {"train": 5000, "development": 200, "validation": 500, "test": 698}
@@ -34,7 +34,8 @@ WIKIPEDIA_SPLITS = SLF5K_SPLITS | {"pool": 3602}  # shares of the articles that 
 def load_slf5k(source: str | Path = SLF5K, split: str = "train") -> datasets.Dataset:
     """One split of SLF5K: Reddit posts, FeedME summaries, human feedback and human summaries (ILF, 3.1).
 
-    `source`: the Hub id, a folder that holds <split>*.jsonl, or one such file.  Splits: train (5000
+    `source`: the Hub id (what `python -m lib fetch slf5k` got is used), a folder that holds
+    <split>*.jsonl, or one such file.  Splits: train (5000
     rows; the paper's 100 and 1K are its first rows), development (200), validation (500), test (698).
     Columns `SLF5K_TEXTS` (text) and `SLF5K_SECONDS` (float); what a file lacks is None (the test split
     has posts and human summaries only), and so is a comparison_preference other than "Summary A" or
@@ -73,7 +74,8 @@ def _jsonl_of(source: str | Path, split: str) -> Path:
         return found[0]
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(source)):
         raise FileNotFoundError(f"{path}: no such file or folder, and no Hub id such as {SLF5K}.")
-    return _hub_file(str(source), f"{split}.jsonl")
+    fetched = fetch.find("slf5k", f"{split}.jsonl") if str(source) == SLF5K else None
+    return fetched / f"{split}.jsonl" if fetched else _hub_file(str(source), f"{split}.jsonl")
 
 
 def _hub_file(name: str, filename: str, revision: str | None = None) -> Path:
@@ -119,7 +121,8 @@ def _slf5k_row(record: object, where: str) -> dict:
 def load_tldr_comparisons(source: str | Path = TLDR, split: str = "train") -> datasets.Dataset:
     """The TL;DR comparisons that SLF5K's posts come from (Stiennon et al. 2020), about 93k and 84k.
 
-    `source`: the Hub id (its parquet files, some 50 MB a split), or a folder or file of the released
+    `source`: the Hub id (its parquet files, some 20 MB a split; what `python -m lib fetch
+    tldr_comparisons` got is used), or a folder or file of the released
     JSON lines (batch*.json), of which the rows of this split ("train", "validation") are kept.  Columns
     id, subreddit, title, post, summary_A, summary_B, comparison_preference ("Summary A" or "Summary B"),
     worker, batch.  Rows without a Reddit post (news articles) are left out.  Raises ValueError with
@@ -146,7 +149,12 @@ def _comparison_records(source: str | Path, split: str) -> Iterator[tuple[str, o
                 if (named == "train") == (split == "train"):  # the others: valid1, valid2
                     yield f"{file.name}, line {line}", record
         return
-    file = _hub_file(str(source), f"comparisons/{split}/0000.parquet", "refs/convert/parquet")
+    name = f"summarize_from_feedback_comparisons-{split}.parquet"
+    fetched = fetch.find("tldr_comparisons", name) if str(source) == TLDR else None
+    if fetched:
+        file = fetched / name
+    else:
+        file = _hub_file(str(source), f"comparisons/{split}/0000.parquet", "refs/convert/parquet")
     for row, record in enumerate(pd.read_parquet(file).to_dict("records"), 1):
         yield f"{file.name}, row {row}", record
 

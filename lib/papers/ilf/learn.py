@@ -20,7 +20,7 @@ import pandas as pd
 from scipy import special
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lib import logprobs, sft, tables
+from lib import encoding, logprobs, sft, tables
 from lib.annotator import SimulatedAnnotator
 from lib.answers import without_reasoning
 from lib.papers.ilf import refine
@@ -79,7 +79,7 @@ def written_refinement(
     """
     text = without_reasoning(text)
     _, cue, after = text.partition(CUE)
-    ids = tokenizer(refine.tidy(after if cue else text), add_special_tokens=False)["input_ids"]
+    ids = encoding.bare_ids(tokenizer, refine.tidy(after if cue else text))
     kept = tokenizer.decode(ids[:max_tokens], skip_special_tokens=True)
     return refine.tidy(kept), bool(cue)
 

@@ -23,7 +23,7 @@ import pandas as pd
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lib import data, generation, logprobs, runtime, stats, tables
+from lib import data, encoding, generation, logprobs, runtime, stats, tables
 from lib.annotator import CATEGORIES, Critique, Rubric, SimulatedAnnotator, stems
 from lib.answers import without_reasoning
 from lib.chat import ChatClient, chat, with_defaults
@@ -390,10 +390,10 @@ class EmbeddingSimilarity:
         ids = [self.tokenizer(t, truncation=True, max_length=limit)["input_ids"] for t in texts]
         found = np.zeros((len(texts), self.model.config.hidden_size))
         full = [i for i, text in enumerate(texts) if not is_empty(text)]
-        for batch in generation.token_batches([len(ids[i]) for i in full], tokens_per_batch):
+        for batch in encoding.token_batches([len(ids[i]) for i in full], tokens_per_batch):
             places = [full[j] for j in batch]
-            pad = self.tokenizer.pad_token_id or 0
-            rows, mask = generation.pad_rows([ids[i] for i in places], pad, "right")
+            pad = encoding.pad_id(self.tokenizer)
+            rows, mask = encoding.pad_rows([ids[i] for i in places], pad, "right")
             rows, mask = rows.to(self.model.device), mask.to(self.model.device)
             hidden = self.model(input_ids=rows, attention_mask=mask).last_hidden_state.float()
             mean = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
@@ -681,8 +681,8 @@ def word_removal(writer: Writer, items: pd.DataFrame) -> pd.DataFrame:
     Ask greedily (temperature 0), as the paper does.  An empty answer removes everything and keeps nothing.
     """
     drafts = writer(list(items["prompt"]), 1, 0)
-    answers = [f"You are{row[0].text.splitlines()[0] if row[0].text else ''}" for row in drafts]
-    answers = [" ".join(a.split()) for a in answers]
+    first_lines = [row[0].text.split("\n")[0] for row in drafts]
+    answers = [" ".join(encoding.join_texts("You are", line).split()) for line in first_lines]
 
     def share(answer, names, wanted):
         held = set(words(answer))

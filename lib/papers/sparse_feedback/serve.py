@@ -13,8 +13,7 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
-from lib import runtime
-from lib.course import assets
+from lib import hub, runtime
 
 # The child ends when its parent does, however that ends: its standard input closes.
 _SERVER = """
@@ -29,11 +28,11 @@ main()
 def serve(model: str | Path = "policy", *, timeout: float = 180.0) -> Iterator[tuple[str, str]]:
     """Run `transformers serve` on a free loopback port; gives (base_url, model name for `ChatClient`).
 
-    `model` is an asset, a folder or a Hub id (`assets.resolve_model`).  The server has one thread for
+    `model` is an asset, a folder or a Hub id (`hub.resolve_model`).  The server has one thread for
     arithmetic, answers one call at a time, and is stopped at the end of the block, on an error too.
     Raises RuntimeError with the end of its log where it does not start within `timeout` seconds.
     """
-    folder = assets.resolve_model(model)
+    folder = hub.resolve_model(model)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
