@@ -87,9 +87,7 @@ def _parameters(request: dict) -> dict:
 class Reply:
     """One answer.  `text` is None where there is none; `error` then says why.  Times are UTC."""
 
-    text: (
-        str | None
-    )  # as written, with the model's reasoning where it wrote that; "": it says nothing
+    text: str | None  # as written, reasoning included; "" where the model says nothing
     model: str
     parameters: dict
     key: str

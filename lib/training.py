@@ -30,7 +30,7 @@ import pandas as pd
 import torch
 from safetensors.torch import load_file, save_file
 
-from lib import runtime
+from lib import runtime, tables
 
 REPORTERS = ("trackio", "wandb", "tensorboard")
 PROJECT = "learning-from-feedback"  # the name under which trackio and wandb list the runs
@@ -304,7 +304,7 @@ class History:
         """The whole file."""
         self._columns = list(self.frame())
         if self.folder and self.rows:
-            runtime.write_atomic(self.folder / "history.csv", self.frame().to_csv(index=False))
+            tables.write_csv(self.frame(), self.folder / "history.csv")
 
     def _append(self) -> None:
         """The last row, in the time of one row; the whole file where it brings a new column."""
@@ -312,7 +312,8 @@ class History:
         if not set(row) <= set(self._columns):
             self._write()
         elif self.folder:
-            line = pd.DataFrame([row], columns=self._columns).to_csv(header=False, index=False)
+            values = [row.get(name) for name in self._columns]
+            line = tables.csv_text(None, [values], typed=True)
             with open(self.folder / "history.csv", "a", encoding="utf-8", newline="") as file:
                 file.write(line)
 
