@@ -86,12 +86,11 @@ def attach(model: PreTrainedModel, folder: Path) -> None:
     config = PeftConfig.from_pretrained(str(folder))
     if config.peft_type != "LORA":
         raise ValueError(
-            f"{folder} holds adapters of the kind {config.peft_type}; only LoRA's are loaded here. Merge them "
-            "into their model with peft, save that, and load it."
+            f"{folder} holds adapters of the kind {config.peft_type}; only LoRA's are loaded here. Merge "
+            "them into their model with peft, save that, and load it."
         )
-    config.modules_to_save = (
-        None  # trained whole, such as a classifier's head: `load_state` sets them
-    )
+    # what trained whole, such as a classifier's head, is set by `load_state`
+    config.modules_to_save = None
     try:
         model.add_adapter(config)
     except ValueError as error:
