@@ -174,7 +174,7 @@ def test_adapters_of_a_classifier_come_on_their_base(tmp_path):
     model = tf.AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=2)
     config = peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["q_proj", "v_proj"])
     trained = peft.get_peft_model(model, config)  # as TRL and others save a reward model
-    for name, parameter in trained.named_parameters():
+    for parameter in trained.parameters():
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter)
     trained.eval().save_pretrained(tmp_path / "adapters")
