@@ -79,15 +79,18 @@ def add(model: PreTrainedModel, layers: torch.nn.ModuleList, rank: int) -> None:
 def attach(model: PreTrainedModel, folder: Path) -> None:
     """Put a folder's adapters on the model they were trained over, in float32, frozen.
 
-    Raises ValueError where they do not fit this model, or are of a kind that changes prompts.
+    Raises ValueError where they do not fit this model, or are not LoRA's.
     """
     from peft import PeftConfig
 
     config = PeftConfig.from_pretrained(str(folder))
-    if config.is_prompt_learning:
+    if config.peft_type != "LORA":
         raise ValueError(
-            f"{folder} holds prompt tuning; adapters of weights (LoRA) are loaded here."
+            f"{folder} holds adapters of the kind {config.peft_type}; only LoRA's are loaded here. Merge "
+            "them into their model with peft, save that, and load it."
         )
+    # what trained whole, such as a classifier's head, is set by `load_state`
+    config.modules_to_save = None
     try:
         model.add_adapter(config)
     except ValueError as error:
@@ -104,20 +107,25 @@ def attach(model: PreTrainedModel, folder: Path) -> None:
 
 
 def load_state(model: PreTrainedModel, folder: Path | str) -> None:
-    """Set a model's adapters to the values that a folder holds.  ValueError where names or sizes differ."""
+    """Set a model's adapters, and layers that trained whole beside them, to what a folder holds.
+
+    Raises ValueError where names or sizes differ.
+    """
     from peft import set_peft_model_state_dict
 
     path = Path(folder) / WEIGHTS
     if not path.exists():
         raise ValueError(f"{folder} has {CONFIG} and no {WEIGHTS}: it is not whole. Save it again.")
     state = {name.removeprefix(PREFIX): tensor for name, tensor in load_file(path).items()}
+    whole = {name: state.pop(name) for name in [*state] if "lora_" not in name}
     try:
         outcome = set_peft_model_state_dict(model, state, adapter_name=NAME)
+        unknown = model.load_state_dict(whole, strict=False).unexpected_keys
     except RuntimeError as error:  # another size
         differing = [str(error).splitlines()[-1].strip()]
     else:
         missing = [name for name in outcome.missing_keys if "lora_" in name]
-        differing = [*outcome.unexpected_keys, *missing]
+        differing = [*outcome.unexpected_keys, *missing, *unknown]
     if differing:
         raise ValueError(
             f"the adapters in {folder} belong to another model than {type(model).__name__}: "

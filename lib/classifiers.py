@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import json
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -27,12 +28,13 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from lib import cards, encoding, hub, models, runtime
+from lib import adapters, cards, encoding, hub, models, runtime
 from lib.text import check_texts
 
 MAX_TOKENS = 2048  # read of prompt and response, where the model names no other limit
 TRLX_BASE = "EleutherAI/gpt-j-6b"  # whose configuration and tokenizer CarperAI's reward model uses
 TRLX_START = "<|startoftext|>"  # stood before each text it was trained on; its last token is read
+HEADS = ("score.weight", "classifier.weight", "classifier.out_proj.weight")  # (labels, width)
 # what trlx's reward model holds besides weights: buffers of an older transformers
 TRLX_BUFFERS = (".attn.bias", ".attn.masked_bias")
 
@@ -50,19 +52,27 @@ def load_classifier(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A sequence classifier in eval mode and its tokenizer, by folder or Hub id (`name@revision`).
 
-    Raises ValueError for a model that is none (its head would be random numbers) and AssetError where it
-    cannot be had.
+    Adapters (LoRA) come on the model they were trained over.  Raises ValueError for a model that is none (its
+    head would be random numbers) and AssetError where it cannot be had.
     """
     device = device or runtime.get_device()
+    dtype = dtype or runtime.inference_dtype(device)
     folder = hub.resolve_model(name, revision)
+    if cards.read(folder).get("kind") == "reward model":
+        raise ValueError(
+            f"{name} holds a reward model, which scores responses to prompts. Load it with "
+            "reward_models.load."
+        )
     if is_trlx(folder):
         folder = convert_trlx(folder, tokenizer or TRLX_BASE)
         tokenizer = None
+    if adapters.is_folder(folder):
+        return _load_over_base(folder, tokenizer, dtype, device)
     config = hub.read_config(folder)
     model, report = AutoModelForSequenceClassification.from_pretrained(
         folder,
         config=config,
-        dtype=dtype or runtime.inference_dtype(device),
+        dtype=dtype,
         output_loading_info=True,
         use_safetensors=True,
         **hub.SAFE,
@@ -74,6 +84,22 @@ def load_classifier(
             "loaded by models.load_policy, a backbone to train on by reward_models.load_backbone."
         )
     return model.to(device).eval(), models.load_tokenizer(tokenizer or folder)
+
+
+def _load_over_base(folder: Path, tokenizer: str | None, dtype, device):
+    """A classifier whose adapters, with its head, a folder holds, over the model they were trained on."""
+    config = json.loads((folder / adapters.CONFIG).read_text(encoding="utf-8"))
+    base = hub.resolve_model(config["base_model_name_or_path"], config.get("revision"))
+    heads = [x for n, x in load_file(folder / adapters.WEIGHTS).items() if n.endswith(HEADS)]
+    if not heads:
+        raise ValueError(
+            f"{folder} holds adapters without a classifier's head. Load them with models.load_policy."
+        )
+    options = {"num_labels": len(heads[0]), "dtype": dtype, "use_safetensors": True, **hub.SAFE}
+    model = AutoModelForSequenceClassification.from_pretrained(base, **options)
+    adapters.attach(model, folder)
+    own_words = folder if [*folder.glob("tokenizer*")] else base
+    return model.to(device).eval(), models.load_tokenizer(tokenizer or own_words)
 
 
 def label_names(model: PreTrainedModel) -> list[str]:

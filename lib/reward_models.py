@@ -369,9 +369,9 @@ def load(
     card = cards.read(folder)
     if card.get("kind") == KIND:
         return _load_kept(folder, card, kind or RewardModel)
-    if (folder / adapters.CONFIG).exists() or (folder / OLD_CARD).exists():
+    if (folder / OLD_CARD).exists():
         raise ValueError(
-            f"{folder} holds no reward model with a card. Save it again by models.save."
+            f"{folder} was written by an earlier version. Save it again by models.save."
         )
     model, words = classifiers.load_classifier(name, tokenizer=tokenizer)
     return classifiers.ClassifierReward(

@@ -1,6 +1,7 @@
 """Reward models and scorers of others: which token is read, which label pays, what text is shown."""
 
 import numpy as np
+import peft
 import pytest
 import torch
 import transformers as tf
@@ -165,6 +166,30 @@ def test_revision_label_and_tokenizer_of_a_model_on_the_hub(tmp_path, cache, mon
     commit = server.commit(server.root / "some" / "rewards@v2")
     assert scorer.column == 1 and scorer.version == commit[:12] and scorer.name == "some/rewards"
     server.close()
+
+
+def test_adapters_of_a_classifier_come_on_their_base(tmp_path):
+    base, tokenizer = models.build_tiny_model("tiny", words=WORDS)
+    saved((base, tokenizer), tmp_path / "base")
+    model = tf.AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=2)
+    config = peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["q_proj", "v_proj"])
+    trained = peft.get_peft_model(model, config)  # as TRL and others save a reward model
+    for parameter in trained.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter)
+    trained.eval().save_pretrained(tmp_path / "adapters")
+    reward = reward_models.load(f"{tmp_path / 'adapters'}#1")
+    reward.model.float()
+    for prompt, answer in zip(PROMPTS, ANSWERS, strict=True):
+        ids = torch.tensor([reward.encode(prompt, answer).ids])
+        trained.config.pad_token_id = None
+        logits = trained(input_ids=ids).logits[0]
+        expected = (logits[1] - logits[0]).item()
+        assert reward.score([prompt], [answer])[0] == pytest.approx(expected, rel=0.05, abs=0.05)
+    with pytest.raises(ValueError, match="adapters without a classifier's head.*load_policy"):
+        policy, words = models.load_policy(str(tmp_path / "base"), dtype=torch.float32)
+        models.set_trainable(policy, "lora", layers=1)
+        reward_models.load(models.save(policy, words, tmp_path / "policy"))
 
 
 # --- what is no classifier -----------------------------------------------------------------------

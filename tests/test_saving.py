@@ -13,7 +13,7 @@ from conftest import WORDS
 from peft import PeftModel
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from lib import adapters, models, ppo, reward_models, rloo, runtime, sft
+from lib import adapters, models, ppo, reward_models, rloo, runtime, scorers, sft
 from lib.papers.fine_grained import models as fine_grained
 from lib.reward_models import Feedback, RewardModel, TrainConfig
 
@@ -316,6 +316,10 @@ def test_a_reward_model_is_kept(tmp_path, name, train):
     assert ("adapter_model.safetensors" in written) == (train == "lora")
     with pytest.raises(ValueError, match=r"holds a reward model. Load it with reward_models.load"):
         models.load_policy(str(folder))
+    with pytest.raises(
+        ValueError, match=r"holds a reward model, which scores responses to prompts"
+    ):
+        scorers.load_scorer(str(folder))
     if name == "tiny" and train != "head":  # plain transformers and peft read the backbone
         start = folder / "base" if train == "lora" else folder
         plain = AutoModel.from_pretrained(start)
