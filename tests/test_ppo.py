@@ -16,7 +16,7 @@ import pytest
 import torch
 import transformers
 
-from lib import generation, losses, models, policy, ppo, rewards, rloo, training
+from lib import fast, generation, losses, models, policy, ppo, rewards, rloo, training
 
 ROOT = Path(__file__).parents[1]
 WORDS = ["a", "b", "c", "d", "e", "yes", "no", "."]
@@ -380,13 +380,14 @@ def test_a_value_sees_the_tokens_before_it_and_no_others(name, separate):
 @pytest.mark.parametrize("train", ["top", "lora", "all"])
 @pytest.mark.parametrize("name", ["tiny", "tiny-encoder-decoder"])
 def test_padding_is_not_computed_and_changes_nothing(name, train, separate, monkeypatch):
-    """Prompts and responses of 1 to 8 tokens: values and gradients of the fast path and the plain one."""
+    """Prompts and responses of 1 to 8 tokens: values and gradients of the fast path, and of a plain one that
+    computes padding too."""
     value_model = models.build_tiny_model(name, words=WORDS, seed=3)[0] if separate else None
     how = {"layers": 1, "forward_rows": 3, "temperature": 0.8}
     config = dataclasses.replace(SHORT, train=train, **how)
-    monkeypatch.setattr(losses, "VOCABULARY_AT_ONCE", 4)
+    monkeypatch.setattr(fast, "VOCABULARY_AT_ONCE", 4)
     learner, _, _ = started(config, name, value_model=value_model)
-    assert ppo._reads_states(learner.policy, entropy=False) == (train != "all")
+    assert fast._reads_states(learner.policy, entropy=False) == (train != "all")
     torch.nn.init.normal_(learner.shared.value_head[-1].weight)
     prompts = ["a", "a b c d e", "yes", "no yes a", "a b", "b", "c", "a b c"]
     samples = generation.sample(
@@ -396,7 +397,11 @@ def test_padding_is_not_computed_and_changes_nothing(name, train, separate, monk
         samples.response_ids[row] = samples.response_ids[row][:2]
     found, computed = {}, {}
     for plain in ("0", "1"):
-        monkeypatch.setenv("LIB_PLAIN", plain)
+        if plain == "1":
+            monkeypatch.setenv("LIB_PLAIN", "1")
+            everywhere = property(lambda tokens: torch.ones_like(tokens.response_mask.bool()))
+            monkeypatch.setattr(policy.TokenBatch, "places", everywhere)
+            monkeypatch.setattr(policy.TokenBatch, "_padding", lambda tokens, index: (0, 0))
         rollout = ppo.roll_out(learner, samples)
         part = rollout.rows(torch.tensor([2, 0, 5]))
         computed[plain] = part.tokens.prompt_ids.shape[1]
@@ -408,8 +413,8 @@ def test_padding_is_not_computed_and_changes_nothing(name, train, separate, monk
         found[plain] = [x * rollout.mask for x in parts]
         found[plain] += [log_probs * part.mask, values * part.mask, *gradients]
     assert computed["0"] < computed["1"], "these three prompts are shorter than the longest"
-    for fast, plain in zip(*found.values(), strict=True):
-        torch.testing.assert_close(fast, plain, atol=1e-4, rtol=1e-4)
+    for quick, slow in zip(*found.values(), strict=True):
+        torch.testing.assert_close(quick, slow, atol=1e-4, rtol=1e-4)
 
 
 def test_the_reference_stays_the_initial_policy():
