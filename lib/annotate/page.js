@@ -116,25 +116,33 @@ function load() { // the work of `who`; false if there is none
 }
 function save(item) {
   const news = merge(marks[item.id], JSON.parse(storage.getItem(slot(item)) || "{}")); // another tab may have written
-  if (news) setTimeout(refresh); // its event will bring nothing new any more
+  if (news) setTimeout(refresh); // its message will bring nothing new any more
   assess(item);
+  keep(slot(item), JSON.stringify(marks[item.id]));
+}
+function keep(key, text) { // in this browser, and tell its other tabs
   try {
-    storage.setItem(slot(item), JSON.stringify(marks[item.id]));
+    storage.setItem(key, text);
     if (storage.length !== undefined) $("saved").textContent = "Saved in this browser.";
   } catch (error) {
     $("saved").textContent = "Saving failed (" + error.name + "): export now.";
   }
+  channel.postMessage([key, text]);
 }
-window.addEventListener("storage", ({ key, newValue }) => {
-  if (!newValue) return; // an entry removed takes nothing from what is here
-  if (key === PREFIX + "who" && !who) return rename(newValue); // a nameless tab follows the one that got a name
+// Tabs are told twice: storage events can stay away (Chromium, rarely, gives two tabs opened at once a storage of their own).
+const channel = new BroadcastChannel(PREFIX);
+channel.onmessage = (event) => hear(...event.data);
+window.addEventListener("storage", ({ key, newValue }) => hear(key, newValue));
+function hear(key, text) {
+  if (!text) return; // an entry removed takes nothing from what is here
+  if (key === PREFIX + "who" && !who) return rename(text); // a nameless tab follows the one that got a name
   const item = ITEMS.find((known) => slot(known) === key);
   if (!item) return;
-  const theirs = JSON.parse(newValue), news = merge(marks[item.id], theirs);
+  const theirs = JSON.parse(text), news = merge(marks[item.id], theirs);
   if (merge(theirs, marks[item.id])) save(item); // both wrote at once: what they lack goes back to them
   assess(item);
   if (news) refresh();
-});
+}
 function rename(name) { // to that annotator's own labels; an open form stays open
   const [old, before] = [who, marks];
   const moves = !old && ITEMS.some((item) => states[item.id] !== "new"); // work done before a name was given is the name's
@@ -146,7 +154,7 @@ function rename(name) { // to that annotator's own labels; an open form stays op
     save(item);
     storage.removeItem(slot(item, ""));
   }
-  storage.setItem(PREFIX + "who", name);
+  keep(PREFIX + "who", name);
   $("who").value = name;
   refresh();
   const now = moves ? "; the labels made so far are yours." : known ? "; your labels are back." : ", from the start.";

@@ -349,7 +349,7 @@ def test_tabs_that_write_at_the_same_moment_converge(open_page):
     one.wait_for_selector("#spans li >> nth=1")
     # a table without tab two's mark, as if it had been read before that was written
     stale = "([key, text]) => { const t = JSON.parse(text); t.clean = { t: Date.now(), v: false };"
-    stale += " localStorage.setItem(key, JSON.stringify(t)); }"
+    stale += " keep(key, JSON.stringify(t)); }"
     one.evaluate(stale, [one.evaluate(key), before])
     until(one, f"localStorage.getItem({key}).includes('span:12-13')")
     reload(one)
