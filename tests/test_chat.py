@@ -361,7 +361,13 @@ def test_parallel_processes_and_threads_buy_once(server, tmp_path):
 def test_keyboard_interrupt_keeps_what_is_answered(server, tmp_path):
     one = server(delay=0.02)
     asking = client(one, tmp_path, concurrency=4)
-    threading.Timer(1.0, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+
+    def interrupt_once_some_are_answered():
+        while len(one.log()) < 10:
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt_once_some_are_answered, daemon=True).start()
     with pytest.raises(KeyboardInterrupt):
         asking.ask(questions(2000))
     answered = len(one.log())

@@ -1,0 +1,36 @@
+"""docs/your_own.md: every block runs, one after the other, in a folder with a reader's own things."""
+
+import re
+from pathlib import Path
+
+import pytest
+from conftest import WORDS, completion
+
+from lib import models
+
+PAGE = (Path(__file__).parents[1] / "docs" / "your_own.md").read_text(encoding="utf-8")
+
+
+def test_every_block_of_the_page_runs(tmp_path, monkeypatch, scripted, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+    Path("mine.txt").write_text(
+        "the cat\nthe dog\na mat\nyou are nice\nthe cat sat\na dog ran on\n"
+    )
+    models.save(*models.build_tiny_model("tiny", words=WORDS), "my_model")
+    scope = {"address": scripted(lambda body: completion("(a)")).url}
+    blocks = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
+    assert len(blocks) == 5
+    for block in blocks:
+        assert len(block.splitlines()) <= 10
+        exec(block, scope)
+    assert len(scope["history"]) == 2 and (tmp_path / "work" / "history.csv").exists()
+    assert "(a)" in capsys.readouterr().out
+    assert scope["again"].num_parameters() == scope["policy"].num_parameters()
+
+
+@pytest.mark.parametrize("name", ["MODEL", "PROMPTS"])
+def test_the_page_names_parameters_that_notebook_11_has(name):
+    from lib.course import notebooks
+
+    assert name in notebooks.read_parameters(notebooks.find_notebooks()["11_fine_tune_and_rlaf"])
