@@ -278,7 +278,7 @@ def longest_text(config: PretrainedConfig, otherwise: int) -> int:
     if not limit:
         return otherwise
     counts_from_two = "roberta" in config.model_type or config.model_type == "longformer"
-    return limit - (config.pad_token_id + 1 if counts_from_two else 0)
+    return limit - (max(config.pad_token_id + 1, 2) if counts_from_two else 0)
 
 
 def state_width(model: PreTrainedModel) -> int:

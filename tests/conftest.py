@@ -26,6 +26,16 @@ from transformers import BertConfig, BertForSequenceClassification, PreTrainedTo
 from lib import models
 from lib.course import assets
 
+ROOT = Path(__file__).parents[1]
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+]
+
 # A busy core is no failure: examples have no time limit of their own.
 hypothesis.settings.register_profile("no deadline", deadline=None)
 hypothesis.settings.load_profile("no deadline")
@@ -79,15 +89,6 @@ def real_data():
     if not folder or not Path(folder).is_dir():
         pytest.skip("FEEDBACK_DATA names no folder with the papers' own files")
     return Path(folder)
-
-
-@pytest.fixture(scope="session")
-def chromium_program():
-    """Path of the system's Chromium; the test is skipped where there is none."""
-    for name in ("chromium", "chromium-browser", "chrome"):
-        if shutil.which(name):
-            return shutil.which(name)
-    pytest.skip("chromium is not installed (apt install chromium)")
 
 
 class Server:
@@ -209,3 +210,55 @@ def random_texts(n: int, longest: int, seed: int = 0) -> list[str]:
     """n texts of up to `longest` of the classifier's words."""
     rng = np.random.default_rng(seed)
     return [" ".join(rng.choice(CLASSIFIER_WORDS, rng.integers(1, longest + 1))) for _ in range(n)]
+
+
+# --- a browser ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def records():
+    """The ten marked records written for this course."""
+    from lib.papers.fine_grained import schema
+
+    return schema.load_feedback(ROOT / "data" / "samples" / "qa_feedback.json")
+
+
+@pytest.fixture(scope="session")
+def chromium():
+    """The system's Chromium, headless; one for all tests, since playwright runs once in a process."""
+    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    if CHROMIUM is None:
+        pytest.skip("chromium is not installed (apt install chromium)")
+    with api.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def open_page(chromium, tmp_path):
+    """open_page(items, kind, **context options) -> a page from a file, watched for errors and requests.
+
+    `beside=page` opens a second tab of that page's browser; every other call is a machine of its own.
+    """
+    from lib import annotate
+
+    contexts = []
+
+    def open_it(items, kind="spans", beside=None, guidelines=None, **options):
+        path = annotate.write(items, tmp_path / f"{kind}.html", kind, guidelines=guidelines)
+        if beside is None:
+            contexts.append(chromium.new_context(accept_downloads=True, **options))
+        page = (contexts[-1] if beside is None else beside.context).new_page()
+        page.set_default_timeout(30_000)
+        page.faults = []
+        page.on("pageerror", lambda error: page.faults.append(str(error)))
+        page.on("request", lambda r: page.faults.append(r.url) if "http" in r.url[:5] else None)
+        page.on("dialog", lambda dialog: page.faults.append(dialog.message))
+        page.goto(path.as_uri())
+        return page
+
+    yield open_it
+    for context in contexts:
+        assert not [fault for page in context.pages for fault in page.faults]
+        context.close()

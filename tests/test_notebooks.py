@@ -274,9 +274,10 @@ def test_what_11_trains_is_measured_by_10_and_trained_on(tmp_path):
     assert json.loads((measured / "results.json").read_text())["metrics"]
     assert json.loads((measured / "run.json").read_text())["parameters"]["MODELS"] == [str(kept)]
     prompts = tmp_path / "mine.txt"
-    prompts.write_text(
-        "".join(f"The {n} said that the\n" for n in ["cat", "dog", "man", "king", "girl", "boat"])
-    )
+    lines = [
+        f"The {a} {b} the" for a in ("cat", "dog", "man", "king") for b in ("saw", "ate", "hit")
+    ]
+    prompts.write_text("\n".join(lines + [f"You {line[4:]}" for line in lines]))
     options = ["-p", "MODEL", str(kept), "-p", "PROMPTS", str(prompts), "-p", "ARMS", '["PPO"]']
     again = run_notebook(path, tmp_path, *options, "-p", "STEPS", "1")
     assert json.loads((again / "settings.json").read_text())["model"] == str(kept)

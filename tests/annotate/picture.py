@@ -1,6 +1,6 @@
 """Draws plots/annotation_page.png, the page at work, for readers of the repository.
 
-Run it after a change of the page: `PYTHONPATH=. python tests/annotate/picture.py` (needs Chromium).
+Run it after a change of the page: `PYTHONPATH=.:tests python tests/annotate/picture.py` (needs Chromium).
 """
 
 import tempfile

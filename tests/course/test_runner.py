@@ -15,6 +15,7 @@ import filelock
 import nbformat
 import psutil
 import pytest
+from conftest import CHROMIUM
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from lib import runtime
@@ -22,7 +23,6 @@ from lib.course import notebooks, publish, report, runner
 from lib.course.cli import main
 
 CODE = Path(runner.__file__).parents[2]
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
 PARAMETERS = 'SCALE = "demo"\nSEED = 0\nN: int = 3  # how many\nRATE = 0.5\nFAST = False\n' + (
     'MODEL = "a=b#c"\nFILES = []\nLIMIT = None\nOTHER = {\n    "a": 1,\n}'
 )

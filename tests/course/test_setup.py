@@ -12,7 +12,6 @@ from pathlib import Path
 import nbformat
 import papermill
 import pytest
-from playwright.sync_api import sync_playwright
 
 from lib.course import address, install, lab, notebooks
 
@@ -58,7 +57,8 @@ def test_the_set_resolves_without_the_settings_of_this_machine(python, platform)
     """As on a reader's machine: the public index alone, no settings of pip or uv."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("PIP_", "UV_"))}
     environment["MACOSX_DEPLOYMENT_TARGET"] = "14.0"  # torch has no build for older ones
-    options = ["--no-config", "--only-binary", ":all:", "--extra", "notebooks", "--extra", "dev"]
+    options = ["--no-config", "--no-python-downloads", "--only-binary", ":all:"]
+    options += ["--extra", "notebooks", "--extra", "dev"]
     machine = ["--python-version", python, "--python-platform", platform]
     command = [
         *uv(),
@@ -71,7 +71,8 @@ def test_the_set_resolves_without_the_settings_of_this_machine(python, platform)
         "pyproject.toml",
     ]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
-    if "error sending request" in done.stderr or "Failed to fetch" in done.stderr:
+    unreached = "error sending request" in done.stderr or "Failed to fetch" in done.stderr
+    if done.returncode and unreached:
         pytest.skip("the public package index is out of reach here")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "torch==2.13.0" in done.stdout.split() and "+cpu" not in done.stdout
@@ -235,7 +236,7 @@ def test_kernel_metadata_is_completed_on_reading_and_tidied_on_saving():
 
 
 def test_a_notebook_opened_in_jupyterlab_is_not_unsaved_and_the_root_is_the_course(
-    chromium_program, tmp_path
+    chromium, tmp_path
 ):
     """In a real browser: no mark of a change on the tab, and saving changes no byte."""
     (tmp_path / "notebooks").mkdir()
@@ -257,19 +258,19 @@ def test_a_notebook_opened_in_jupyterlab_is_not_unsaved_and_the_root_is_the_cour
         urls = (re.search(r"http://(?:localhost|127\.0\.0\.1):\d+", line) for line in lines)
         url = next(match[0] for match in urls if match)
         threading.Thread(target=server.stdout.read, daemon=True).start()
-        with sync_playwright() as play:
-            page = play.chromium.launch(
-                executable_path=chromium_program, args=["--no-sandbox"]
-            ).new_page()
-            page.goto(f"{url}/lab/tree/notebooks/{book.name}", timeout=120_000)
-            page.wait_for_selector(".jp-Notebook", timeout=120_000)
-            page.wait_for_selector("[data-status=idle]", timeout=120_000)  # the kernel has answered
-            page.wait_for_timeout(5000)
-            tab = page.locator(".lm-DockPanel-tabBar .lm-mod-current").first
-            assert "jp-mod-dirty" not in tab.get_attribute("class")
-            page.keyboard.press("Control+s")
-            page.goto(f"{url}/lab/tree/README.md", timeout=120_000)
-            page.wait_for_selector(".jp-FileEditor, .jp-MarkdownViewer", timeout=120_000)
+        page = chromium.new_page()
+            executable_path=chromium_program, args=["--no-sandbox"]
+        ).new_page()
+        page.goto(f"{url}/lab/tree/notebooks/{book.name}", timeout=120_000)
+        page.wait_for_selector(".jp-Notebook", timeout=120_000)
+        page.wait_for_selector("[data-status=idle]", timeout=120_000)  # the kernel has answered
+        page.wait_for_timeout(5000)
+        tab = page.locator(".lm-DockPanel-tabBar .lm-mod-current").first
+        assert "jp-mod-dirty" not in tab.get_attribute("class")
+        page.keyboard.press("Control+s")
+        page.goto(f"{url}/lab/tree/README.md", timeout=120_000)
+        page.wait_for_selector(".jp-FileEditor, .jp-MarkdownViewer", timeout=120_000)
+        page.close()
         assert copy.read_bytes() == book.read_bytes()
     finally:
         server.terminate()
