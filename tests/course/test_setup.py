@@ -259,8 +259,6 @@ def test_a_notebook_opened_in_jupyterlab_is_not_unsaved_and_the_root_is_the_cour
         url = next(match[0] for match in urls if match)
         threading.Thread(target=server.stdout.read, daemon=True).start()
         page = chromium.new_page()
-            executable_path=chromium_program, args=["--no-sandbox"]
-        ).new_page()
         page.goto(f"{url}/lab/tree/notebooks/{book.name}", timeout=120_000)
         page.wait_for_selector(".jp-Notebook", timeout=120_000)
         page.wait_for_selector("[data-status=idle]", timeout=120_000)  # the kernel has answered
