@@ -223,9 +223,9 @@ def records():
     return schema.load_feedback(ROOT / "data" / "samples" / "qa_feedback.json")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def chromium():
-    """The system's Chromium, headless; one for all tests, since playwright runs once in a process."""
+    """The system's Chromium, headless; closed after each file: while it is open, no other event loop runs."""
     api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     if CHROMIUM is None:
         pytest.skip("chromium is not installed (apt install chromium)")
