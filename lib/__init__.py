@@ -7,7 +7,13 @@ text           words, n-grams, repetition, scripts, the fluency panel
 tables         text, JSON, JSON lines and CSV: read with their lines, text kept as text
 data           prompts from any source, splits, chat templates, Wikipedia's leads
 encoding       texts as token ids: prompts, responses, the end, padded rows, batches
-models         load any policy or build a tiny one, what trains, adapters
+models         load any policy or build a tiny one, what trains, save
+hub            names of models (name@revision#label), the Hub, weights as safetensors
+adapters       LoRA through transformers' own adapters
+int8           weights in 8 bits
+cards          the card beside everything that was trained and kept
+values         value functions that PPO trained, kept and loaded
+classifiers    sequence classifiers of others as reward models
 generation     sampling: tokens, texts and log-probabilities
 logprobs       log p(response | prompt) of tokens, answers and texts; perplexity; KL of two models
 losses         the formulas: tensors -> tensor
@@ -31,7 +37,8 @@ annotate       annotation pages that work offline in a browser
 fast           what is only about speed; everything works, with the same numbers, without it
 
 papers/        what one paper alone needs: rewardlm, sparse_feedback, ilf, fine_grained, alt
-course/        what makes a notebook run: assets, fetch, record, show, notebooks, runner, report, publish, cli
+course/        what makes a notebook run: assets, fetch, record, place, show, notebooks, runner, report,
+               publish, cli; address, install, lab: where it comes from, a hosted Jupyter, JupyterLab
 """
 
 import os

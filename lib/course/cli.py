@@ -104,6 +104,22 @@ def _bench(options: argparse.Namespace) -> int:
     return 0
 
 
+def _add_bench_options(bench: argparse.ArgumentParser) -> None:
+    text = (
+        "benchmark (all of them if none is named), `course` for a table of the notebooks' times, "
+    )
+    bench.add_argument(
+        "names", nargs="*", metavar="NAME", help=text + "`table` or `figure` for the kept results"
+    )
+    bench.add_argument(
+        "--json", metavar="FILE", help="keep the record (a folder: one file for each)"
+    )
+    bench.add_argument(
+        "--rounds", type=int, default=5, help="of each side, after a warm-up (default 5)"
+    )
+    bench.add_argument("--size", choices=("real", "tiny"), default="real", help=argparse.SUPPRESS)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser; each subcommand sets `command`, a function of the parsed options."""
     parser = argparse.ArgumentParser(prog="python -m lib", description=__doc__)
@@ -136,20 +152,7 @@ def build_parser() -> argparse.ArgumentParser:
     page.add_argument("--kind", choices=("spans", "compare"), default="spans")
     text = "your own text in place of the page's guidelines ('# ' heading, '- ' list)"
     page.add_argument("--guidelines", metavar="FILE", help=text)
-    bench = add("bench", _bench, "measure speed beside what a reader would use instead")
-    text = (
-        "benchmark (all of them if none is named), `course` for a table of the notebooks' times, "
-    )
-    bench.add_argument(
-        "names", nargs="*", metavar="NAME", help=text + "`table` or `figure` for the kept results"
-    )
-    bench.add_argument(
-        "--json", metavar="FILE", help="keep the record (a folder: one file for each)"
-    )
-    bench.add_argument(
-        "--rounds", type=int, default=5, help="of each side, after a warm-up (default 5)"
-    )
-    bench.add_argument("--size", choices=("real", "tiny"), default="real", help=argparse.SUPPRESS)
+    _add_bench_options(add("bench", _bench, "measure speed beside what a reader would use instead"))
     for sub in (run, publishing):
         text = "name, file or number, such as 10_toxicity_meter or 10"
         sub.add_argument("notebooks", nargs="*", metavar="NOTEBOOK", help=text)

@@ -65,6 +65,7 @@ def read_notebook(path: Path) -> NotebookNode:
 
 
 def has_tag(cell: NotebookNode, *tags: str) -> bool:
+    """Whether a cell has one of these tags."""
     return not set(tags).isdisjoint(cell.metadata.get("tags", []))
 
 

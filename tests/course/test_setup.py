@@ -18,8 +18,6 @@ from lib.course import address, install, lab, notebooks
 ROOT = Path(__file__).parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 PINS = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line]
-# Repositories that are named as sources of facts, data or tools; nothing is cloned or installed from them.
-SOURCES = ROOT / "tests" / "course" / "known_repositories.txt"
 
 
 def uv():
@@ -98,7 +96,7 @@ def test_there_is_one_address_and_nothing_is_fetched_from_another():
         r"|mybinder\.org/v2/gh/([\w.-]+/[\w.-]+)"
         r"|(?:git clone|git\+)[^\n]{0,60}?github\.com/([\w.-]+/[\w.-]+)"
     )
-    known = {*SOURCES.read_text().split(), "YOU/FORK", "someone/their-fork"}
+    known = {"YOU/FORK", "someone/their-fork"}
     for name, text in tracked_texts():
         for match in places.finditer(text):
             target = next(group for group in match.groups() if group)

@@ -178,6 +178,7 @@ class Product:
 
 
 def is_number(value) -> bool:
+    """Whether a score is there and finite."""
     return value is not None and bool(np.isfinite(value))
 
 
@@ -307,4 +308,5 @@ class DataPool:
 
 
 def to_item(row: dict) -> Item:
+    """The item that a stored row describes."""
     return Item(**{**row, "response_ids": tuple(row["response_ids"])})
