@@ -48,6 +48,22 @@ class PairedDifference:
         return f"{self.value:+.3f} [{self.low:+.3f}, {self.high:+.3f}], n = {self.n}"
 
 
+@dataclass(frozen=True)
+class Effect:
+    """Mean difference of two arms over units (prompts) and training seeds, with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+    n: int  # units
+    seeds: int
+    by_seed: tuple[float, ...]
+
+    def __str__(self) -> str:
+        ends = f"{self.value:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
+        return f"{ends}, n = {self.n}, {self.seeds} seed{'s' * (self.seeds != 1)}"
+
+
 # --- toxicity ------------------------------------------------------------------------------------
 
 
@@ -258,6 +274,60 @@ def paired_over_seeds(
     return paired_difference(sides[a], sides[b], seed=seed), by_seed
 
 
+def over_units_and_seeds(
+    differences: pd.DataFrame, *, seed: int = 0, resamples: int = RESAMPLES
+) -> Effect:
+    """Mean of differences (seeds, units) with an interval that covers both choices.
+
+    Both axes are resampled together (a crossed bootstrap); NaN cells are left out.  A bootstrap over few
+    seeds is too narrow, so the seeds' part of each draw is stretched by t_(0.975, S - 1) / 1.96 times
+    sqrt(S / (S - 1)): for one unit that is Student's interval over seeds, for many seeds no change.  One
+    seed leaves an interval over units alone, which `Effect.seeds` says.
+    """
+    cells = differences.to_numpy(dtype=np.float64)
+    cells = cells[~np.isnan(cells).all(1)][:, ~np.isnan(cells).all(0)]
+    n_seeds, n_units = cells.shape
+    if not cells.size:
+        return Effect(np.nan, np.nan, np.nan, 0, 0, ())
+    by_seed = np.nanmean(cells, axis=1)
+    if n_units == 1:
+        return Effect(*t_interval(by_seed)[:3], 1, n_seeds, tuple(by_seed.tolist()))
+    rng = np.random.default_rng(seed)
+    seed_counts = rng.multinomial(n_seeds, np.full(n_seeds, 1 / n_seeds), resamples)
+    unit_counts = rng.multinomial(n_units, np.full(n_units, 1 / n_units), resamples)
+    there = ~np.isnan(cells)
+    total = ((seed_counts @ np.where(there, cells, 0.0)) * unit_counts).sum(1)
+    count = ((seed_counts @ there.astype(float)) * unit_counts).sum(1)
+    with np.errstate(invalid="ignore"):  # a draw of empty cells alone
+        draws = total / count
+    draws += (_few_seeds(n_seeds) - 1) * (seed_counts @ by_seed / n_seeds - by_seed.mean())
+    low, high = np.nanpercentile(draws, [2.5, 97.5])
+    value = float(np.nanmean(cells))
+    return Effect(value, float(low), float(high), n_units, n_seeds, tuple(by_seed.tolist()))
+
+
+def _few_seeds(n: int) -> float:
+    """How much wider than the bootstrap's an interval over n seeds must be."""
+    if n < 2:
+        return 1.0
+    return float(stats.t.ppf(0.975, n - 1) / stats.norm.ppf(0.975) * np.sqrt(n / (n - 1)))
+
+
+def expected_half_width(differences: pd.DataFrame, seeds: int) -> float:
+    """Half the interval that `over_units_and_seeds` would have with so many seeds like these (seeds, units).
+
+    sqrt(t^2 var(seed means) / seeds + 1.96^2 var(unit means) / units); NaN for fewer than two seeds.
+    """
+    cells = differences.to_numpy(dtype=np.float64)
+    if len(cells) < 2 or seeds < 2:
+        return np.nan
+    between_seeds = np.nanmean(cells, axis=1).var(ddof=1) / seeds
+    n_units = cells.shape[1]
+    between_units = np.nanmean(cells, axis=0).var(ddof=1) / n_units if n_units > 1 else 0.0
+    t = stats.t.ppf(0.975, seeds - 1)
+    return float(np.sqrt(t**2 * between_seeds + stats.norm.ppf(0.975) ** 2 * between_units))
+
+
 def correlation(a: np.ndarray, b: np.ndarray) -> float:
     """Pearson correlation; NaN where one side does not vary."""
     if len(a) < 2 or spread(a) == 0 or spread(b) == 0:
@@ -266,7 +336,7 @@ def correlation(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def decide(
-    found: Interval | PairedDifference,
+    found: Interval | PairedDifference | Effect,
     *,
     better: str,
     threshold: float = 0.0,

@@ -9,6 +9,7 @@ Simplified: files are read whole.
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 import re
@@ -30,10 +31,15 @@ _WHOLE = re.compile(r"-?(?:0|[1-9]\d{0,17})", re.ASCII)
 
 
 def read_text(path: Path) -> str:
-    """The file's text, line ends untouched, without a byte-order mark."""
+    """The file's text, line ends untouched, without a byte-order mark; `.gz` is unpacked."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file. Try the full path; now in {Path.cwd()}.")
     content = path.read_bytes()
+    if path.suffix == ".gz":
+        try:
+            content = gzip.decompress(content)
+        except (OSError, EOFError) as error:
+            raise ValueError(f"{path.name} is no whole gzip file ({error}).") from None
     try:
         text = content.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:

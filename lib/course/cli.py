@@ -1,4 +1,4 @@
-"""The command line: run, list, publish, report, address, lab, fetch, annotate, bench (see `--help`)."""
+"""The command line: run, list, publish, confirm, report, address, lab, fetch, annotate, bench (`--help`)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lib import runtime
 from lib.course import address, record
 
 try:
-    from lib.course import notebooks, publish, report, runner
+    from lib.course import confirm, notebooks, publish, report, runner
 except ModuleNotFoundError as error:
     sys.exit(f"{error.name} is missing. Try: pip install -c constraints.txt -e '.[notebooks]'")
 
@@ -33,6 +33,11 @@ def _list(options: argparse.Namespace) -> int:
 
 def _publish(options: argparse.Namespace) -> int:
     return publish.publish(notebooks.resolve_notebooks(options.notebooks))
+
+
+def _confirm(options: argparse.Namespace) -> int:
+    codes = [confirm.confirm(name) for name in notebooks.resolve_notebooks(options.notebooks)]
+    return max(codes)
 
 
 def _report(options: argparse.Namespace) -> int:
@@ -133,6 +138,11 @@ def build_parser() -> argparse.ArgumentParser:
     run = add("run", _run, "run notebooks (all of them if none is named)")
     listing = add("list", _list, "the notebooks, their questions, and what has run")
     publishing = add("publish", _publish, "write the committed notebooks and plots/ (demo scale)")
+    deciding = add(
+        "confirm", _confirm, "run the fresh seeds that decide, by data/results/*/design.json"
+    )
+    text = "notebook whose design is committed, such as 42"
+    deciding.add_argument("notebooks", nargs="+", metavar="NOTEBOOK", help=text)
     report = add("report", _report, "write the page of results, runs/<scale>/index.html")
     where = add("address", _address, "show or set the address of badges and set-up cells")
     where.add_argument(

@@ -66,22 +66,40 @@ class Run:
     started: float = field(default_factory=time.time)
 
     def metric(self, name: str, value, low=None, high=None, *, n=None, seeds: int = 1) -> None:
-        """Record one number with its interval, sample size and number of seeds."""
+        """Record one number with its interval, sample size and number of seeds.
+
+        `value` may be an `Interval` or `Effect` of `lib.stats`, which brings its own bounds, n and seeds.
+        """
+        if hasattr(value, "low"):
+            low, high, n = value.low, value.high, value.n
+            seeds = getattr(value, "seeds", seeds)
+            value = value.value
         self.metrics[name] = {"value": value, "low": low, "high": high, "n": n, "seeds": seeds}
 
     def claim(
         self, claim: str, *, paper: str, here: str, rule: str, verdict: str, why: str = ""
     ) -> str:
-        """Record a claim with the decision rule that was fixed before the run; return the verdict."""
+        """Record a claim with the decision rule that was fixed before the run; return the verdict.
+
+        `paper`: what the paper reports, with its table or figure; "" for what no paper has a figure of
+        (`other_table`).
+        """
         self.claims.append(Claim(claim, paper, here, rule, verdict, why))
         return verdict
 
     def closing_table(self) -> pd.DataFrame:
-        """The notebook's last table: claim | paper | here | same direction? | why it differs."""
-        rows = [(c.claim, c.paper, c.here, c.verdict, c.why) for c in self.claims]
+        """What the paper claims: claim | paper | here | same direction? | why it differs."""
+        rows = [(c.claim, c.paper, c.here, c.verdict, c.why) for c in self.claims if c.paper]
         return pd.DataFrame(
             rows, columns=["claim", "paper", "here", "same direction?", "why it differs"]
         )
+
+    def other_table(self) -> pd.DataFrame:
+        """What else was seen, of which the paper gives no figure: claim | here | shown? | why."""
+        rows = [(c.claim, c.here, c.verdict, c.why) for c in self.claims if not c.paper]
+        table = pd.DataFrame(rows, columns=["claim", "here", "shown?", "why"])
+        words = {"same direction": "yes", "opposite": "the opposite"}
+        return table.replace({"shown?": words})
 
     def save_figure(self, figure, name: str, *, caption: str, alt: str):
         """Write `<name>.png` and `.svg` into the run's folder; return an image with alt text to show."""
@@ -129,9 +147,9 @@ class Run:
 
         `settings`: whatever moves the numbers (model, data, steps, ...), but what the rows say themselves
         (seed, arm).  They are written to `settings.json` here, for who keeps this run: a kept run is
-        `<table>-<run>.csv` and `settings-<run>.json` in `data/results/<notebook>/<scale>/`, or in
-        `<scale>-<name>/` for a set that differs from this run by `other`.  Runs with other settings are left
-        out, and one line says why.  `use=False` reads none.
+        `<table>-<run>.csv` (or `.csv.gz`) and `settings-<run>.json` in `data/results/<notebook>/<scale>/`,
+        or in `<scale>-<name>/` for a set that differs from this run by `other`.  Runs with other settings
+        are left out, and one line says why.  `use=False` reads none.
         """
         own = json.loads(runtime.to_json(settings))
         runtime.write_atomic(self.folder / "settings.json", runtime.to_json(own))
@@ -204,10 +222,10 @@ def start_run(notebook: str, *, scale: str, seed: int) -> Run:
 
 
 def _stored_runs(folder: Path) -> dict[str, dict[str, Path]]:
-    """Run -> table -> file, of the files `<table>-<run>.csv` in a folder."""
+    """Run -> table -> file, of the files `<table>-<run>.csv` or `.csv.gz` in a folder."""
     runs: dict[str, dict[str, Path]] = {}
-    for path in sorted(folder.glob("*-*.csv")):
-        table, _, run = path.stem.partition("-")
+    for path in sorted([*folder.glob("*-*.csv"), *folder.glob("*-*.csv.gz")]):
+        table, _, run = path.name.removesuffix(".gz").removesuffix(".csv").partition("-")
         runs.setdefault(run, {})[table] = path
     return {run: runs[run] for run in sorted(runs, key="{}.csv".format)}
 

@@ -248,6 +248,12 @@ def _run_locked(record: dict, folder: Path, force: bool, label: str) -> dict:
     return record
 
 
+def prepare() -> None:
+    """What a process that runs notebooks needs once."""
+    papermill_log.setLevel(logging.CRITICAL)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite end keeps the record whole
+
+
 def run_notebooks(
     names: list[str], scale: str, chosen: dict[str, dict], *, force: bool = False
 ) -> tuple[int, list[dict]]:
@@ -255,8 +261,7 @@ def run_notebooks(
 
     Returns the exit code (0 all finished, 1 some failed, 130 interrupted) and the records.
     """
-    papermill_log.setLevel(logging.CRITICAL)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite end keeps the record whole
+    prepare()
     records: list[dict] = []
     report = None
     try:
