@@ -23,6 +23,7 @@ from lib.papers.fine_grained import models as fine_grained
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+RESULTS = ROOT / "docs" / "results.md"
 PRIVATE = re.compile(r"/(?:root|tmp|home|work)/[\w.]+|sk-[A-Za-z0-9]{16,}|hf_[A-Za-z0-9]{16,}")
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 
@@ -133,10 +134,10 @@ def test_no_section_fell_silent(path):
 
 
 @each_notebook
-def test_readme_gives_the_published_numbers(path):
+def test_results_page_gives_the_published_numbers(path):
     """Each `value [low, high]` of the notebook's row stands in its outputs, as a share or in per cent."""
     number = r"[-+]?\d*\.?\d+"
-    line = re.search(rf"^\| \[{path.stem}\].*$", (ROOT / "README.md").read_text(), flags=re.M)[0]
+    line = re.search(rf"^\| \[{path.stem}\].*$", RESULTS.read_text(), flags=re.M)[0]
     shown = re.findall(rf"({number})(?: %| points)? \[({number}), ({number})\]", line)
     printed = [read_numbers(output, number) for c in cells(path, "code") for output in c.outputs]
     for triple in shown:
@@ -145,7 +146,7 @@ def test_readme_gives_the_published_numbers(path):
             for numbers in printed
             for i in range(len(numbers) - 2)
         )
-        assert found, f"README's {triple} is not in the outputs of {path.name}"
+        assert found, f"{RESULTS.name}: {triple} is not in the outputs of {path.name}"
 
 
 def read_numbers(output, number):

@@ -150,10 +150,10 @@ def test_the_figure_shows_every_peer(records):
     assert len(labels) == sum(len(measure.summary(r)) - 1 for r in records.values())
 
 
-def test_the_readme_shows_the_kept_records():
-    table, readme = report.speed_table(report.kept()), (ROOT / "README.md").read_text()
+def test_the_page_on_speed_shows_the_kept_records():
+    table, page = report.speed_table(report.kept()), (ROOT / "docs" / "speed.md").read_text()
     assert table.count("\n") > len(cases.BENCHMARKS)
-    assert table in readme, "put what `python -m lib bench table` prints into README.md"
+    assert table in page, "put what `python -m lib bench table` prints into docs/speed.md"
 
 
 @pytest.mark.parametrize("size", ["real ", "", "demo"])
