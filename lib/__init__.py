@@ -15,6 +15,7 @@ cards          the card beside everything that was trained and kept
 values         value functions that PPO trained, kept and loaded
 classifiers    sequence classifiers of others as reward models
 generation     sampling: tokens, texts and log-probabilities
+embeddings     texts as vectors of a sentence encoder
 logprobs       log p(response | prompt) of tokens, answers and texts; perplexity; KL of two models
 losses         the formulas: tensors -> tensor
 policy         policy, reference and value on one network

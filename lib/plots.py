@@ -366,6 +366,43 @@ def learning_curve(
     return _finish(figure, title or f"{ylabel} over training: mean and range over seeds")
 
 
+def coloured_text(
+    tokens: Sequence[str], values: Sequence[float], *, title: str, label: str, per_line: int = 78
+) -> Figure:
+    """A text whose tokens stand on a colour each, by their value: blue below the middle, orange above.
+
+    Values of both signs have 0 in the middle, others their mean.  `per_line`: characters.
+    """
+    if len(tokens) != len(values) or not len(tokens):
+        raise ValueError(f"{len(tokens)} tokens and {len(values)} values; give one value a token.")
+    use_style()
+    values = np.asarray(values, dtype=float)
+    middle = 0.0 if values.min() < 0 < values.max() else float(values.mean())
+    reach = max(float(np.abs(values - middle).max()), 1e-9)
+    shades = matplotlib.colors.LinearSegmentedColormap.from_list(
+        "t", ["#4a90c8", "#ffffff", "#e8a33d"]
+    )
+    scale = matplotlib.colors.Normalize(middle - reach, middle + reach)
+    places, line, column = [], 0, 0
+    for token in tokens:
+        shown = token.replace("\n", "\u21b5")
+        if column and column + len(shown) > per_line:
+            line, column = line + 1, 0
+        places.append((line, column, shown))
+        column += len(shown)
+    figure = Figure(figsize=(WIDTH, 1.1 + 0.3 * (line + 1)), layout="constrained")
+    axes = figure.subplots()
+    for (row, start, shown), value in zip(places, values, strict=True):
+        box = (start, -row - 0.42)
+        axes.add_patch(Rectangle(box, len(shown), 0.84, color=shades(scale(value)), lw=0))
+        axes.text(start, -row, shown, family="monospace", va="center", fontsize=9)
+    axes.set(xlim=(0, per_line), ylim=(-line - 0.6, 0.6))
+    axes.axis("off")
+    bar = matplotlib.cm.ScalarMappable(scale, shades)
+    figure.colorbar(bar, ax=axes, orientation="horizontal", label=label, aspect=50, pad=0.02)
+    return _finish(figure, title)
+
+
 def dense_rewards(
     table: pd.DataFrame, tokens: Sequence[str], *, title: str = "Rewards at their tokens"
 ) -> Figure:

@@ -293,3 +293,18 @@ def test_any_text_is_escaped_and_kept(text):
     kept = hostile.encode("utf-8", "replace").decode()
     assert f"<b>{kept}{kept}" in reader.heard
     assert "$a$" not in shown and "\\(" not in shown  # no page takes it for a formula
+
+
+def test_coloured_text_gives_every_token_a_box_of_its_colour():
+    tokens = ["One", " day", " a", " ship", "\n", " came"] * 12
+    figure = plots.coloured_text(
+        tokens, [-1.0, 2.0, 0.0, 1.0, -2.0, 0.5] * 12, title="t", label="nats"
+    )
+    boxes = figure.axes[0].patches
+    assert len(boxes) == len(tokens) and len({box.get_y() for box in boxes}) > 2  # wrapped
+    colours = [box.get_facecolor() for box in boxes[:3]]
+    assert colours[2][:3] == pytest.approx((1, 1, 1), abs=0.01) and colours[0] != colours[1]
+    texts = [text.get_text() for text in figure.axes[0].texts]
+    assert "".join(texts).startswith("One day a ship↵ came")
+    with pytest.raises(ValueError, match="2 tokens and 1 values"):
+        plots.coloured_text(["a", "b"], [1.0], title="t", label="nats")

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers import models as token_models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lib import chat, encoding, logprobs, models
+from lib import chat, embeddings, encoding, logprobs, models
 from lib.annotator import Critique, Rubric, SimulatedAnnotator
 from lib.papers.ilf import refine as rf
 
@@ -291,8 +291,10 @@ def test_embedding_similarity(tiny):
     table = candidates().assign(feedback="the cat sat", refinement=["the cat sat", "a dog", ""] * 3)
     scores = chooser(table)
     assert np.allclose(scores[::3], 1) and (scores[1::3] < 1).all() and (scores[2::3] == 0).all()
-    alone = chooser.embed(["the cat sat"])
-    assert np.allclose(alone, chooser.embed(["the cat sat", "a dog ran on the mat"])[:1], atol=1e-6)
+    encoder = chooser.model, chooser.tokenizer
+    alone = embeddings.embed(*encoder, ["the cat sat"])
+    both = embeddings.embed(*encoder, ["the cat sat", "a dog ran on the mat"])
+    assert np.allclose(alone, both[:1], atol=1e-6)
 
 
 # --- InstructRM ----------------------------------------------------------------------------------

@@ -20,10 +20,9 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 import pandas as pd
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lib import data, encoding, generation, logprobs, runtime, stats, tables
+from lib import data, embeddings, encoding, generation, logprobs, runtime, stats, tables
 from lib.annotator import CATEGORIES, Critique, Rubric, SimulatedAnnotator, stems
 from lib.answers import without_reasoning
 from lib.chat import ChatClient, chat, with_defaults
@@ -379,26 +378,9 @@ class EmbeddingSimilarity:
     def __call__(self, table: pd.DataFrame) -> np.ndarray:
         texts = list(dict.fromkeys([*table["feedback"], *table["refinement"]]))
         place = {text: i for i, text in enumerate(texts)}
-        vectors = self.embed(texts)
+        vectors = embeddings.embed(self.model, self.tokenizer, texts)
         left, right = (vectors[table[c].map(place)] for c in ("feedback", "refinement"))
         return (left * right).sum(1)
-
-    @torch.inference_mode()
-    def embed(self, texts: Sequence[str], tokens_per_batch: int = 8192) -> np.ndarray:
-        """Unit vectors (texts, width); zeros for an empty text."""
-        limit = getattr(self.model.config, "max_position_embeddings", 512)
-        ids = [self.tokenizer(t, truncation=True, max_length=limit)["input_ids"] for t in texts]
-        found = np.zeros((len(texts), self.model.config.hidden_size))
-        full = [i for i, text in enumerate(texts) if not is_empty(text)]
-        for batch in encoding.token_batches([len(ids[i]) for i in full], tokens_per_batch):
-            places = [full[j] for j in batch]
-            pad = encoding.pad_id(self.tokenizer)
-            rows, mask = encoding.pad_rows([ids[i] for i in places], pad, "right")
-            rows, mask = rows.to(self.model.device), mask.to(self.model.device)
-            hidden = self.model(input_ids=rows, attention_mask=mask).last_hidden_state.float()
-            mean = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
-            found[places] = torch.nn.functional.normalize(mean, dim=-1).cpu().numpy()
-        return found
 
 
 # --- InstructRM: a language model asked whether the feedback was followed ------------------------
