@@ -425,8 +425,13 @@ def test_a_judge_without_a_price_is_not_asked(monkeypatch, tmp_path):
     scope = {"outputs": outputs, "chat": chat, "conversions": conversions, "pd": pd}
     scope |= {"protocols": protocols}
     scope |= {"JUDGE_MODEL": "m", "BASE_URL": "https://judge.invalid/v1", "display": print}
+    scope |= {"REQUEST": {"max_completion_tokens": 2000, "temperature": None}}
     with pytest.raises(ValueError, match="max_cost needs price"):
         exec(source, scope | {"PRICE": [], "MAX_COST": 5.0})
     priced = scope | {"PRICE": [1.0, 2.0], "MAX_COST": 5.0}
     exec(source, priced)
     assert priced["client"].max_cost == 5.0
+    assert len(priced["plan"]) == 3 + 2 * 2
+    for request in priced["plan"]:
+        assert request["max_completion_tokens"] == 2000
+        assert not {"max_tokens", "temperature"} & set(request)
