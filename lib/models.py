@@ -92,6 +92,20 @@ def load_policy(
     return model.eval(), words
 
 
+def load_start(name: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """A kept policy that goes on where another model's texts and `tokenizer` are in use.
+
+    Raises ValueError where its tokens are others, and what `load_policy` raises.
+    """
+    policy, own = load_policy(name)
+    if own.get_vocab() != tokenizer.get_vocab():
+        raise ValueError(
+            f"{name} and the model beside it have other tokens. Give as that model the one that {name} was "
+            "trained from."
+        )
+    return policy
+
+
 def check_name(name: str) -> str:
     """`name`, if it names something that may be a policy, without loading its weights.
 
