@@ -230,6 +230,24 @@ def test_stored_runs_of_other_settings_are_left_out(name, tmp_path, monkeypatch,
     assert f"made with {was}, this run has {here}: not mixed" in said
 
 
+def test_a_reward_written_into_11_is_not_mixed_with_stored_runs(tmp_path, monkeypatch, capsys):
+    """No curve or effect of another reward stands in for it; a line says what is left out."""
+    path = ROOT / "notebooks/11_fine_tune_and_rlaf.ipynb"
+    scope = settle(path, tmp_path, monkeypatch)
+    assert scope["stored"]
+    (source,) = [c.source for c in cells(path, "code") if "isinstance(reward_fn" in c.source]
+    (check,) = [node for node in ast.parse(source).body if isinstance(node, ast.If)]
+    scope["reward_fn"] = scope["CleanTextReward"](None)
+    exec(ast.unparse(check), scope)
+    assert scope["run"].stored(settings=scope["SETUP"])
+    scope["reward_fn"] = lambda samples: [len(ids) for ids in samples.response_ids]
+    exec(ast.unparse(check), scope)
+    capsys.readouterr()
+    for name, other in {"": {}, "long": {"steps": 60}}.items():
+        assert scope["run"].stored(name, settings=scope["SETUP"], **other) == {}
+        assert "reward_fn=nothing" in (said := capsys.readouterr().out) and "not mixed" in said
+
+
 # --- running -------------------------------------------------------------------------------------
 
 
