@@ -16,6 +16,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -129,7 +130,10 @@ def sample(
         noise = torch.rand(len(prompt_ids) * n, settings.max_new_tokens, generator=generator)
     rows: list[_Row | None] = [None] * (len(prompt_ids) * n)
     rows_per_batch = rows_per_batch or ROWS_PER_BATCH.get(model.device.type, 128)
-    bar = runtime.progress(total=len(rows), label=label, unit="sample")
+    # a row that ends early counts as all of its tokens
+    total = len(rows) * settings.max_new_tokens
+    bar = runtime.progress(total=total, label=label, unit="token")
+    draw = partial(_sample_batch, model, tokenizer, decoding=settings, advanced=bar.update)
     with models.for_sampling(model):
         lengths = [len(ids) for ids in prompt_ids]
         at_once = max(1, rows_per_batch // n)
@@ -138,10 +142,9 @@ def sample(
                 part = range(first, min(n, first + rows_per_batch))
                 places = [index * n + j for index in batch for j in part]
                 ids = [prompt_ids[i] for i in batch]
-                drawn = _sample_batch(model, tokenizer, ids, len(part), noise[places], settings)
+                drawn = draw(ids, len(part), noise[places])
                 for place, row in zip(places, drawn, strict=True):
                     rows[place] = row
-                bar.update(len(places))
     bar.close()
     return _collect(tokenizer, prompts, prompt_ids, n, rows, time.perf_counter() - started)
 
@@ -264,7 +267,7 @@ class _Row:
 
 
 @torch.inference_mode()
-def _sample_batch(model, tokenizer, prompt_ids, n, noise, decoding) -> list[_Row]:
+def _sample_batch(model, tokenizer, prompt_ids, n, noise, *, decoding, advanced) -> list[_Row]:
     """Stages: 1 encode prompts, 2 draw a token per running row, 3 drop finished rows, 4 step the model."""
     # 1 each prompt goes through the model once, however many samples it gets
     state = encode_batch(model, encoding.pad_id(tokenizer), prompt_ids, n)
@@ -282,6 +285,7 @@ def _sample_batch(model, tokenizer, prompt_ids, n, noise, decoding) -> list[_Row
                 rows[row].log_probs.append(float(sampling[line]))
                 rows[row].model_log_probs.append(float(plain[line]))
                 rows[row].finished = bool(done[line])
+        advanced(len(rows))
         alive = torch.tensor([not rows[row].finished for row in running.tolist()])
         if step + 1 == decoding.max_new_tokens or not alive.any():
             break
@@ -292,6 +296,7 @@ def _sample_batch(model, tokenizer, prompt_ids, n, noise, decoding) -> list[_Row
             running, tokens = running[keep], tokens[keep]
         # 4 the model reads the new tokens
         state.advance(tokens.to(model.device))
+    advanced(len(rows) * (decoding.max_new_tokens - step - 1))
     return rows
 
 

@@ -21,9 +21,13 @@ from transformers import BitsAndBytesConfig
 QUANTISED = 127  # the largest 8-bit weight of a row stands for its scale
 
 
-def has_eight_bit() -> bool:
-    """Whether bitsandbytes is installed and a GPU is here (on a CPU 8 bits save memory, not time)."""
-    return torch.cuda.is_available() and importlib.util.find_spec("bitsandbytes") is not None
+def check_installed() -> None:
+    """Raise ValueError where bitsandbytes is missing.  On a CPU 8 bits save memory, not time."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError(
+            "eight_bit=True needs bitsandbytes, which is not installed. Try `pip install bitsandbytes`, "
+            "or eight_bit=False (in a notebook: in its table SETTINGS)."
+        )
 
 
 def is_eight_bit(model: torch.nn.Module) -> bool:
@@ -32,15 +36,7 @@ def is_eight_bit(model: torch.nn.Module) -> bool:
 
 
 def loading_options(device: torch.device) -> dict:
-    """Arguments of `from_pretrained` that load linear weights in 8 bits onto `device`.
-
-    Raises ValueError where bitsandbytes is missing.
-    """
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise ValueError(
-            "eight_bit=True needs bitsandbytes, which is not installed. Try `pip install bitsandbytes`, "
-            "or eight_bit=False."
-        )
+    """Arguments of `from_pretrained` that load linear weights in 8 bits onto `device`."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of each cast, each time
     quantization = BitsAndBytesConfig(load_in_8bit=True)
     return {"quantization_config": quantization, "device_map": {"": device}}

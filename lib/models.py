@@ -36,7 +36,6 @@ from transformers import (
 )
 
 from lib import adapters, cards, hub, int8, runtime, values
-from lib.int8 import has_eight_bit as has_eight_bit
 from lib.int8 import is_eight_bit as is_eight_bit
 
 POLICY, BASE = "policy", "base"  # the kind on a card; where a model without a name is kept
@@ -70,6 +69,8 @@ def load_policy(
     bitsandbytes is missing; AssetError where the model cannot be had.
     """
     device = device or runtime.get_device()
+    if eight_bit:  # before anything is downloaded
+        int8.check_installed()
     if name in TINY_MODELS:
         model, words = build_tiny_model(name)
         return model.to(device), words
@@ -89,6 +90,20 @@ def load_policy(
     if value is not None:
         model.value_function = value
     return model.eval(), words
+
+
+def load_start(name: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """A kept policy that goes on where another model's texts and `tokenizer` are in use.
+
+    Raises ValueError where its tokens are others, and what `load_policy` raises.
+    """
+    policy, own = load_policy(name)
+    if own.get_vocab() != tokenizer.get_vocab():
+        raise ValueError(
+            f"{name} and the model beside it have other tokens. Give as that model the one that {name} was "
+            "trained from."
+        )
+    return policy
 
 
 def check_name(name: str) -> str:

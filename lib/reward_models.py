@@ -39,6 +39,7 @@ from lib import (
     classifiers,
     encoding,
     hub,
+    int8,
     logprobs,
     losses,
     models,
@@ -75,6 +76,8 @@ def load_backbone(
     `eight_bit`: a causal model's linear weights in 8 bits, to train with LoRA (needs bitsandbytes).
     A policy that was kept as adapters gives its body with them in its weights.
     """
+    if eight_bit:  # before anything is downloaded
+        int8.check_installed()
     if name in models.TINY_MODELS:
         model, words = models.build_tiny_model(name)
         model, revision = model.base_model, None

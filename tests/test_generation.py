@@ -123,6 +123,23 @@ def test_same_seed_same_samples_other_seed_others(tiny):
     assert first == again != other
 
 
+def test_progress_moves_with_every_token_and_ends_full(tiny, monkeypatch):
+    class Bar:
+        steps: list[int] = []
+        total = 0
+        update, close = steps.append, staticmethod(lambda: None)
+
+    def progress(*, total, **_):
+        Bar.total = total
+        return Bar
+
+    monkeypatch.setattr(generation.runtime, "progress", progress)
+    sample(*tiny, ["the museum"] * 3, n=2, max_new_tokens=7, rows_per_batch=4)
+    assert Bar.total == sum(Bar.steps) == 6 * 7
+    assert Bar.steps[:6] == [4] * 6  # no row of a tiny model ends so soon
+    assert max(Bar.steps) == 4
+
+
 def test_samples_do_not_depend_on_batching(tiny):
     model, tokenizer = tiny
     together = sample(model, tokenizer, PROMPTS, n=3, seed=1, rows_per_batch=64)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lib import int8, models
+from lib import int8, models, reward_models
 
 
 def test_tiny_models_are_reproducible_and_leave_the_global_seed_alone():
@@ -68,13 +68,16 @@ def saved(tiny, folder):
     return str(folder)
 
 
-def test_eight_bits_need_bitsandbytes(tiny, tmp_path, monkeypatch):
+@pytest.mark.parametrize("load", [models.load_policy, reward_models.load_backbone])
+def test_eight_bits_need_bitsandbytes(load, tiny, tmp_path, monkeypatch):
+    """And say so before a model is downloaded."""
+    folder = saved(tiny, tmp_path)
     monkeypatch.setattr(int8.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.delattr(models.hub, "resolve_model")
     with pytest.raises(
         ValueError, match="eight_bit=True needs bitsandbytes, which is not installed"
     ):
-        models.load_policy(saved(tiny, tmp_path), eight_bit=True)
-    assert not models.has_eight_bit()
+        load(folder, eight_bit=True)
 
 
 def test_a_model_in_eight_bits_trains_adapters_only(tiny, tmp_path):

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from lib import data, generation, models, reward_models
 from lib.course import record
+from lib.papers.alt import conditions, critics
 from lib.papers.fine_grained import models as fine_grained
 
 ROOT = Path(__file__).parents[1]
@@ -229,6 +230,24 @@ def test_stored_runs_of_other_settings_are_left_out(name, tmp_path, monkeypatch,
     assert f"made with {was}, this run has {here}: not mixed" in said
 
 
+def test_a_reward_written_into_11_is_not_mixed_with_stored_runs(tmp_path, monkeypatch, capsys):
+    """No curve or effect of another reward stands in for it; a line says what is left out."""
+    path = ROOT / "notebooks/11_fine_tune_and_rlaf.ipynb"
+    scope = settle(path, tmp_path, monkeypatch)
+    assert scope["stored"]
+    (source,) = [c.source for c in cells(path, "code") if "isinstance(reward_fn" in c.source]
+    (check,) = [node for node in ast.parse(source).body if isinstance(node, ast.If)]
+    scope["reward_fn"] = scope["CleanTextReward"](None)
+    exec(ast.unparse(check), scope)
+    assert scope["run"].stored(settings=scope["SETUP"])
+    scope["reward_fn"] = lambda samples: [len(ids) for ids in samples.response_ids]
+    exec(ast.unparse(check), scope)
+    capsys.readouterr()
+    for name, other in {"": {}, "long": {"steps": 60}}.items():
+        assert scope["run"].stored(name, settings=scope["SETUP"], **other) == {}
+        assert "reward_fn=nothing" in (said := capsys.readouterr().out) and "not mixed" in said
+
+
 # --- running -------------------------------------------------------------------------------------
 
 
@@ -344,9 +363,60 @@ def test_a_kept_policy_of_43_is_the_one_that_was_measured(tmp_path):
     np.testing.assert_allclose(measured[measured.arm == "dense"].log_prob, sums, rtol=1e-4)
 
 
+def test_a_kept_refiner_and_a_reward_model_of_your_own_are_used_by_31(tmp_path):
+    """Nothing is warmed up, and the kept reward model's scores choose; what 31 trains is kept."""
+    refiner = run_notebook(
+        ROOT / "notebooks/30_refine_with_language_feedback.ipynb", tmp_path
+    ) / "models" / "refiner"  # fmt: skip
+    model, tokenizer = models.load_policy(str(refiner), dtype=torch.float32)
+    reward = reward_models.RewardModel(model.base_model, tokenizer)
+    torch.nn.init.constant_(reward.head.bias, 2.5)  # all texts alike
+    models.save(reward, tokenizer, tmp_path / "reward")
+    parameters = {"START_FROM": str(refiner), "REWARD": str(tmp_path / "reward"),
+                  "ARMS": '["refinement"]', "SIZES": "[4]"}  # fmt: skip
+    options = [part for name, value in parameters.items() for part in ("-p", name, value)]
+    folder = run_notebook(ROOT / "notebooks/31_learn_from_refinements.ipynb", tmp_path, *options)
+    pools = pd.read_csv(folder / "pools.csv")
+    np.testing.assert_allclose(pools.reward, 2.5, rtol=1e-5)
+    assert set(pools.reward_model) == {parameters["REWARD"]}
+    assert [path.name for path in (folder / "models").iterdir()] == ["refinement"]
+    models.load_policy(str(folder / "models" / "refinement"))
+    settings = json.loads((folder / "settings.json").read_text())
+    assert settings["start_from"] == str(refiner) and settings["reward"] == parameters["REWARD"]
+
+
+def test_51_trains_your_model_on_your_prompts_by_your_reward_model(tmp_path):
+    model, tokenizer = models.build_tiny_model("tiny", seed=3)
+    models.save(model, tokenizer, tmp_path / "mine")
+    reward = reward_models.RewardModel(model.base_model, tokenizer)
+    torch.nn.init.normal_(reward.head.weight)
+    models.save(reward, tokenizer, tmp_path / "reward")
+    lines = [
+        f"{a} {b} {c}" for a in ("you", "we") for b in ("like", "see") for c in ("it", "us", "her")
+    ]
+    (tmp_path / "prompts.txt").write_text("\n".join(lines))
+    swapped = {"MODEL": tmp_path / "mine", "PROMPTS": tmp_path / "prompts.txt",
+               "REWARD": tmp_path / "reward", "JUDGE": "lexicon-insults",
+               "ARMS": '["ALT", "Quark"]'}  # fmt: skip
+    options = [part for name, value in swapped.items() for part in ("-p", name, str(value))]
+    folder = run_notebook(ROOT / "notebooks/51_alt_on_a_real_model.ipynb", tmp_path, *options)
+    (answered,) = (folder / "work").glob("ALT-*/*feedback*")
+    items = [json.loads(line) for line in answered.read_text().splitlines()]
+    assert {item["prompt"] for item in items} <= set(lines)
+    tags = ("very", "positive", "negative", "neutral")  # the reward is blind to them
+    own = critics.without_words(reward_models.load(tmp_path / "reward").score, tags)
+    paid = own([item["prompt"] for item in items], [item["response"] for item in items])
+    np.testing.assert_allclose([item["score"] for item in items], paid, atol=1e-3)
+    settings = json.loads((folder / "settings.json").read_text())
+    assert settings["model"] == str(tmp_path / "mine") and settings["judge"] == "lexicon-insults"
+    kept, _ = models.load_policy(str(folder / "models" / "Quark"))
+    assert conditions.load_tokens(kept, folder / "models" / "Quark") == len(tokenizer)
+
+
 @pytest.mark.parametrize("number, name", [
-    ("40", "MODEL"), ("42", "START_FROM"), ("43", "MODEL"), ("43", "START_FROM"), ("44", "MODEL"),
-    ("44", "START_FROM"),
+    ("22", "MODEL"), ("30", "START_FROM"), ("31", "MODEL"), ("31", "START_FROM"), ("40", "MODEL"),
+    ("42", "START_FROM"), ("43", "MODEL"), ("43", "START_FROM"), ("44", "MODEL"),
+    ("44", "START_FROM"), ("51", "MODEL"),
 ])  # fmt: skip
 def test_a_model_that_is_none_is_refused_before_anything_runs(number, name, tmp_path, monkeypatch):
     model, tokenizer = models.build_tiny_model("tiny")
@@ -425,8 +495,13 @@ def test_a_judge_without_a_price_is_not_asked(monkeypatch, tmp_path):
     scope = {"outputs": outputs, "chat": chat, "conversions": conversions, "pd": pd}
     scope |= {"protocols": protocols}
     scope |= {"JUDGE_MODEL": "m", "BASE_URL": "https://judge.invalid/v1", "display": print}
+    scope |= {"REQUEST": {"max_completion_tokens": 2000, "temperature": None}}
     with pytest.raises(ValueError, match="max_cost needs price"):
         exec(source, scope | {"PRICE": [], "MAX_COST": 5.0})
     priced = scope | {"PRICE": [1.0, 2.0], "MAX_COST": 5.0}
     exec(source, priced)
     assert priced["client"].max_cost == 5.0
+    assert len(priced["plan"]) == 3 + 2 * 2
+    for request in priced["plan"]:
+        assert request["max_completion_tokens"] == 2000
+        assert not {"max_tokens", "temperature"} & set(request)

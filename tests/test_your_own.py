@@ -3,10 +3,10 @@
 import re
 from pathlib import Path
 
-import pytest
 from conftest import WORDS, completion
 
 from lib import models
+from lib.course import notebooks
 
 PAGE = (Path(__file__).parents[1] / "docs" / "your_own.md").read_text(encoding="utf-8")
 
@@ -29,8 +29,12 @@ def test_every_block_of_the_page_runs(tmp_path, monkeypatch, scripted, capsys):
     assert scope["again"].num_parameters() == scope["policy"].num_parameters()
 
 
-@pytest.mark.parametrize("name", ["MODEL", "PROMPTS"])
-def test_the_page_names_parameters_that_notebook_11_has(name):
-    from lib.course import notebooks
-
-    assert name in notebooks.read_parameters(notebooks.find_notebooks()["11_fine_tune_and_rlaf"])
+def test_the_page_says_which_notebooks_have_which_parameters():
+    rows = re.findall(r"(?m)^\| `([A-Z_]+)` \| ([\d, ]+) \|", PAGE)
+    assert len(rows) == 6
+    has = {
+        path.stem[:2]: notebooks.read_parameters(path)
+        for path in notebooks.find_notebooks().values()
+    }
+    for name, listed in rows:
+        assert listed.split(", ") == [number for number in has if name in has[number]], name

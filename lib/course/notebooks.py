@@ -1,7 +1,7 @@
 """The notebooks of the course: their names, parameters, and what their results depend on.
 
 A result is outdated when the notebook's source, parameters, small data files, or a `lib` module it imports
-(directly or through others) has changed.
+(directly, through others, or by its name in a string) or a file that belongs to it has changed.
 
 Simplified: changed package versions do not make a result outdated.
 """
@@ -195,6 +195,8 @@ def _imported_modules(source: str, inside: str, known: dict[str, Path]) -> set[s
             package = inside.rsplit(".", node.level - 1)[0] if node.level else ""
             base = ".".join(filter(None, (package, node.module)))
             names |= {base} | {f"{base}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            names.add(node.value)  # of import_module, python -m, runpy
     if "lib.*" in names:
         return set(known)
     parts = [name.split(".") for name in names]
@@ -215,6 +217,23 @@ def lib_modules(notebook: NotebookNode, package: Path) -> list[Path]:
     return sorted(known[name] for name in found)
 
 
+def lib_files(notebook: NotebookNode, package: Path) -> list[Path]:
+    """`lib_modules`, and the templates, scripts and tables beside them.
+
+    Those that only a module which is not imported names (the report's pages) are left out.
+    """
+    modules = lib_modules(notebook, package)
+    texts = {path: path.read_text("utf-8") for path in _module_paths(package).values()}
+    files = list(modules)
+    for path in (path for folder in {m.parent for m in modules} for path in folder.iterdir()):
+        if path.is_dir() or path.suffix in (".py", ".pyc") or path.name.startswith("."):
+            continue
+        naming = {m for m in path.parent.glob("*.py") if path.name in texts[m]}
+        if not naming or naming & set(modules):
+            files.append(path)
+    return sorted(files)
+
+
 def _small_data() -> list[list[str]]:
     root = runtime.project_root()
     files = [p for kind in ("samples", "results") for p in (root / "data" / kind).rglob("*")]
@@ -230,14 +249,14 @@ def fingerprint(path: Path, scale: str, parameters: dict) -> str:
 
 
 def code_hash(path: Path) -> str:
-    """Hash of a notebook's code cells and of the modules they use: what half-done work was made by."""
+    """Hash of a notebook's code cells and of what they use of `lib`: what half-done work was made by."""
     notebook = read_notebook(path)
     code = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
-    modules = [
-        [str(module.relative_to(LIB)), module.read_text("utf-8")]
-        for module in lib_modules(notebook, LIB)
+    files = [
+        [str(path.relative_to(LIB)), hashlib.sha256(path.read_bytes()).hexdigest()]
+        for path in lib_files(notebook, LIB)
     ]
-    return runtime.content_hash(code, modules)
+    return runtime.content_hash(code, files)
 
 
 def read_json(path: Path) -> dict:

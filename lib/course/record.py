@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
+from hashlib import sha256
 from importlib import metadata
 from pathlib import Path
 
@@ -280,11 +281,23 @@ def scale_settings(table: dict[str, dict], scale: str) -> dict:
 
 @lru_cache(maxsize=1)
 def lib_version() -> str:
-    """Hash of the library's sources: results made by another `lib` are not taken for this one's."""
+    """Hash of the library's files: results made by another `lib` are not taken for this one's."""
     folder = Path(__file__).parents[1]
-    sources = sorted(folder.rglob("*.py"))
-    texts = [(str(p.relative_to(folder)), p.read_text(encoding="utf-8")) for p in sources]
-    return runtime.content_hash(texts)[:16]
+    files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.suffix != ".pyc"]
+    hashes = [(str(p.relative_to(folder)), sha256(p.read_bytes()).hexdigest()) for p in files]
+    return runtime.content_hash(hashes)[:16]
+
+
+def source_of(thing: object) -> str:
+    """What a function, or an object's class, is written as; its text form where there is no source.
+
+    It tells a reward or judge of a reader's own from another one, among the settings of a run.
+    """
+    own = thing if inspect.isroutine(thing) or inspect.isclass(thing) else type(thing)
+    try:
+        return inspect.getsource(own)
+    except (OSError, TypeError):
+        return repr(thing)
 
 
 def show_source(thing: Callable) -> object:

@@ -217,6 +217,7 @@ def test_lib_modules_follow_every_form_of_import(tmp_path):
     assert closure("import torch") == {"__init__"}
     assert closure("%matplotlib inline\nfrom lib.a import x") == {"__init__", "a", "b", "c", "d"}
     assert closure("import lib.e", "!ls\nfrom lib import (\n  d,\n)") == {"__init__", "d", "e", "f"}
+    assert closure("importlib.import_module('lib.c')") == {"__init__", "c", "d"}
     assert closure("from lib import *") == set(sources)
     assert closure("def broken(") == set(sources)
 
@@ -246,11 +247,28 @@ def test_lib_modules_follow_imports_into_packages(tmp_path):
     assert closure("from lib import a") == shelf | {"a", "shelf/b", "shelf/c", "shelf/d", "f"}
 
 
+def test_every_notebook_depends_on_what_is_imported_by_name_and_on_the_pages_it_writes():
+    def used(code):
+        notebook = new_notebook(cells=[new_code_cell(code)])
+        files = notebooks.lib_files(notebook, notebooks.LIB)
+        return {str(path.relative_to(notebooks.LIB)) for path in files}
+
+    assert "fast.py" in used("from lib import generation")
+    pages = {f"annotate/{name}" for name in ("page.js", "spans.js", "page.css", "page.html.j2")}
+    assert pages <= used("from lib import annotate")
+    assert not pages & used("from lib import stats")
+    assert "course/released.json" in used("from lib.course import fetch")
+    assert "course/report.html.j2" not in used("from lib.course import fetch, record")
+
+
 def test_a_fingerprint_changes_with_what_a_result_depends_on_only(root, monkeypatch):
     package = root / "package"
     package.mkdir()
     for name in ("__init__", "used", "unused"):
         (package / f"{name}.py").write_text("")
+    (package / "page.css").write_text("")
+    (package / "report.css").write_text("")
+    (package / "unused.py").write_text("'report.css'")
     monkeypatch.setattr(notebooks, "LIB", package)
     path = write(root, "10_a", "from lib import used")
     before = notebooks.fingerprint(path, "demo", {})
@@ -259,7 +277,8 @@ def test_a_fingerprint_changes_with_what_a_result_depends_on_only(root, monkeypa
     book.cells[2].update(outputs=[new_output("stream", text="seen")], execution_count=9, id="new")
     book.metadata["widgets"] = {}
     nbformat.write(book, path)
-    (package / "unused.py").write_text("changed = 1")
+    (package / "unused.py").write_text("changed = 'report.css'")
+    (package / "report.css").write_text("changed")
     (root / "data" / "results").mkdir(parents=True)
     (root / "data" / "results" / "big.csv").write_bytes(b"0" * (notebooks.MAX_DATA_FILE + 1))
     assert notebooks.fingerprint(path, "demo", {}) == before
@@ -271,11 +290,13 @@ def test_a_fingerprint_changes_with_what_a_result_depends_on_only(root, monkeypa
     }
     (package / "used.py").write_text("changed = 1")
     seen.add(notebooks.fingerprint(path, "demo", {}))
+    (package / "page.css").write_text("changed")
+    seen.add(notebooks.fingerprint(path, "demo", {}))
     (root / "data" / "results" / "small.csv").write_text("a,b")
     seen.add(notebooks.fingerprint(path, "demo", {}))
     write(root, "10_a", "from lib import used  # changed")
     seen.add(notebooks.fingerprint(path, "demo", {}))
-    assert len(seen) == 6
+    assert len(seen) == 7
 
 
 def test_a_finished_run_is_repeated_only_when_it_must_be(root, capsys):

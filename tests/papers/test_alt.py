@@ -13,7 +13,7 @@ from conftest import WORDS, completion
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lib import annotator, chat, models, policy, training
+from lib import annotator, cards, chat, models, policy, training
 from lib.papers.alt import conditions, critics, loop
 from lib.papers.alt.conditions import Conditioner
 from lib.papers.alt.labels import (
@@ -698,3 +698,21 @@ def test_what_does_not_fit_is_told():
         Task([], nothing, FIVE, None)
     with pytest.raises(ValueError, match="need a judge"):
         Task(PROMPTS, nothing, FIVE, None, held_out=["a"])
+
+
+def test_a_policy_with_new_tokens_is_kept_whole_and_plain_transformers_read_it(tmp_path):
+    model, tokenizer = models.build_tiny_model("tiny", seed=2)
+    first = conditions.add_tokens(model, 2, seed=1)
+    ids = torch.tensor([[first, 7, 8], [first + 1, 8, 9]])
+    with torch.no_grad():
+        before = model(ids).logits
+        plain = model(ids[:, 1:]).logits
+    kept = conditions.WithTokens(model, ("good", "bad"))
+    folder = models.save(kept, tokenizer, tmp_path / "kept", card={"licence": "none"})
+    assert cards.read(folder)["condition_tokens"] == ["good", "bad"]
+    again, _ = models.load_policy(str(folder), dtype=torch.float32, device=torch.device("cpu"))
+    with torch.no_grad():
+        torch.testing.assert_close(again(ids[:, 1:]).logits, plain)
+        assert conditions.load_tokens(again, folder) == first
+        torch.testing.assert_close(again(ids).logits, before)
+        torch.testing.assert_close(model(ids).logits, before)  # the kept one goes on as it was

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch.nn.functional import embedding
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lib import encoding
+from lib import encoding, models
 from lib.papers.alt import labels
 
 STYLES = ("none", "text", "separator", "token")
+TOKENS = "condition_tokens.safetensors"  # beside a kept policy: (tokens, width)
 
 
 # --- conditions ----------------------------------------------------------------------------------
@@ -56,6 +59,42 @@ def add_tokens(
     rows = old.mean(0) + old.std(0) * noise if like is None else old[like].repeat(count, 1)
     model.set_input_embeddings(ExtendedEmbedding(base, rows))
     return len(old)
+
+
+@dataclass(frozen=True)
+class WithTokens:
+    """A trained policy for `models.save`: its new tokens, if it has any, stand in a file of their own.
+
+    So `models.load_policy` and plain transformers read the folder; `load_tokens` puts the tokens back.
+    """
+
+    policy: PreTrainedModel
+    tags: Sequence[str] = ()  # what each token stands for
+
+    def write(self, folder: Path, place: Path) -> dict:
+        """Write weights and tokens into `folder`, which will stand at `place`; return what its card says."""
+        embeddings = self.policy.get_input_embeddings()
+        if not isinstance(embeddings, ExtendedEmbedding):
+            return models.write_policy(self.policy, folder, place)
+        self.policy.set_input_embeddings(embeddings.base)
+        try:
+            facts = models.write_policy(self.policy, folder, place)
+        finally:
+            self.policy.set_input_embeddings(embeddings)
+        save_file({"rows": embeddings.extra.detach().contiguous()}, folder / TOKENS)
+        return facts | {"condition_tokens": list(self.tags)}
+
+
+def load_tokens(policy: PreTrainedModel, folder: Path | str) -> int:
+    """Give a policy the new tokens that were kept in `folder`, in place; return the id of the first.
+
+    Raises FileNotFoundError where none were kept.
+    """
+    rows = load_file(Path(folder) / TOKENS)["rows"]
+    first = add_tokens(policy, len(rows))
+    embeddings = policy.get_input_embeddings()
+    embeddings.extra.data.copy_(rows)
+    return first
 
 
 @dataclass(frozen=True)
