@@ -277,11 +277,6 @@ class SimulatedAnnotator:
         swapped = self.compare(sources, second, first, occasion)
         return list(map(preferences.verdict_of_orders, shown, swapped))
 
-    def order(self, source: str, responses: Sequence[str]) -> list[int]:
-        """A ranking of n responses, best first: indices by noise-free comparison quality, ties in order."""
-        quality = self.quality([source] * len(responses), responses, "ranking")
-        return np.argsort(-quality, kind="stable").tolist()
-
     def critique(self, source: str, response: str, *, name_facts: bool = True) -> str:
         """A sentence on the worst part, as a person would write it; "" if nothing is wrong.
 

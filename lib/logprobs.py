@@ -243,13 +243,6 @@ def perplexity(
     return pd.DataFrame({"nll": nll, "tokens": tokens, "perplexity": np.exp(nll)})
 
 
-def corpus_perplexity(table: pd.DataFrame) -> dict[str, float]:
-    """exp(total NLL / total tokens) of `perplexity`'s table, with its tokens and empty rows."""
-    tokens, empty = int(table["tokens"].sum()), int((table["tokens"] == 0).sum())
-    value = np.exp((table["nll"] * table["tokens"]).sum() / tokens) if tokens else np.nan
-    return {"perplexity": float(value), "tokens": tokens, "empty": empty}
-
-
 # --- answers to a question, and texts ----------------------------------------------------------
 
 

@@ -11,8 +11,7 @@ a frozen backbone the pooled features are computed once and the head trains in a
 Simplified: one device.  A prompt too long loses its beginning, never the response
 (the reference cuts the end, and with it responses).  Training goes prompt by prompt, so a response in
 several pairs is encoded once; `trl.RewardTrainer` takes loose pairs (20 sequences for the 10 pairs of 5
-responses), has no rating loss and leaves out long examples.  It fits long runs with checkpoints:
-`train_with_trl`.
+responses), has no rating loss and leaves out long examples.
 """
 
 from __future__ import annotations
@@ -23,7 +22,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import datasets
 import numpy as np
 import pandas as pd
 import torch
@@ -45,9 +43,7 @@ from lib import (
     models,
     preferences,
     runtime,
-    sft,
     stats,
-    training,
 )
 from lib.stats import Interval
 from lib.text import check_texts
@@ -297,9 +293,6 @@ class RewardModel(torch.nn.Module):
         """`score` from features computed before."""
         found = self.read(features.to(self.head.weight.device)).cpu().numpy().astype(np.float64)
         return found[:, 0] if found.shape[1] == 1 else found
-
-    def add_model_tags(self, tags) -> None:
-        """Nothing: TRL marks models for the Hub with it."""
 
     def trained_state(self) -> dict[str, torch.Tensor]:
         """A copy of head, scale and every trained weight; `load_state_dict(state, strict=False)` sets it."""
@@ -591,37 +584,6 @@ def _batch_loss(model, feedback, groups, encoded, features) -> torch.Tensor:
     return losses.pairwise_loss(logits[left], logits[right])
 
 
-def train_with_trl(
-    model: RewardModel, feedback: Feedback, *, folder: Path | str, **arguments
-) -> pd.DataFrame:
-    """The rankings loss through `trl.RewardTrainer`: for long runs, with checkpoints to continue from.
-
-    `arguments` are those of `trl.RewardConfig`.  Needs pooling "last" (TRL hands over no response mask)
-    and one output; pairs longer than `max_length` are cut as everywhere here.  Returns step, epoch, loss.
-    """
-    import trl
-
-    if model.pooling != "last" or feedback.pairs is None:
-        raise ValueError("RewardTrainer needs pooling='last' and rankings. Use train() otherwise.")
-    encoded = [a + b for a, b in model.encode(feedback.prompts, feedback.responses)]
-    rows = [{"chosen_ids": encoded[a], "rejected_ids": encoded[b]} for a, b in feedback.pairs]
-    folder = training.claim_folder(folder, "trl.RewardTrainer", rows, arguments)
-    runtime.quiet_libraries()
-    fixed = {**sft.PLAIN, "max_length": None, "save_strategy": "epoch", "bf16": False}
-    fixed["use_cpu"] = model.head.weight.device.type == "cpu"
-    model.config.num_labels = 1
-    trainer = trl.RewardTrainer(
-        model=model, args=trl.RewardConfig(output_dir=str(folder), **fixed | arguments),
-        train_dataset=datasets.Dataset.from_list(rows), processing_class=model.tokenizer,
-    )  # fmt: skip
-    trainer.remove_callback(transformers.PrinterCallback)
-    with models.fast_float32(model):
-        trainer.train(resume_from_checkpoint=any(folder.glob("checkpoint-*")))
-    model.eval()
-    log = [row for row in trainer.state.log_history if "loss" in row]
-    return pd.DataFrame(log)[["step", "epoch", "loss"]]
-
-
 # --- how good is a reward model ------------------------------------------------------------------
 
 
@@ -682,37 +644,3 @@ def calibration(pairs: pd.DataFrame, bins: int = 5) -> pd.DataFrame:
     gaps = (table["value"] - table["predicted"]).abs()
     table.attrs["error"] = float(np.average(gaps, weights=table["n"])) if rows else np.nan
     return table
-
-
-# --- best of n -----------------------------------------------------------------------------------
-
-
-def to_pool(dataset: str, generator: str, items: Sequence[dict]) -> list[dict]:
-    """Items {instruction, responses} in the reference's form: {dataset, generator, instruction, outputs}."""
-    head = {"dataset": dataset, "generator": generator}
-    return [
-        {**head, "instruction": i["instruction"], "outputs": list(i["responses"])} for i in items
-    ]
-
-
-def rerank(
-    pool_items: Sequence[dict], scores: Sequence[Sequence[float]], generator: str
-) -> list[dict]:
-    """Best of n: the output with the highest score of each pool, the first on ties.
-
-    Gives {dataset, generator, instruction, output}, the form in which the reference publishes policies.
-
-    Raises ValueError where a pool and its scores differ in size, or a score is missing.
-    """
-    found = []
-    for item, z in zip(pool_items, scores, strict=True):
-        z = np.asarray(z, dtype=float)
-        if z.shape != (len(item["outputs"]),) or np.isnan(z).any():
-            raise ValueError(
-                f"{len(item['outputs'])} outputs and scores of shape {z.shape} (or NaN among them) for "
-                f"{item['instruction'][:60]!r}; give one score for each output."
-            )
-        kept = {"dataset": item["dataset"], "generator": generator}
-        kept |= {"instruction": item["instruction"], "output": item["outputs"][int(z.argmax())]}
-        found.append(kept)
-    return found

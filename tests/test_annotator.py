@@ -83,7 +83,6 @@ def test_without_noise_quality_decides():
         "(b)",
         "(a)",
     ]
-    assert sure.order(SOURCE, ["", SOURCE, "A lake.", FIRST]) == [1, 3, 2, 0]
 
 
 def test_the_same_question_has_one_answer_and_another_occasion_asks_again():

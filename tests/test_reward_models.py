@@ -354,26 +354,6 @@ def test_weights_that_the_card_does_not_explain_are_refused(tmp_path):
         reward_models.load(folder)
 
 
-def test_trl_computes_the_same_loss_and_learns(tmp_path):
-    feedback = toy_feedback(6, "pairs")
-    ours, theirs = (random_head(decoder(pooling="last")) for _ in range(2))
-    z = torch.tensor(ours.score(feedback.prompts, feedback.responses))
-    expected = losses.pairwise_loss(z[feedback.pairs[:, 0]], z[feedback.pairs[:, 1]])
-    options = dict(per_device_train_batch_size=60, learning_rate=0.01, disable_dropout=True)
-    first = reward_models.train_with_trl(
-        theirs, feedback, folder=tmp_path / "a", num_train_epochs=1, **options
-    )
-    assert first["loss"][0] == pytest.approx(expected.item(), abs=1e-4)
-    more = reward_models.train_with_trl(
-        theirs, feedback, folder=tmp_path / "b", num_train_epochs=20, **options
-    )
-    assert more["loss"].iloc[-1] < 0.5 * more["loss"].iloc[0]
-    with pytest.raises(ValueError, match="holds a run with other settings"):
-        reward_models.train_with_trl(theirs, toy_feedback(3, "pairs"), folder=tmp_path / "b")
-    with pytest.raises(ValueError, match="pooling='last' and rankings"):
-        reward_models.train_with_trl(decoder(), feedback, folder=tmp_path / "c")
-
-
 # --- measures ------------------------------------------------------------------------------------
 
 
@@ -412,18 +392,6 @@ def test_calibration_finds_over_confidence():
 
 
 # --- best of n -----------------------------------------------------------------------------------
-
-
-def test_rerank_takes_the_first_of_the_best():
-    items = [{"instruction": "q", "responses": ["x", "y", "z"]}]
-    pool = reward_models.to_pool("demo", "base", items)
-    head = {"dataset": "demo", "instruction": "q"}
-    assert pool == [head | {"generator": "base", "outputs": ["x", "y", "z"]}]
-    picked = reward_models.rerank(pool, [[1.0, 2.0, 2.0]], "best")
-    assert picked == [head | {"generator": "best", "output": "y"}]
-    for bad in ([[1.0, 2.0]], [[1.0, float("nan"), 0.0]]):
-        with pytest.raises(ValueError, match="3 outputs and scores"):
-            reward_models.rerank(pool, bad, "best")
 
 
 def test_expected_best_equals_the_mean_over_all_subsets():

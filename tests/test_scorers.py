@@ -499,14 +499,6 @@ def test_perplexity_of_a_uniform_model_is_its_vocabulary():
     size = model.config.vocab_size
     np.testing.assert_allclose(table["perplexity"], [size, size, np.nan], rtol=1e-5)
     assert table["tokens"].tolist() == [4, 3, 0]
-    found = logprobs.corpus_perplexity(table)
-    assert found == {"perplexity": pytest.approx(size), "tokens": 7, "empty": 1}
-
-
-def test_corpus_perplexity_weighs_by_tokens():
-    table = pd.DataFrame({"nll": [1.0, 2.0, np.nan], "tokens": [3, 1, 0]})
-    assert logprobs.corpus_perplexity(table)["perplexity"] == pytest.approx(math.exp(5 / 4))
-    assert np.isnan(logprobs.corpus_perplexity(table[2:])["perplexity"])
 
 
 def test_perplexity_takes_token_ids_as_they_are(tiny):
