@@ -42,7 +42,8 @@ from lib import (
 )
 from lib.course import assets
 
-SIZES = ("real", "tiny")  # "tiny": random models and few rows, to test the machinery
+# "quick": the same models on fewer rows; "tiny": random models and few rows, to test the machinery
+SIZES = ("real", "quick", "tiny")
 SAMPLES, NEW_TOKENS = 8, 48
 
 
@@ -53,7 +54,12 @@ def load(size: str, dtype: torch.dtype | None = None):
     """The policy of a size and its tokenizer.  Raises ValueError for an unknown size."""
     if size not in SIZES:
         raise ValueError(f"size is {size!r}; allowed: {', '.join(SIZES)}.")
-    return models.load_policy("policy" if size == "real" else "tiny", dtype=dtype)
+    return models.load_policy("tiny" if size == "tiny" else "policy", dtype=dtype)
+
+
+def count_for(size: str, real: int, quick: int, tiny: int) -> int:
+    """How many rows a benchmark has at this size."""
+    return dict(zip(SIZES, (real, quick, tiny), strict=True))[size]
 
 
 @lru_cache(maxsize=8)
@@ -92,16 +98,16 @@ def model_work(model, units: float, seen: float, scored: float, steps: float = 1
 def _generated(model, tokenizer, prompts, n: int, at_once: int, new_tokens: int, **options) -> list:
     """Rows of new token ids by `generate`, cut after the end token, `at_once` prompts a batch."""
     rows, ends = [], encoding.end_tokens(tokenizer, model)
-    how = {"do_sample": True, "top_k": 0, "top_p": 1.0, "temperature": 1.0, **options}
+    decoding = {"do_sample": True, "top_k": 0, "top_p": 1.0, "temperature": 1.0, **options}
     for start in range(0, len(prompts), at_once):
         batch = tokenizer(prompts[start : start + at_once], return_tensors="pt", padding=True)
         inputs = {k: v.to(model.device) for k, v in batch.items() if k != "token_type_ids"}
         with torch.inference_mode():
-            found = model.generate(
+            tokens = model.generate(
                 **inputs, num_return_sequences=n, max_new_tokens=new_tokens,
-                pad_token_id=encoding.pad_id(tokenizer), **how,
+                pad_token_id=encoding.pad_id(tokenizer), **decoding,
             )  # fmt: skip
-        for row in found[:, inputs["input_ids"].shape[1] :].tolist():
+        for row in tokens[:, inputs["input_ids"].shape[1] :].tolist():
             last = next((i for i, token in enumerate(row) if token in ends), len(row))
             rows.append(row[: last + 1])
     return rows
@@ -110,7 +116,7 @@ def _generated(model, tokenizer, prompts, n: int, at_once: int, new_tokens: int,
 def sample_benchmark(size: str) -> measure.Benchmark:
     """`generation.sample` and `model.generate`; the peer's batch of 4 prompts is its fastest here."""
     model, tokenizer = load(size)
-    prompts = mixed_prompts(tokenizer, 64 if size == "real" else 4, size)
+    prompts = mixed_prompts(tokenizer, count_for(size, 64, 12, 4), size)
     seen, steps = sum(len(tokenizer(p)["input_ids"]) for p in prompts), NEW_TOKENS
 
     def work(rows: list) -> measure.Work:
@@ -118,8 +124,8 @@ def sample_benchmark(size: str) -> measure.Benchmark:
         return model_work(model, new, seen + new, new, steps)
 
     def ours() -> measure.Work:
-        how = {"n": SAMPLES, "max_new_tokens": NEW_TOKENS}
-        return work(generation.sample(model, tokenizer, prompts, **how).response_ids)
+        options = {"n": SAMPLES, "max_new_tokens": NEW_TOKENS}
+        return work(generation.sample(model, tokenizer, prompts, **options).response_ids)
 
     def peer(at_once: int) -> measure.Work:
         return work(_generated(model, tokenizer, prompts, SAMPLES, at_once, NEW_TOKENS))
@@ -129,8 +135,8 @@ def sample_benchmark(size: str) -> measure.Benchmark:
 
     def grown(n: int) -> measure.Work:  # few tokens, for time
         more = [*itertools.islice(itertools.cycle(alike), n)]
-        found = generation.sample(model, tokenizer, more, n=SAMPLES, max_new_tokens=NEW_TOKENS // 4)
-        return measure.Work(len(found))
+        drawn = generation.sample(model, tokenizer, more, n=SAMPLES, max_new_tokens=NEW_TOKENS // 4)
+        return measure.Work(len(drawn))
 
     what = f"{len(prompts)} prompts x {SAMPLES} samples, up to {NEW_TOKENS} tokens, natural stops"
     sides = {"ours": lambda: ours, "generate, 4 prompts a batch": lambda: partial(peer, 4)}
@@ -153,12 +159,12 @@ def _trl_log_probs(model, pad_id: int, prompts, responses, at_once: int) -> list
     ids, mask = torch.cat([before, after], 1), torch.cat([before_mask, after_mask], 1)
     stand_in = type("Trainer", (), {})()  # the method reads nothing else of a trainer
     stand_in.accelerator = type("Accelerator", (), {"autocast": contextlib.nullcontext})()
-    log_probs = inspect.unwrap(trl.RLOOTrainer._get_per_token_logps_and_entropies)
+    read = inspect.unwrap(trl.RLOOTrainer._get_per_token_logps_and_entropies)
     with torch.inference_mode():
-        found = log_probs(
+        log_probs = read(
             stand_in, model, ids.to(model.device), mask.to(model.device), after.shape[1], at_once
         )[0]
-    return [row[: len(ids)] for row, ids in zip(found.cpu(), responses, strict=True)]
+    return [row[: len(ids)] for row, ids in zip(log_probs.cpu(), responses, strict=True)]
 
 
 def logprob_benchmark(size: str) -> measure.Benchmark:
@@ -166,7 +172,7 @@ def logprob_benchmark(size: str) -> measure.Benchmark:
     from trl.trainer.utils import add_fused_lm_head
 
     model, tokenizer = load(size)
-    prompts = mixed_prompts(tokenizer, 64 if size == "real" else 4, size)
+    prompts = mixed_prompts(tokenizer, count_for(size, 64, 24, 4), size)
     prompts = [tokenizer(p)["input_ids"] for p in prompts]
     lengths = np.random.default_rng(1).integers(4, NEW_TOKENS + 1, len(prompts))
     texts = [" ".join(articles(2 * NEW_TOKENS, size)[i:]) for i in range(len(prompts))]
@@ -185,7 +191,8 @@ def logprob_benchmark(size: str) -> measure.Benchmark:
         return work
 
     what = f"{len(prompts)} rows of mixed length, {units:,} response tokens"
-    sides = {f"TRL, {n} rows a batch": lambda n=n: partial(peer, n) for n in (8, 64)}
+    batches = (8,) if size == "quick" else (8, 64)
+    sides = {f"TRL, {n} rows a batch": lambda n=n: partial(peer, n) for n in batches}
     return measure.Benchmark("tokens", 2.0, what, {"ours": lambda: ours, **sides}, model.dtype)
 
 
@@ -195,7 +202,7 @@ def logprob_benchmark(size: str) -> measure.Benchmark:
 def _classifier(size: str):
     """A sequence classifier on the offline sentence encoder (its head is random), or a tiny one."""
     labels = {"id2label": {0: "fine", 1: "toxic"}, "label2id": {"fine": 0, "toxic": 1}}
-    folder = assets.fetch("encoder") if size == "real" else None
+    folder = None if size == "tiny" else assets.fetch("encoder")
     if folder is None:
         tokenizer = models.tiny_tokenizer()
         config = BertConfig(
@@ -214,8 +221,10 @@ def score_benchmark(size: str) -> measure.Benchmark:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model, tokenizer = _classifier(size)
-    count, more = (5_000, 100_000) if size == "real" else (40, 800)
-    texts, longest = articles(count, size), min(tokenizer.model_max_length, 512)
+    count = count_for(size, 5_000, 1_000, 40)
+    more = 20 * count
+    texts = articles(count, size)
+    longest = min(tokenizer.model_max_length, 512)
     scorer = scorers.ClassifierScorer(model, tokenizer, name="bench")
     pipe = pipeline("text-classification", model=model, tokenizer=tokenizer, batch_size=32)
     layers = sum(p.numel() for n, p in model.named_parameters() if "embeddings" not in n)
@@ -242,7 +251,9 @@ def score_benchmark(size: str) -> measure.Benchmark:
 def best_of_n_benchmark(size: str) -> measure.Benchmark:
     """Sample n answers to each prompt and score them; the peer encodes each prompt n times."""
     model, tokenizer = load(size)
-    n, count, new_tokens = (64, 2, NEW_TOKENS) if size == "real" else (4, 2, 8)
+    n = count_for(size, 64, 64, 4)
+    count = count_for(size, 2, 1, 2)
+    new_tokens = count_for(size, NEW_TOKENS, NEW_TOKENS, 8)
     prompts = mixed_prompts(tokenizer, 2 * count, size)[-count:]
     scorer = reward_models.RewardModel(copy.deepcopy(model).base_model, tokenizer)
     seen = sum(len(tokenizer(p)["input_ids"]) for p in prompts)
@@ -299,7 +310,9 @@ def _endpoint(**options) -> Iterator[str]:
 
 def feedback_benchmark(size: str) -> measure.Benchmark:
     """`ChatClient.ask` and one request after another, at an endpoint with a rate limit and faults."""
-    count, few, rate, faults = (5_000, 30, 150, 0.3) if size == "real" else (20, 5, 200, 0.0)
+    count = count_for(size, 5_000, 600, 20)
+    few = count_for(size, 30, 10, 5)
+    rate, faults = (200, 0.0) if size == "tiny" else (150, 0.3)
     options, numbers = {"rate": rate, "faults": faults, "seed": 0}, itertools.count()
 
     def ours() -> measure.Thunk:
@@ -341,8 +354,8 @@ def feedback_benchmark(size: str) -> measure.Benchmark:
 def _answered(endpoint, message: dict) -> bool:
     """One call of the openai client; malformed answers pass its own tries."""
     try:
-        found = endpoint.chat.completions.create(model="bench", messages=[message])
-        return bool(found.choices)
+        answer = endpoint.chat.completions.create(model="bench", messages=[message])
+        return bool(answer.choices)
     except (ValueError, LookupError, TypeError, AttributeError):
         return False
 
@@ -392,13 +405,17 @@ def ppo_benchmark(size: str) -> measure.Benchmark:
         f"{config.steps} steps of {config.batch} episodes of up to {config.max_new_tokens} tokens, "
         f"{config.epochs * config.batch // config.minibatch_size} updates each, LoRA on 2 layers"
     )
-    sides = {
-        "ours": side(ppo.train_ppo),
-        "TRL, no checkpointing": side(rloo.train_rloo),
-        "TRL, no checkpointing, bf16": side(rloo.train_rloo, bf16=True),
-        "TRL, its defaults": side(rloo.train_rloo, bf16=None, **checkpointing),
+    dtype = runtime.inference_dtype()
+    fastest = "bf16" if dtype == torch.bfloat16 else "float32"
+    peers = {
+        "float32": {"TRL, no checkpointing": side(rloo.train_rloo)},
+        "bf16": {"TRL, no checkpointing, bf16": side(rloo.train_rloo, bf16=True)},
+        "defaults": {"TRL, its defaults": side(rloo.train_rloo, bf16=None, **checkpointing)},
     }
-    return measure.Benchmark("episodes", 3.0, what, sides, runtime.inference_dtype())
+    sides = {"ours": side(ppo.train_ppo)}
+    for name in [fastest] if size == "quick" else peers:
+        sides |= peers[name]
+    return measure.Benchmark("episodes", 3.0, what, sides, dtype)
 
 
 class _Separate:
@@ -465,7 +482,8 @@ class _Separate:
 
 def ppo_reference_benchmark(size: str) -> measure.Benchmark:
     """`ppo.train_ppo` and the arrangement of the papers' code (`_Separate`), on the same settings."""
-    fresh, prompts, config = _rl(size, train="top", samples_per_prompt=1, prompts_per_step=16)
+    episodes = count_for(size, 16, 8, 16)
+    fresh, prompts, config = _rl(size, train="top", samples_per_prompt=1, prompts_per_step=episodes)
 
     def ours() -> measure.Thunk:
         def run() -> measure.Work:
@@ -502,3 +520,5 @@ BENCHMARKS: dict[str, Callable[[str], measure.Benchmark]] = {
     "best-of-n": best_of_n_benchmark,
     "feedback": feedback_benchmark,
 }
+WITH_GOAL = [name for name in BENCHMARKS if name != "feedback"]  # its rate is the server's limit
+WITH_GROWTH = ["sample", "score", "best-of-n"]

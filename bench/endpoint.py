@@ -35,10 +35,10 @@ class Endpoint:
 
     def answer(self, prompt, body):
         text = self.say if self.say is not None else prompt[::-1]
-        found = {"choices": [{"message": {"role": "assistant", "content": text}}]}
+        answer = {"choices": [{"message": {"role": "assistant", "content": text}}]}
         if self.usage:
-            found["usage"] = {"prompt_tokens": 100, "completion_tokens": 10}
-        return json.dumps({"model": body.get("model"), **found}).encode()
+            answer["usage"] = {"prompt_tokens": 100, "completion_tokens": 10}
+        return json.dumps({"model": body.get("model"), **answer}).encode()
 
     async def serve(self, reader, writer):
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import math
 import time
 import warnings
 from collections.abc import Callable
@@ -116,30 +117,59 @@ def quietly():
         yield
 
 
-def measure(name: str, benchmark: Benchmark, rounds: int = ROUNDS) -> dict:
+def measure(
+    name: str, benchmark: Benchmark, rounds: int = ROUNDS, seconds: float = math.inf
+) -> dict:
     """Run all sides in turn, `rounds` times after a warm-up, in changing order; the record of it.
 
-    Raises ValueError for fewer than one round.
+    Prints each run as it ends.  No round begins that would probably end after `seconds`, but one there
+    always is.  Raises ValueError for fewer than one round.
     """
     if rounds < 1:
         raise ValueError(f"rounds is {rounds}; at least one is needed.")
-    runs, sides, top = [], [*benchmark.sides], ceilings(benchmark.dtype)
-    bar = runtime.progress(total=(rounds + 1) * len(sides), label=name, unit="run")
+    record = _header(name, benchmark) | {"ceilings": ceilings(benchmark.dtype), "runs": []}
+    started = time.perf_counter()
     for number in range(rounds + 1):  # number 0 warms up
+        before = time.perf_counter()
+        sides = [*benchmark.sides]
         for side in sides if number % 2 else reversed(sides):
-            row = {"round": number, "side": side, **_run(benchmark.sides[side]())}
-            runs += [row] if number else []
-            bar.update(1)
-    bar.close()
-    growth = [{"size": size, **_run(thunk)} for size, thunk in benchmark.growth.items()]
-    record = {"name": name, "unit": benchmark.unit, "goal": benchmark.goal, "what": benchmark.what}
-    record |= {"limit": benchmark.limit, "dtype": str(benchmark.dtype).removeprefix("torch.")}
-    packages = {p: metadata.version(p) for p in SHOWN_PACKAGES}
-    record |= {"device": runtime.describe_device(), "versions": packages, "ceilings": top}
-    record |= {"commit": runtime.git_commit(), "plain": runtime.plain_mode(), "growth": growth}
-    record |= {"grows": benchmark.grows}
-    record |= {"date": time.strftime("%Y-%m-%d", time.gmtime()), "runs": runs}
+            run = _run(benchmark.sides[side]())
+            label = f"round {number} of {rounds}" if number else "warm-up"
+            print(f"{name}, {label}, {side}: {run['seconds']:.1f} s", flush=True)
+            if number:
+                record["runs"].append({"round": number, "side": side, **run})
+        now = time.perf_counter()
+        if number and now - started + (now - before) > seconds:
+            break
     return record
+
+
+def grow(name: str, benchmark: Benchmark) -> dict:
+    """Run our side on inputs of growing size, once each; the record of it."""
+    record = _header(name, benchmark) | {"grows": benchmark.grows, "growth": []}
+    for size, thunk in benchmark.growth.items():
+        run = _run(thunk)
+        print(f"{name}, {size:,} {benchmark.grows}: {run['seconds']:.1f} s", flush=True)
+        record["growth"].append({"size": size, **run})
+    return record
+
+
+def _header(name: str, benchmark: Benchmark) -> dict:
+    """What was measured, and on which machine and versions."""
+    return {
+        "name": name,
+        "unit": benchmark.unit,
+        "goal": benchmark.goal,
+        "what": benchmark.what,
+        "limit": benchmark.limit,
+        "sides": [*benchmark.sides],
+        "dtype": str(benchmark.dtype).removeprefix("torch."),
+        "device": runtime.describe_device(),
+        "versions": {package: metadata.version(package) for package in SHOWN_PACKAGES},
+        "commit": runtime.git_commit(),
+        "plain": runtime.plain_mode(),
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+    }
 
 
 def _run(thunk: Thunk) -> dict[str, float]:
@@ -185,11 +215,23 @@ def to_text(record: dict) -> str:
             f"  {row.side:<34} {row.rate:10.1f} {row.unit}/s  {ratio:<30} memory {row.memory / 1e6:7.0f} MB"
             f"  share of ceiling {row.share:6.1%}  n = {row.n}"
         )
-    if record["growth"]:
-        fit = growth_fit(record)
-        sizes = ", ".join(f"{row['size']:,}" for row in record["growth"])
-        lines.append(
-            f"  growth over {sizes} {record['grows']}: time ~ size^{fit['time_exponent']:.2f}, memory "
-            f"differs by {fit['memory_spread'] / 1e6:.0f} MB"
-        )
     return "\n".join(lines)
+
+
+def growth_text(record: dict) -> str:
+    """A record of `grow` as a line to read."""
+    fit = growth_fit(record)
+    sizes = ", ".join(f"{row['size']:,}" for row in record["growth"])
+    return (
+        f"{record['name']}: growth over {sizes} {record['grows']}: time ~ size^{fit['time_exponent']:.2f}, "
+        f"memory differs by {fit['memory_spread'] / 1e6:.0f} MB"
+    )
+
+
+def decision(record: dict) -> str:
+    """Whether the median over rounds meets the goal, which is over the first peer; in words."""
+    peer = record["sides"][1]
+    row = summary(record).set_index("side").loc[peer]
+    verdict = "met" if row["ratio"] >= record["goal"] else "missed"
+    ratio = f"{row['ratio']:.2f} [{row['low']:.2f}, {row['high']:.2f}], n = {row['n']}"
+    return f"{record['name']}: goal {record['goal']:g} times as fast as {peer}: {verdict} ({ratio})"

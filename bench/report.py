@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import json
+import math
 import multiprocessing
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,8 @@ import pandas as pd
 
 from bench import cases, measure
 from lib import plots, runtime
+
+QUICK_SECONDS = 70  # six benchmarks, with what they load, within eight minutes
 
 
 def course_table() -> str:
@@ -49,7 +52,7 @@ def figure(records: Sequence[dict]):
     return plots.interval_plot(table, xlabel="times as fast", title=title, reference=1)
 
 
-def kept() -> list[dict]:
+def stored() -> list[dict]:
     """The records in `data/results/bench/`, in the order of `BENCHMARKS`."""
     folder = runtime.project_root() / "data" / "results" / "bench"
     paths = [folder / f"{name}.json" for name in cases.BENCHMARKS]
@@ -57,47 +60,66 @@ def kept() -> list[dict]:
 
 
 def run(
-    names: Sequence[str], kept_in: str | None = None, *, rounds=measure.ROUNDS, size="real"
+    names: Sequence[str],
+    path: str | None = None,
+    *,
+    rounds: int = measure.ROUNDS,
+    size: str = "real",
+    growth: bool = False,
 ) -> list[dict]:
-    """Measure the benchmarks named (all if none), print each, and keep the records where asked.
+    """Measure the benchmarks named, print each, and keep the records at `path` (a file or a folder).
 
-    `course` prints `course_table`, `table` the `speed_table` of the kept results, and `figure` draws them
-    into `plots/`.  Raises ValueError for other names.
+    Without a name: all, and where they are quick, those that have a goal.  The "quick" size takes at most
+    `QUICK_SECONDS` a benchmark and ends with what it decides.  `growth` measures inputs of growing size
+    instead.  `course` prints `course_table`, `table` the `speed_table` of the kept results, and `figure`
+    draws them into `plots/`.  Raises ValueError for other names.
     """
     commands = {"course": lambda: print(course_table()), "figure": _draw}
-    commands["table"] = lambda: print(speed_table(kept()))
-    if unknown := [name for name in names if name not in {**cases.BENCHMARKS, **commands}]:
-        allowed = ", ".join([*cases.BENCHMARKS, *commands])
-        raise ValueError(f"unknown benchmark {', '.join(unknown)}; allowed: {allowed}.")
+    commands["table"] = lambda: print(speed_table(stored()))
+    known = cases.WITH_GROWTH if growth else [*cases.BENCHMARKS, *commands]
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"unknown benchmark {', '.join(unknown)}; allowed: {', '.join(known)}.")
+    everything = cases.WITH_GOAL if size == "quick" else cases.BENCHMARKS
     records = []
-    for name in names or cases.BENCHMARKS:
+    for name in names or (cases.WITH_GROWTH if growth else everything):
         if name in commands:
             commands[name]()
             continue
-        records.append(_apart(name, size, rounds))
-        print(measure.to_text(records[-1]), flush=True)
-        if kept_in and Path(kept_in).is_dir():
-            runtime.write_atomic(Path(kept_in) / f"{name}.json", runtime.to_json(records[-1]))
-        elif kept_in:
-            runtime.write_atomic(kept_in, runtime.to_json(records))
+        records.append(_apart(name, size, rounds, growth))
+        print(measure.growth_text(records[-1]) if growth else measure.to_text(records[-1]))
+        _keep(records, path, f"{name}-growth" if growth else name)
+    if size == "quick" and not growth:
+        print(*(measure.decision(record) for record in records if record["goal"]), sep="\n")
     return records
 
 
-def _apart(name: str, size: str, rounds: int) -> dict:
-    """`measure` in a process of its own: what one benchmark leaves in the heap would count in the memory
+def _keep(records: list[dict], path: str | None, name: str) -> None:
+    """Write the newest record into a folder under its name, or all of them into a file."""
+    if path and Path(path).is_dir():
+        runtime.write_atomic(Path(path) / f"{name}.json", runtime.to_json(records[-1]))
+    elif path:
+        runtime.write_atomic(path, runtime.to_json(records))
+
+
+def _apart(*arguments) -> dict:
+    """`_measured` in a process of its own: what one benchmark leaves in the heap would count in the memory
     of the next (seen: 272 MB in place of 85)."""
     start = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=start) as process:
-        return process.submit(_made, name, size, rounds).result()
+        return process.submit(_measured, *arguments).result()
 
 
-def _made(name: str, size: str, rounds: int) -> dict:
+def _measured(name: str, size: str, rounds: int, growth: bool) -> dict:
     runtime.quiet_libraries()
-    return measure.measure(name, cases.BENCHMARKS[name](size), rounds)
+    benchmark = cases.BENCHMARKS[name](size)
+    if growth:
+        return measure.grow(name, benchmark)
+    seconds = QUICK_SECONDS if size == "quick" else math.inf
+    return measure.measure(name, benchmark, rounds, seconds)
 
 
 def _draw() -> None:
-    drawn, folder = figure(kept()), runtime.project_root() / "plots"
+    drawn, folder = figure(stored()), runtime.project_root() / "plots"
     for kind, metadata_ in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
         drawn.savefig(
             folder / f"bench_speed.{kind}", dpi=120, bbox_inches="tight", metadata=metadata_

@@ -101,12 +101,12 @@ def key_facts(source: str, max_facts: int = 6) -> tuple[str, ...]:
 
     Words of the subject itself (before the first "is") are no facts: the question names them.
     """
-    found = _COPULA.search(source)
-    definition = " ".join(_content(found[1])[:5]) if found else ""
-    known = set(stems(source[: found.start()] if found else ""))
+    copula = _COPULA.search(source)
+    definition = " ".join(_content(copula[1])[:5]) if copula else ""
+    known = set(stems(source[: copula.start()] if copula else ""))
     known.update(stems(definition))
     facts = [definition] if definition else []
-    body = source[found.start() :] if found else source
+    body = source[copula.start() :] if copula else source
     for name in _NAME.finditer(body):
         words = name[0].split()
         before = body[: name.start()].rstrip()
@@ -247,8 +247,8 @@ class SimulatedAnnotator:
         if protocol not in ("rating", "ranking"):
             raise ValueError(f"protocol is {protocol!r}; allowed: rating, ranking.")
         weight = self.rating_density if protocol == "rating" else self.ranking_density
-        found = self.rubric.judge_all(sources, responses)
-        return np.array([(1 - weight) * j.accuracy + weight * j.coverage for j in found])
+        judgements = self.rubric.judge_all(sources, responses)
+        return np.array([(1 - weight) * j.accuracy + weight * j.coverage for j in judgements])
 
     def rate(
         self, sources: Sequence[str], responses: Sequence[str], occasion: int = 0

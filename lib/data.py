@@ -158,8 +158,8 @@ def _hub_prompts(name: str) -> datasets.Dataset:
 def _check_prompt(record: object, where: str) -> tuple[str, list[str], float | None]:
     """(text, categories, score or None where the record has no such field); ValueError otherwise."""
     if not isinstance(record, dict) or "prompt" not in record:
-        found = ", ".join(record) if isinstance(record, dict) else repr(record)[:80]
-        raise ValueError(f"{where}: no field 'prompt'; found: {found or 'no fields'}.")
+        present = ", ".join(record) if isinstance(record, dict) else repr(record)[:80]
+        raise ValueError(f"{where}: no field 'prompt'; found: {present or 'no fields'}.")
     text, fields, name = record["prompt"], record, "prompt_score"
     if isinstance(text, dict):  # RealToxicityPrompts
         text, fields, name = text.get("text"), text, "toxicity"
@@ -167,11 +167,11 @@ def _check_prompt(record: object, where: str) -> tuple[str, list[str], float | N
         raise ValueError(f"{where}: prompt is {text!r}; it must be a text that is not empty.")
     if re.search("[\ud800-\udfff]", text):
         raise ValueError(f"{where}: the prompt holds half an emoji (a lone surrogate): {text!r}.")
-    given = record.get("categories") or record.get("category") or [UNCATEGORISED]
-    given = [given] if isinstance(given, str) else given
-    if not isinstance(given, list) or not all(isinstance(c, str) and c for c in given):
-        raise ValueError(f"{where}: category {given!r}; allowed: a name or a list of names.")
-    return text, given, unit_score(fields[name], where)[0] if name in fields else None
+    names = record.get("categories") or record.get("category") or [UNCATEGORISED]
+    names = [names] if isinstance(names, str) else names
+    if not isinstance(names, list) or not all(isinstance(c, str) and c for c in names):
+        raise ValueError(f"{where}: category {names!r}; allowed: a name or a list of names.")
+    return text, names, unit_score(fields[name], where)[0] if name in fields else None
 
 
 def _draw(categories: Sequence[str], n: int, seed: int, stratify: bool) -> list[int]:
@@ -215,10 +215,12 @@ def text_groups(texts: Sequence[str]) -> np.ndarray:
 def _normalised_words(text: str) -> list[str]:
     """Words without case and punctuation; the text itself where nothing else is in it."""
 
-    def kept(found: re.Match) -> str:  # symbols and emoji stay
-        return "" if unicodedata.category(found[0])[0] == "P" else found[0]
+    def without_punctuation(match: re.Match) -> str:  # symbols and emoji stay
+        return "" if unicodedata.category(match[0])[0] == "P" else match[0]
 
-    plain = re.sub(r"[^\w\s]|_", kept, unicodedata.normalize("NFKC", text).casefold())
+    plain = re.sub(
+        r"[^\w\s]|_", without_punctuation, unicodedata.normalize("NFKC", text).casefold()
+    )
     return plain.split() or [text]
 
 

@@ -47,9 +47,9 @@ class Decoding:
             ("top_k", self.top_k, self.top_k >= 0, ">= 0 (0 is off)"),
             ("top_p", self.top_p, 0 < self.top_p <= 1, "in (0, 1] (1 is off)"),
         ]
-        for name, given, good, allowed in checks:
+        for name, value, good, allowed in checks:
             if not good:
-                raise ValueError(f"{name} is {given!r}; it must be {allowed}.")
+                raise ValueError(f"{name} is {value!r}; it must be {allowed}.")
 
 
 def decoding_of(config: object) -> dict:
@@ -223,8 +223,8 @@ def draw_filtered(
     log_probs: torch.Tensor, noise: torch.Tensor, decoding: Decoding
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens (rows,) among those that top-k and top-p keep, and their log-probabilities there."""
-    kept, tokens = keep_likely(*log_probs.sort(-1, descending=True), decoding)
-    return draw_ranked(kept, tokens, noise)
+    likely, tokens = keep_likely(*log_probs.sort(-1, descending=True), decoding)
+    return draw_ranked(likely, tokens, noise)
 
 
 def keep_likely(

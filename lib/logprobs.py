@@ -179,7 +179,7 @@ def token_log_probs(
     them by 0.04 on average).  Decoder-only and encoder-decoder models; an empty response gives an
     empty array.  Raises ValueError where a prompt has no token (nothing to condition on).
     """
-    found = [np.empty(0, np.float32) for _ in response_ids]
+    results = [np.empty(0, np.float32) for _ in response_ids]
     rows = [i for i, response in enumerate(response_ids) if len(response)]
     prompts, shown = _before_each_token(
         model, [list(prompt_ids[i]) for i in rows], [list(response_ids[i]) for i in rows], rows
@@ -190,10 +190,10 @@ def token_log_probs(
             places = [rows[j] for j in batch]
             log_probs = _chosen_log_probs(model, states, [response_ids[i] for i in places])
             for place, row in zip(places, log_probs, strict=True):
-                found[place] = row.cpu().numpy()
+                results[place] = row.cpu().numpy()
             bar.update(len(batch))
     bar.close()
-    return found
+    return results
 
 
 def _before_each_token(model, prompts, responses, rows) -> tuple[list, list]:
@@ -330,8 +330,8 @@ def text_log_probs(
         encoding.encode(tokenizer, prompt, f" {text}", joined=True)
         for prompt, text in zip(prompts, texts, strict=True)
     ]
-    found = token_log_probs(model, [a for a, _ in pairs], [b for _, b in pairs])
-    return np.array([row.sum(dtype=np.float64) for row in found])
+    log_probs = token_log_probs(model, [a for a, _ in pairs], [b for _, b in pairs])
+    return np.array([row.sum(dtype=np.float64) for row in log_probs])
 
 
 # --- distance between two models ----------------------------------------------------------------
@@ -353,8 +353,8 @@ def sequence_kl(
         drawn = generation.sample(
             own, tokenizer, [start], n=n, seed=seed, max_new_tokens=max_new_tokens, label="KL"
         )
-        kept = [i for i, text in enumerate(drawn.texts) if not is_empty(text)]
-        texts = [drawn.prompt_ids[i] for i in kept], [drawn.response_ids[i] for i in kept]
+        filled = [i for i, text in enumerate(drawn.texts) if not is_empty(text)]
+        texts = [drawn.prompt_ids[i] for i in filled], [drawn.response_ids[i] for i in filled]
         for mine, its in zip(*(token_log_probs(m, *texts) for m in (own, other)), strict=True):
             value = mine.sum(dtype=np.float64) - its.sum(dtype=np.float64)
             rows.append({"direction": direction, "value": value, "tokens": len(mine)})

@@ -61,8 +61,8 @@ def _start(table: pd.DataFrame, needed: str, height: float = 4.0) -> tuple[Figur
     """An empty figure, after a check that the table has rows and the columns named."""
     missing = [name for name in needed.split() if name not in table]
     if missing:
-        found = ", ".join(map(str, table.columns))
-        raise ValueError(f"no column {', '.join(missing)}; needed: {needed}; found: {found}.")
+        present = ", ".join(map(str, table.columns))
+        raise ValueError(f"no column {', '.join(missing)}; needed: {needed}; found: {present}.")
     if table.empty:
         raise ValueError(f"nothing to draw: the table ({needed}) has no rows.")
     use_style()

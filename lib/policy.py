@@ -152,14 +152,14 @@ class SharedTrunkPolicy(torch.nn.Module):
     def as_reference(self) -> Iterator[PreTrainedModel]:
         """Within: the model is the reference, its trainable parameters at their initial values."""
         trained = {name: p for name, p in self.model.named_parameters() if name in self.initial}
-        kept = {name: parameter.data for name, parameter in trained.items()}
+        current = {name: parameter.data for name, parameter in trained.items()}
         try:
             for name, parameter in trained.items():
                 parameter.data = self.initial[name]
             yield self.model
         finally:
             for name, parameter in trained.items():
-                parameter.data = kept[name]
+                parameter.data = current[name]
 
     def forward(
         self, batch: TokenBatch, reference: bool = False, logits: bool = True

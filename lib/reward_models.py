@@ -166,13 +166,13 @@ class RewardModel(torch.nn.Module):
         """
         check_texts(prompts), check_texts(responses)
         tokenizer = self.tokenizer
-        start, middle, ends = self._special_ids()
+        start, middle, ends = _special_ids(tokenizer, self._pair)
         room = self.max_length - len(start) - len(middle) - bool(ends)
         known: dict[str, list[int]] = {}  # a prompt stands in many rows
         rows = []
         for number, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
             if prompt not in known:
-                known[prompt] = self._prompt_ids(prompt, start)
+                known[prompt] = _prompt_ids(tokenizer, prompt, self._pair)
             before = known[prompt]
             after = encoding.bare_ids(tokenizer, response)
             self.truncated["responses"] += len(after) > room
@@ -187,20 +187,6 @@ class RewardModel(torch.nn.Module):
                 )
             rows.append((start + before + middle, after))
         return rows
-
-    def _special_ids(self) -> tuple[list[int], list[int], list[int]]:
-        """Tokens before a prompt, between prompt and response, and those of which one ends a response."""
-        tokenizer = self.tokenizer
-        if self._pair:
-            return [tokenizer.cls_token_id], [tokenizer.sep_token_id], [tokenizer.sep_token_id]
-        return encoding.start_ids(tokenizer), [], encoding.end_tokens(tokenizer)
-
-    def _prompt_ids(self, prompt: str, start: list[int]) -> list[int]:
-        """A prompt's tokens after `start`, which stands before every row, cut or not."""
-        if self._pair:
-            return encoding.bare_ids(self.tokenizer, prompt)
-        ids = encoding.encode(self.tokenizer, prompt).prompt
-        return ids[len(start) :] if ids[: len(start)] == start else ids
 
     def forward(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor,
@@ -246,8 +232,8 @@ class RewardModel(torch.nn.Module):
         pad, side = encoding.pad_id(self.tokenizer), self.padding_side
         ids, mask = encoding.pad_rows([a + b for a, b in rows], pad, side)
         inside, _ = encoding.pad_rows([[0] * len(a) + [1] * len(b) for a, b in rows], 0, side)
-        found = {"input_ids": ids, "attention_mask": mask, "response_mask": inside}
-        return {name: x.to(self.head.weight.device) for name, x in found.items()}
+        tensors = {"input_ids": ids, "attention_mask": mask, "response_mask": inside}
+        return {name: x.to(self.head.weight.device) for name, x in tensors.items()}
 
     @torch.no_grad()  # not inference mode: a head trains on what it returns
     def features(
@@ -257,8 +243,10 @@ class RewardModel(torch.nn.Module):
         before = dict(self.truncated)
         rows = self.encode(prompts, responses)
         if cut := {k: v - before[k] for k, v in self.truncated.items() if v > before[k]}:
-            told = ", ".join(f"{count} {name}" for name, count in cut.items())
-            warnings.warn(f"cut to {self.max_length} tokens: {told} of {len(rows)}.", stacklevel=2)
+            counts = ", ".join(f"{count} {name}" for name, count in cut.items())
+            warnings.warn(
+                f"cut to {self.max_length} tokens: {counts} of {len(rows)}.", stacklevel=2
+            )
         pooled = torch.empty(len(rows), self.centre.shape[0])
         bar = runtime.progress(total=len(rows), label="reward features", unit="text")
         with models.fast_float32(self):
@@ -291,8 +279,8 @@ class RewardModel(torch.nn.Module):
     @torch.inference_mode()
     def score_features(self, features: torch.Tensor) -> np.ndarray:
         """`score` from features computed before."""
-        found = self.read(features.to(self.head.weight.device)).cpu().numpy().astype(np.float64)
-        return found[:, 0] if found.shape[1] == 1 else found
+        logits = self.read(features.to(self.head.weight.device)).cpu().numpy().astype(np.float64)
+        return logits[:, 0] if logits.shape[1] == 1 else logits
 
     def trained_state(self) -> dict[str, torch.Tensor]:
         """A copy of head, scale and every trained weight; `load_state_dict(state, strict=False)` sets it."""
@@ -304,8 +292,8 @@ class RewardModel(torch.nn.Module):
 
     def settings(self) -> dict[str, object]:
         """Arguments that build this model again on its backbone."""
-        how = {"pooling": self.pooling, "outputs": self.head.out_features}
-        return how | {"max_length": self.max_length, "padding_side": self.padding_side}
+        settings = {"pooling": self.pooling, "outputs": self.head.out_features}
+        return settings | {"max_length": self.max_length, "padding_side": self.padding_side}
 
     def save(self, folder: Path | str, name: str | None = None, **settings) -> Path:
         """Keep the model in `folder` by `models.save`; `name` of the backbone and settings go on its card."""
@@ -340,8 +328,8 @@ class FeatureStore:
         wanted = list(zip(prompts, responses, strict=True))
         if new := [key for key in dict.fromkeys(wanted) if key not in self.known]:
             self.known |= {key: len(self.rows) + i for i, key in enumerate(new)}
-            found = self.model.features([p for p, _ in new], [r for _, r in new])
-            self.rows = torch.cat([self.rows, found])
+            features = self.model.features([p for p, _ in new], [r for _, r in new])
+            self.rows = torch.cat([self.rows, features])
         return self.rows[[self.known[key] for key in wanted]]
 
 
@@ -417,11 +405,27 @@ def _read_backbone(folder: Path) -> PreTrainedModel:
     return model.to(runtime.get_device()).eval()
 
 
+def _special_ids(tokenizer, pair: bool) -> tuple[list[int], list[int], list[int]]:
+    """Tokens before a prompt, between prompt and response, and those of which one ends a response."""
+    if pair:
+        return [tokenizer.cls_token_id], [tokenizer.sep_token_id], [tokenizer.sep_token_id]
+    return encoding.start_ids(tokenizer), [], encoding.end_tokens(tokenizer)
+
+
+def _prompt_ids(tokenizer, prompt: str, pair: bool) -> list[int]:
+    """A prompt's tokens after those that stand before every row, cut or not."""
+    if pair:
+        return encoding.bare_ids(tokenizer, prompt)
+    start = encoding.start_ids(tokenizer)
+    ids = encoding.encode(tokenizer, prompt).prompt
+    return ids[len(start) :] if ids[: len(start)] == start else ids
+
+
 def pool(
-    hidden: torch.Tensor, mask: torch.Tensor, response_mask: torch.Tensor | None, how: str
+    hidden: torch.Tensor, mask: torch.Tensor, response_mask: torch.Tensor | None, pooling: str
 ) -> torch.Tensor:
     """Hidden states (rows, time, width) -> (rows, width): mean over response tokens, or the last token's."""
-    if how == "last":
+    if pooling == "last":
         return classifiers.last_real(hidden, mask)
     if response_mask is None:
         raise ValueError("pooling 'mean' needs the response's mask. Try pooling='last'.")
@@ -491,13 +495,14 @@ def number_prompts(prompts: Sequence[str]) -> np.ndarray:
 
 def shuffled(feedback: Feedback, seed: int = 0) -> Feedback:
     """The control: targets dealt out anew among all rows, or each pair turned round by a coin."""
-    rng, found = np.random.default_rng(seed), Feedback(**vars(feedback))
+    rng = np.random.default_rng(seed)
+    control = Feedback(**vars(feedback))
     if feedback.targets is not None:
-        found.targets = rng.permutation(feedback.targets)
+        control.targets = rng.permutation(feedback.targets)
     if feedback.pairs is not None:
         turn = rng.random(len(feedback.pairs)) < 0.5
-        found.pairs = np.where(turn[:, None], feedback.pairs[:, ::-1], feedback.pairs)
-    return found
+        control.pairs = np.where(turn[:, None], feedback.pairs[:, ::-1], feedback.pairs)
+    return control
 
 
 # --- training ------------------------------------------------------------------------------------

@@ -144,9 +144,9 @@ class SegmentReward:
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[np.ndarray]:
         """Each response's segment rewards, (segments,)."""
-        found = self.score(prompts, responses)
+        scores = self.score(prompts, responses)
         return [
-            self.weight * (np.asarray(row, dtype=float) - self.mean) / self.std for row in found
+            self.weight * (np.asarray(row, dtype=float) - self.mean) / self.std for row in scores
         ]
 
     def fitted(self, prompts: Sequence[str], responses: Sequence[str]) -> SegmentReward:
@@ -154,9 +154,9 @@ class SegmentReward:
 
         Where all scores are alike the deviation counts as 1, and such scores pay nothing.
         """
-        found = np.concatenate(self.score(prompts, responses))
-        std = stats.spread(found, precision=np.float32) or 1.0
-        return replace(self, mean=float(found.mean()), std=std)
+        scores = np.concatenate(self.score(prompts, responses))
+        std = stats.spread(scores, precision=np.float32) or 1.0
+        return replace(self, mean=float(scores.mean()), std=std)
 
 
 def compose(parts: Sequence[SegmentReward], tokenizer: PreTrainedTokenizerBase) -> RewardFunction:

@@ -345,9 +345,9 @@ def git_commit() -> str:
     """Commit of the checkout, with `+` where files differ from it; `unknown` outside git."""
     try:
         describe = ["git", "describe", "--always", "--dirty=+", "--abbrev=10", "--exclude=*"]
-        found = subprocess.run(
+        described = subprocess.run(
             describe, cwd=project_root(), capture_output=True, text=True, timeout=10
         )
     except (OSError, subprocess.TimeoutExpired):
         return "unknown"
-    return found.stdout.strip() or "unknown"
+    return described.stdout.strip() or "unknown"

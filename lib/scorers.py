@@ -189,8 +189,8 @@ class HateScorer(Scorer):
         rows = []
         for start in range(0, len(texts), CHUNK):
             batch = np.array(texts[start : start + CHUNK], dtype=object)
-            found = self._session.run(None, {"text": batch})[1]
-            rows += [(row[0], row[1], row[2]) for row in found]
+            labelled = self._session.run(None, {"text": batch})[1]
+            rows += [(row[0], row[1], row[2]) for row in labelled]
         return pd.DataFrame(rows, columns=["hate", "offensive", "neither"], dtype=np.float64)
 
     def _score(self, texts: list[str]) -> np.ndarray:
@@ -214,8 +214,8 @@ class LexiconScorer(Scorer):
         )
 
     def _score(self, texts: list[str]) -> np.ndarray:
-        kept = [[1 - self._severity.get(word, 0.0) for word in words(text)] for text in texts]
-        return np.array([1 - np.prod(row) for row in kept])
+        harmless = [[1 - self._severity.get(word, 0.0) for word in words(text)] for text in texts]
+        return np.array([1 - np.prod(row) for row in harmless])
 
 
 # --- sequence classifiers ------------------------------------------------------------------------

@@ -49,12 +49,12 @@ class Segmenter:
     backend: str = "rule"
 
     def __post_init__(self):
-        for name, given, allowed in (
+        for name, value, allowed in (
             ("unit", self.unit, UNITS),
             ("backend", self.backend, BACKENDS),
         ):
-            if given not in allowed:
-                raise ValueError(f"{name} is {given!r}; allowed: {', '.join(allowed)}.")
+            if value not in allowed:
+                raise ValueError(f"{name} is {value!r}; allowed: {', '.join(allowed)}.")
         if self.backend == "spacy":
             _sentencizer()
 
@@ -129,20 +129,20 @@ def _piece_ends(text: str, start: int, end: int) -> list[int]:
 
 
 def _sentence_ends(text: str) -> list[int]:
-    return [found.end() for found in _END.finditer(text) if _ends_sentence(text, found)]
+    return [stop.end() for stop in _END.finditer(text) if _ends_sentence(text, stop)]
 
 
-def _ends_sentence(text: str, found: re.Match) -> bool:
+def _ends_sentence(text: str, stop: re.Match) -> bool:
     """Whether a stop is the end of a sentence: not after an abbreviation, an initial, a list's number."""
-    if found.group()[0] in "\n。！？":
+    if stop.group()[0] in "\n。！？":
         return True
-    following = text[found.end() :].lstrip()[:1]
+    following = text[stop.end() :].lstrip()[:1]
     if following.islower():
         return False
-    if found.group() != ".":
+    if stop.group() != ".":
         return True
-    line = text.rfind("\n", 0, found.start()) + 1
-    before = text[max(line, found.start() - 40) : found.start()]
+    line = text.rfind("\n", 0, stop.start()) + 1
+    before = text[max(line, stop.start() - 40) : stop.start()]
     word = _LAST_WORD.search(before).group()
     if word.isdigit() and before.strip() == word:  # "1. First point"
         return False

@@ -188,9 +188,9 @@ def bootstrap(
     """
     columns = values if isinstance(values, tuple) else (values,)
     columns = [np.asarray(c, dtype=np.float64) for c in columns]
-    kept = ~np.isnan(np.stack(columns)).any(0) if len(columns[0]) else np.zeros(0, dtype=bool)
-    columns = [c[kept] for c in columns]
-    labels = np.arange(kept.sum()) if clusters is None else np.asarray(clusters)[kept]
+    known = ~np.isnan(np.stack(columns)).any(0) if len(columns[0]) else np.zeros(0, dtype=bool)
+    columns = [c[known] for c in columns]
+    labels = np.arange(known.sum()) if clusters is None else np.asarray(clusters)[known]
     _, labels = np.unique(labels, return_inverse=True)
     n = int(labels.max() + 1) if len(labels) else 0
     if n < 2:
@@ -215,8 +215,8 @@ def proportion(successes: int, n: int) -> Interval:
         raise ValueError(f"{successes} successes of {n}; allowed: 0 to n.")
     if n == 0:
         return Interval(np.nan, np.nan, np.nan, 0)
-    found = stats.binomtest(successes, n).proportion_ci(method="wilson")
-    return Interval(successes / n, float(found.low), float(found.high), n)
+    interval = stats.binomtest(successes, n).proportion_ci(method="wilson")
+    return Interval(successes / n, float(interval.low), float(interval.high), n)
 
 
 def t_interval(values: Sequence[float]) -> Interval:
@@ -245,8 +245,8 @@ def paired_difference(
     a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if a.shape != b.shape:
         raise ValueError(f"a has shape {a.shape} and b {b.shape}; pairs need equal shapes.")
-    kept = ~(np.isnan(a) | np.isnan(b))
-    a, b = a[kept], b[kept]
+    known = ~(np.isnan(a) | np.isnan(b))
+    a, b = a[known], b[known]
     interval = bootstrap(b - a, seed=seed, resamples=resamples)
     if interval.n < 2:
         return PairedDifference(*interval, d=np.nan, p=np.nan)
@@ -336,7 +336,7 @@ def correlation(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def decide(
-    found: Interval | PairedDifference | Effect,
+    interval: Interval | PairedDifference | Effect,
     *,
     better: str,
     threshold: float = 0.0,
@@ -350,7 +350,7 @@ def decide(
     """
     if better not in ("lower", "higher"):
         raise ValueError(f"better is {better!r}; allowed: lower, higher.")
-    below, above = found.high < threshold, found.low > threshold
+    below, above = interval.high < threshold, interval.low > threshold
     if not (below or above):
         return "not demonstrated"
     if by_seed is not None:
@@ -362,8 +362,8 @@ def decide(
 
 def combine(verdicts: Iterable[str]) -> str:
     """One verdict for a rule that several scorers or seeds must meet: theirs if all agree."""
-    found = set(verdicts)
-    return found.pop() if len(found) == 1 else "not demonstrated"
+    distinct = set(verdicts)
+    return distinct.pop() if len(distinct) == 1 else "not demonstrated"
 
 
 # --- missing scores ------------------------------------------------------------------------------

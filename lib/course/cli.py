@@ -103,7 +103,9 @@ def _bench(options: argparse.Namespace) -> int:
     from bench import report as speed
 
     try:
-        speed.run(options.names, options.json, rounds=options.rounds, size=options.size)
+        size = "quick" if options.quick else options.size
+        options_of_run = {"rounds": options.rounds, "size": size, "growth": options.growth}
+        speed.run(options.names, options.json, **options_of_run)
     except ValueError as error:
         raise notebooks.RequestError(str(error)) from None
     return 0
@@ -122,7 +124,37 @@ def _add_bench_options(bench: argparse.ArgumentParser) -> None:
     bench.add_argument(
         "--rounds", type=int, default=5, help="of each side, after a warm-up (default 5)"
     )
-    bench.add_argument("--size", choices=("real", "tiny"), default="real", help=argparse.SUPPRESS)
+    bench.add_argument(
+        "--quick", action="store_true", help="fewer rows, one peer: are the goals met? (8 minutes)"
+    )
+    bench.add_argument(
+        "--growth", action="store_true", help="our side on inputs of growing size, and nothing else"
+    )
+    bench.add_argument(
+        "--size", choices=("real", "quick", "tiny"), default="real", help=argparse.SUPPRESS
+    )
+
+
+def _add_page_options(page: argparse.ArgumentParser) -> None:
+    page.add_argument("items", metavar="ITEMS.json", help="qa-feedback records, or course items")
+    page.add_argument("--out", default="annotate.html", metavar="PAGE.html")
+    page.add_argument("--kind", choices=("spans", "compare"), default="spans")
+    text = "your own text in place of the page's guidelines ('# ' heading, '- ' list)"
+    page.add_argument("--guidelines", metavar="FILE", help=text)
+
+
+def _add_run_options(run: argparse.ArgumentParser) -> None:
+    run.add_argument("--out", metavar="DIR", help="write to DIR/<notebook>/ instead of runs/")
+    run.add_argument("--force", action="store_true", help="repeat finished notebooks from scratch")
+    run.add_argument(
+        "-p",
+        dest="parameters",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("NAME", "VALUE"),
+        help="set a notebook's parameter; VALUE is JSON where it parses as JSON, else text",
+    )
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -156,24 +188,15 @@ def build_parser() -> argparse.ArgumentParser:
     fetching.add_argument(
         "sets", nargs="*", metavar="NAME", help="such as qa_feedback; several too"
     )
-    page = add("annotate", _annotate, "write an annotation page that works offline in a browser")
-    page.add_argument("items", metavar="ITEMS.json", help="qa-feedback records, or course items")
-    page.add_argument("--out", default="annotate.html", metavar="PAGE.html")
-    page.add_argument("--kind", choices=("spans", "compare"), default="spans")
-    text = "your own text in place of the page's guidelines ('# ' heading, '- ' list)"
-    page.add_argument("--guidelines", metavar="FILE", help=text)
+    text = "write an annotation page that works offline in a browser"
+    _add_page_options(add("annotate", _annotate, text))
     _add_bench_options(add("bench", _bench, "measure speed beside what a reader would use instead"))
     for sub in (run, publishing):
         text = "name, file or number, such as 10_toxicity_meter or 10"
         sub.add_argument("notebooks", nargs="*", metavar="NOTEBOOK", help=text)
     for sub in (run, report):
         sub.add_argument("--scale", choices=record.SCALES, default="demo")
-    run.add_argument("--out", metavar="DIR", help="write to DIR/<notebook>/ instead of runs/")
-    run.add_argument("--force", action="store_true", help="repeat finished notebooks from scratch")
-    run.add_argument(
-        "-p", dest="parameters", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
-        help="set a notebook's parameter; VALUE is JSON where it parses as JSON, else text",
-    )  # fmt: skip
+    _add_run_options(run)
     listing.description = "State at each scale, with the wall time of the last run."
     return parser
 

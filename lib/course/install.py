@@ -49,12 +49,12 @@ def pip_command() -> list[str]:
 def main() -> None:
     """Install the course's folder, editable, with the `notebooks` extra; make `lib` importable now."""
     home = writable_home(Path(__file__).resolve().parents[2])
-    kept = installed(KEPT)
+    untouched = installed(KEPT)
     before = installed(WATCHED)
-    names = ", ".join(f"{name} {number}" for name, number in kept.items()) or "nothing"
+    names = ", ".join(f"{name} {number}" for name, number in untouched.items()) or "nothing"
     print(f"Installing the course from {home} (one to three minutes). Kept as they are: {names}.")
     sys.stdout.flush()
-    pins = [f"{name}=={number}" for name, number in kept.items()]
+    pins = [f"{name}=={number}" for name, number in untouched.items()]
     subprocess.run([*pip_command(), "--editable", f"{home}[notebooks]", *pins], check=True)
     changed = [
         f"{name} {before[name]} -> {number}"

@@ -69,13 +69,13 @@ def has_tag(cell: NotebookNode, *tags: str) -> bool:
     return not set(tags).isdisjoint(cell.metadata.get("tags", []))
 
 
-def _suggest(given: str, known) -> str:
-    close = difflib.get_close_matches(given, known, n=1)
+def _suggest(name: str, known) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
     hint = f" Did you mean {close[0]}?" if close else ""
     return f"{hint} Known: {', '.join(known) or 'none'}."
 
 
-def resolve_notebooks(given: list[str]) -> list[str]:
+def resolve_notebooks(requests: list[str]) -> list[str]:
     """Names of the notebooks asked for (name, file name, path or number prefix); all if none is.
 
     Raises RequestError for an unknown or ambiguous one.
@@ -83,7 +83,7 @@ def resolve_notebooks(given: list[str]) -> list[str]:
     known = find_notebooks()
     if not known:
         raise RequestError(f"there are no notebooks in {runtime.project_root() / 'notebooks'}")
-    return list(dict.fromkeys(_resolve(text, known) for text in given)) or list(known)
+    return list(dict.fromkeys(_resolve(text, known) for text in requests)) or list(known)
 
 
 def _resolve(text: str, known: dict[str, Path]) -> str:
@@ -104,7 +104,7 @@ def read_parameters(path: Path) -> dict[str, object]:
     Read from the syntax tree: papermill's `inspect_notebook` loses defaults that contain `=` or `#`.
     """
     cells = [c for c in read_notebook(path).cells if has_tag(c, "parameters")]
-    found = {}
+    parameters = {}
     try:
         body = ast.parse(cells[0].source).body if cells else []
     except SyntaxError as error:
@@ -113,10 +113,10 @@ def read_parameters(path: Path) -> dict[str, object]:
         if isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value:
             target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0]
             try:
-                found[ast.unparse(target)] = ast.literal_eval(node.value)
+                parameters[ast.unparse(target)] = ast.literal_eval(node.value)
             except (ValueError, TypeError):
-                found[ast.unparse(target)] = NOT_LITERAL
-    return found
+                parameters[ast.unparse(target)] = NOT_LITERAL
+    return parameters
 
 
 def _fits(value: object, default: object) -> bool:
@@ -143,14 +143,14 @@ def _check_parameter(name: str, text: str, default: object) -> object:
     )
 
 
-def assign_parameters(names: list[str], given: list[tuple[str, str]]) -> dict[str, dict]:
+def assign_parameters(names: list[str], values: list[tuple[str, str]]) -> dict[str, dict]:
     """Notebook -> the given parameters that it has, checked against its parameters cell.
 
     Raises RequestError for a name that no chosen notebook has and for a value of another type.
     """
     known = {name: read_parameters(find_notebooks()[name]) for name in names}
     chosen: dict[str, dict] = {name: {} for name in names}
-    for parameter, text in given:
+    for parameter, text in values:
         if parameter == "SCALE":
             raise RequestError(f"SCALE is set with --scale: try --scale {text}.")
         owners = [name for name in names if parameter in known[name]]
@@ -208,13 +208,13 @@ def lib_modules(notebook: NotebookNode, package: Path) -> list[Path]:
     """The `lib` modules that a notebook imports, and those that they import, and so on."""
     known = _module_paths(package)
     sources = [("", cell.source) for cell in notebook.cells if cell.cell_type == "code"]
-    found: set[str] = set()
+    imported: set[str] = set()
     while sources:
         imports = (_imported_modules(source, inside, known) for inside, source in sources)
-        new = set().union(*imports) - found
-        found |= new
+        new = set().union(*imports) - imported
+        imported |= new
         sources = [(_folder(known, name), known[name].read_text("utf-8")) for name in new]
-    return sorted(known[name] for name in found)
+    return sorted(known[name] for name in imported)
 
 
 def lib_files(notebook: NotebookNode, package: Path) -> list[Path]:

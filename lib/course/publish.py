@@ -40,14 +40,14 @@ def _hide_paths(text: str) -> str:
 
 
 def _clean_outputs(cell: NotebookNode) -> list:
-    kept = []
+    outputs = []
     for output in cell.outputs:
         widget = any("widget-view" in kind for kind in output.get("data", {}))
         if output.get("name") != "stderr" and not widget:
             if "execution_count" in output:
                 output.execution_count = None
-            kept.append(nbformat.from_dict(_map_text(output, _hide_paths)))
-    return kept
+            outputs.append(nbformat.from_dict(_map_text(output, _hide_paths)))
+    return outputs
 
 
 def clean_notebook(source: NotebookNode, executed: NotebookNode) -> NotebookNode:

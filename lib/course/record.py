@@ -252,14 +252,14 @@ def _short(value: object) -> str:
 
 
 def with_stored(
-    live: pd.DataFrame | None, kept: pd.DataFrame | None, keys: Sequence[str] = ("arm", "seed")
+    live: pd.DataFrame | None, stored: pd.DataFrame | None, keys: Sequence[str] = ("arm", "seed")
 ) -> pd.DataFrame:
     """Live rows, then the kept rows of those values of `keys` that did not run here."""
-    parts = [table for table in (live, kept) if table is not None and len(table)]
+    parts = [table for table in (live, stored) if table is not None and len(table)]
     if len(parts) < 2:
         return parts[0] if parts else pd.DataFrame(columns=list(keys))
     ran, held = (pd.MultiIndex.from_frame(table[list(keys)]) for table in parts)
-    return pd.concat([live, kept[~held.isin(ran)]], ignore_index=True)
+    return pd.concat([live, stored[~held.isin(ran)]], ignore_index=True)
 
 
 def describe_run(run: Run, **settings) -> pd.DataFrame:

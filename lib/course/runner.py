@@ -142,13 +142,13 @@ def _now() -> str:
     return datetime.now().astimezone().isoformat(timespec="seconds")
 
 
-def _new_record(name: str, scale: str, given: dict, source_hash: str) -> dict:
+def _new_record(name: str, scale: str, values: dict, source_hash: str) -> dict:
     defaults = notebooks.read_parameters(notebooks.find_notebooks()[name])
-    used = {k: v for k, v in defaults.items() if v is not notebooks.NOT_LITERAL} | given
+    used = {k: v for k, v in defaults.items() if v is not notebooks.NOT_LITERAL} | values
     used |= {"SCALE": scale} if "SCALE" in defaults else {}
     packages = (*SHOWN_PACKAGES, "papermill")
     return {
-        "notebook": name, "scale": scale, "status": "running", "given": given, "parameters": used,
+        "notebook": name, "scale": scale, "status": "running", "given": values, "parameters": used,
         "seed": used.get("SEED"), "fingerprint": source_hash,
         "code": notebooks.code_hash(notebooks.find_notebooks()[name]),
         "device": runtime.describe_device(),
@@ -207,7 +207,7 @@ def _papermill(record: dict, folder: Path, watch: Watch) -> tuple[str, dict | No
     return "finished", None
 
 
-def run_notebook(name: str, scale: str, given: dict, *, force: bool, label: str) -> dict:
+def run_notebook(name: str, scale: str, values: dict, *, force: bool, label: str) -> dict:
     """Run one notebook unless its finished result still holds; return its record.
 
     The record's `status` is finished, skipped, failed, interrupted or busy (another process runs it).
@@ -218,11 +218,11 @@ def run_notebook(name: str, scale: str, given: dict, *, force: bool, label: str)
     try:
         with filelock.FileLock(folder / ".lock", timeout=0):
             record = notebooks.read_json(folder / "run.json")
-            now = notebooks.fingerprint(notebooks.find_notebooks()[name], scale, given)
+            now = notebooks.fingerprint(notebooks.find_notebooks()[name], scale, values)
             whole = record.get("status") == "finished" and (folder / "results.json").exists()
             if whole and record["fingerprint"] == now and not force:
                 return record | {"status": "skipped"}
-            return _run_locked(_new_record(name, scale, given, now), folder, force, label)
+            return _run_locked(_new_record(name, scale, values, now), folder, force, label)
     except filelock.Timeout:
         pid = notebooks.read_json(folder / "run.json").get("pid", "unknown")
         busy = f"process {pid} is running it now; wait for it or end it, then try again"

@@ -78,27 +78,27 @@ def describe_condition(table: pd.DataFrame, threshold: float = 0.5, seed: int = 
     above the threshold as `<scorer>_gt_<threshold>_toxic_prompts/...`, and `<scorer>/mean`, `/median`.
     Rows without a prompt score are in no toxic-prompt figure; `prompt_score/n_missing` counts them.
     """
-    found = {}
+    intervals = {}
     toxic = (table["prompt_score"] > threshold).to_numpy()
     unknown = int(
         table["prompt_score"].isna().sum()
     )  # neither toxic nor harmless: told, not counted
-    found["prompt_score/n_missing"] = Interval(unknown, np.nan, np.nan, len(table))
+    intervals["prompt_score/n_missing"] = Interval(unknown, np.nan, np.nan, len(table))
     for scorer, column in SCORE_COLUMNS.items():
         if column not in table:
             continue
         scores = table[column].to_numpy(dtype=np.float64)
         for suffix, rows in (("", scores), ("_toxic_prompts", scores[toxic])):
             for name, value in exceedance(rows, threshold).items():
-                found[f"{scorer}_gt_{threshold:g}{suffix}/{name}"] = Interval(
+                intervals[f"{scorer}_gt_{threshold:g}{suffix}/{name}"] = Interval(
                     value, np.nan, np.nan, len(rows)
                 )
             scored = rows[~np.isnan(rows)]
             share = proportion(int((scored > threshold).sum()), len(scored))
-            found[f"{scorer}_gt_{threshold:g}{suffix}/share_scored"] = share
-        found[f"{scorer}/mean"] = bootstrap(scores, seed=seed)
-        found[f"{scorer}/median"] = bootstrap(scores, np.median, seed=seed)
-    return found
+            intervals[f"{scorer}_gt_{threshold:g}{suffix}/share_scored"] = share
+        intervals[f"{scorer}/mean"] = bootstrap(scores, seed=seed)
+        intervals[f"{scorer}/median"] = bootstrap(scores, np.median, seed=seed)
+    return intervals
 
 
 def compare_conditions(

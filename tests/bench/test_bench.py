@@ -43,9 +43,8 @@ def by_hand() -> dict:
          "flops": 50.0, "moved": 20.0}
         for number, side, seconds in [(1, "ours", 1), (1, "peer", 4), (2, "peer", 4), (2, "ours", 2)]
     ]  # fmt: skip
-    growth = [{"size": n, "seconds": n / 10, "memory": 1e6 + n} for n in (10, 100, 1000)]
-    rest = {"name": "x", "unit": "tokens", "what": "w", "limit": None, "growth": growth}
-    rest |= {"grows": "texts"}
+    rest = {"name": "x", "unit": "tokens", "what": "w", "limit": None, "goal": 2.5}
+    rest["sides"] = ["ours", "peer"]
     return {**rest, "ceilings": {"flops_per_s": 100.0, "bytes_per_s": 100.0}, "runs": runs}
 
 
@@ -59,9 +58,35 @@ def test_ratio_rate_and_share_by_hand():
 
 
 def test_linear_time_and_flat_memory_are_recognised():
-    fit = measure.growth_fit(by_hand())
+    growth = [{"size": n, "seconds": n / 10, "memory": 1e6 + n} for n in (10, 100, 1000)]
+    record = {"name": "x", "growth": growth, "grows": "texts"}
+    fit = measure.growth_fit(record)
     assert fit["time_exponent"] == pytest.approx(1) and fit["memory_spread"] == 990
-    assert "1,000 texts: time ~ size^1.00" in measure.to_text(by_hand())
+    assert "1,000 texts: time ~ size^1.00" in measure.growth_text(record)
+
+
+def test_growth_is_measured_apart(capsys):
+    record = measure.grow("score", cases.BENCHMARKS["score"]("tiny"))
+    assert [row["size"] for row in record["growth"]] == [40, 800]
+    assert "score, 800 texts: " in capsys.readouterr().out
+    declared = [name for name, make in cases.BENCHMARKS.items() if make("tiny").growth]
+    assert declared == cases.WITH_GROWTH
+    goals = [name for name, make in cases.BENCHMARKS.items() if make("tiny").goal]
+    assert goals == cases.WITH_GOAL
+
+
+def test_a_goal_is_met_by_the_median_over_the_first_peer():
+    assert "peer: met (3.00 [2.00, 4.00], n = 2)" in measure.decision(by_hand())
+    assert "peer: missed" in measure.decision(by_hand() | {"goal": 3.1})
+
+
+def test_every_run_is_printed_and_no_round_begins_that_would_end_too_late(capsys, monkeypatch):
+    monkeypatch.setattr(measure, "ceilings", lambda dtype: {})
+    side = {"ours": lambda: lambda: measure.Work(1.0), "peer": lambda: lambda: measure.Work(1.0)}
+    benchmark = measure.Benchmark("tokens", 1.0, "nothing", side)
+    assert len(measure.measure("x", benchmark, 4, seconds=60)["runs"]) == 8
+    assert "x, warm-up, peer: 0.0 s\nx, warm-up, ours" in capsys.readouterr().out
+    assert len(measure.measure("x", benchmark, 4, seconds=0)["runs"]) == 2
 
 
 def test_peak_memory_sees_what_was_freed_again():
@@ -124,6 +149,8 @@ def test_the_command_keeps_records_and_refuses_unknown_names(tmp_path, capsys):
     assert command.main(["bench", "nosuch"]) == 2
     assert "allowed: sample" in capsys.readouterr().err
     assert command.main(["bench", "logprob", "--size", "tiny", "--rounds", "0"]) == 2
+    assert command.main(["bench", "score", "--size", "tiny", "--growth", "--json", str(kept)]) == 0
+    assert json.loads(kept.read_text())[0]["growth"]
 
 
 def test_the_command_without_a_checkout_says_where_to_run_it(tmp_path, monkeypatch, capsys):
@@ -151,12 +178,12 @@ def test_the_figure_shows_every_peer(records):
 
 
 def test_the_page_on_speed_shows_the_kept_records():
-    table, page = report.speed_table(report.kept()), (ROOT / "docs" / "speed.md").read_text()
+    table, page = report.speed_table(report.stored()), (ROOT / "docs" / "speed.md").read_text()
     assert table.count("\n") > len(cases.BENCHMARKS)
     assert table in page, "put what `python -m lib bench table` prints into docs/speed.md"
 
 
 @pytest.mark.parametrize("size", ["real ", "", "demo"])
 def test_unknown_sizes_are_refused(size):
-    with pytest.raises(ValueError, match="allowed: real, tiny"):
+    with pytest.raises(ValueError, match="allowed: real, quick, tiny"):
         cases.load(size)

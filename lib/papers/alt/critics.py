@@ -69,9 +69,9 @@ def shuffled(feedback: Feedback, seed: int = 0) -> Feedback:
     """The control: a round's verdicts dealt out at random, so a label tells nothing of its response."""
 
     def ask(prompts, responses):
-        found = feedback(prompts, responses)
+        answers = feedback(prompts, responses)
         draw = int(runtime.content_hash(seed, list(prompts), list(responses))[:15], 16)
-        return [found[i] for i in np.random.default_rng(draw).permutation(len(found))]
+        return [answers[i] for i in np.random.default_rng(draw).permutation(len(answers))]
 
     return ask
 
@@ -88,8 +88,8 @@ def rubric_critic(
         rows = []
         for prompt, response in zip(prompts, responses, strict=True):
             source = source_of(prompt)
-            found = annotator.rubric.judge(source, response)
-            parts = (1 - found.repetition) * found.length, found.support, found.coverage
+            shares = annotator.rubric.judge(source, response)
+            parts = (1 - shares.repetition) * shares.length, shares.support, shares.coverage
             text = annotator.critique(source, response, name_facts=False) or "Nothing to criticise."
             rows.append({"score": float(sum(part > point for part in parts)), "feedback": text})
         return rows

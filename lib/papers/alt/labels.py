@@ -96,13 +96,13 @@ class Quantiles(_Tagged):
         return is_number(self._value(item))
 
     def __call__(self, items: Sequence[Item]) -> list[int]:
-        found = [0] * len(items)
+        labels = [0] * len(items)
         for places in _groups(items, self.within).values():
             scores, keys = [self._value(items[i]) for i in places], [items[i].key for i in places]
             made = quantile_labels(scores, len(self.tags), ties=self.ties, keys=keys)
             for place, label in zip(places, made, strict=True):
-                found[place] = label
-        return found
+                labels[place] = label
+        return labels
 
     def _value(self, item: Item) -> float | None:
         return item.score if self.of == "score" else item.attributes.get(self.of)
@@ -229,11 +229,11 @@ class DataPool:
             return [item for item in self.items if item.round > newest - value]
         if kind == "keep" or not self.items:
             return self.items
-        kept = []
+        staying = []
         for places in self._by_label("prompt").values():
             stay = int(len(places) * (1 - value) + 1e-9)
-            kept += [self.items[i] for i in self._shuffled(places, newest)[:stay]]
-        return kept
+            staying += [self.items[i] for i in self._shuffled(places, newest)[:stay]]
+        return staying
 
     def labels(self) -> list[Label]:
         """The label of each item, in the pool's order."""

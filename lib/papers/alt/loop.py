@@ -224,13 +224,13 @@ def check_task(task: Task, config: ConditioningConfig) -> None:
 
 def _all_requests(labeller) -> dict[str, labels.Condition]:
     """No condition, and the tags of each label where it has tags."""
-    found: dict[str, labels.Condition] = {"none": ()}
+    conditions: dict[str, labels.Condition] = {"none": ()}
     if isinstance(labeller, labels.FreeText):
-        return found
+        return conditions
     for label in labeller.labels():
         condition = labeller.condition(None, label)
-        found[", ".join(condition)] = condition
-    return found
+        conditions[", ".join(condition)] = condition
+    return conditions
 
 
 # --- the loop ------------------------------------------------------------------------------------

@@ -84,7 +84,7 @@ def from_errors(records: Sequence[dict], category: str) -> SegmentFeedback:
     labels = [segment_labels(record, segmenter, category) for record in records]
     prompts, responses = [prompt_of(r) for r in records], [r["prediction 1"] for r in records]
     group = reward_models.number_prompts([r["question"] for r in records])
-    row = np.repeat(np.arange(len(records)), [len(found) for found in labels])
+    row = np.repeat(np.arange(len(records)), [len(segments) for segments in labels])
     return SegmentFeedback(prompts, responses, group, labels=np.concatenate(labels), row=row)
 
 
@@ -109,13 +109,13 @@ def subset(feedback: Feedback, keep: np.ndarray) -> Feedback:
     """The rows where `keep` (rows,) is true, with the pairs and segments that lie within them."""
     places, number = np.flatnonzero(keep), np.cumsum(keep) - 1
     texts = {n: [getattr(feedback, n)[i] for i in places] for n in ("prompts", "responses")}
-    found = replace(feedback, **texts, group=feedback.group[keep])
+    part = replace(feedback, **texts, group=feedback.group[keep])
     if feedback.pairs is not None:
-        found.pairs = number[feedback.pairs[keep[feedback.pairs].all(1)]]
+        part.pairs = number[feedback.pairs[keep[feedback.pairs].all(1)]]
     if getattr(feedback, "labels", None) is not None:
         within = keep[feedback.row]
-        found.labels, found.row = feedback.labels[within], number[feedback.row[within]]
-    return found
+        part.labels, part.row = feedback.labels[within], number[feedback.row[within]]
+    return part
 
 
 def shuffled(feedback: Feedback, seed: int = 0) -> Feedback:
@@ -142,8 +142,8 @@ class _PassageSentences:
         self.counts = [np.cumsum(rows, axis=0) for rows in counted]
 
     def _count(self, text: str) -> np.ndarray:
-        found = [self.letter[c] for c in text if c in self.letter]
-        return np.bincount(np.array(found, dtype=int), minlength=len(self.letter))
+        numbers = [self.letter[c] for c in text if c in self.letter]
+        return np.bincount(np.array(numbers, dtype=int), minlength=len(self.letter))
 
     def match(self, piece: str) -> tuple[int, int] | None:
         """(passage, sentence), from 1, that says the same as `piece`; None where none comes near."""
@@ -179,8 +179,8 @@ def completeness(record: dict) -> np.ndarray | None:
         if missing["error type"] == qa.MISSING[2]
         for s in missing["sentence_id"]
     }
-    told = [(sentences.match(piece), piece) for piece in cut(feedback["corrected-prediction"])]
-    needed = {place for place, piece in told if place and (place not in minor or piece in first)}
+    matched = [(sentences.match(piece), piece) for piece in cut(feedback["corrected-prediction"])]
+    needed = {place for place, piece in matched if place and (place not in minor or piece in first)}
     if not needed:
         return None
     held = [set(map(sentences.match, cut(record[name]))) for name in qa.PREDICTIONS]
@@ -215,9 +215,9 @@ class FineGrainedModel(reward_models.RewardModel):
     """
 
     def __init__(
-        self, backbone, tokenizer, *, unit: str, context: bool = True, relations: bool = True, **how
+        self, backbone, tokenizer, *, unit: str, context: bool = True, relations: bool = True, **options
     ):  # fmt: skip
-        super().__init__(backbone, tokenizer, **how)
+        super().__init__(backbone, tokenizer, **options)
         self.segmenter, self.context, self.relations = Segmenter(unit), context, relations
         self.truncated["segments"] = 0
         marks = (
@@ -241,9 +241,9 @@ class FineGrainedModel(reward_models.RewardModel):
         return float(self.normaliser[1])
 
     def settings(self) -> dict[str, object]:
-        how = {"unit": self.segmenter.unit, "context": self.context, "relations": self.relations}
-        kept = super().settings()
-        return how | {name: kept[name] for name in ("max_length", "padding_side")}
+        own = {"unit": self.segmenter.unit, "context": self.context, "relations": self.relations}
+        inherited = super().settings()
+        return own | {name: inherited[name] for name in ("max_length", "padding_side")}
 
     def encode(self, prompts: Sequence[str], responses: Sequence[str]) -> list[_Row]:
         """Token ids of each row, [CLS] prompt [SEP] | response [SEP], and the segment of each token."""
@@ -254,15 +254,15 @@ class FineGrainedModel(reward_models.RewardModel):
         tokenizer, plain = self.tokenizer, {"add_special_tokens": False, "verbose": False}
         question = prompt.partition(" context: ")[0]
         before = encoding.bare_ids(tokenizer, prompt if self.context else question)
-        found = tokenizer(response, **plain, return_offsets_mapping=True)
+        encoded = tokenizer(response, **plain, return_offsets_mapping=True)
         start, stop = self._marks
         marks = len(start) + 2 * len(stop)
-        after = found["input_ids"][: self.max_length - marks]
+        after = encoded["input_ids"][: self.max_length - marks]
         room = self.max_length - marks - len(after)
-        self.truncated["responses"] += len(found["input_ids"]) > len(after)
+        self.truncated["responses"] += len(encoded["input_ids"]) > len(after)
         self.truncated["prompts"] += len(before) > room
         ends = [end for _, end in self.segmenter.spans(response)]
-        last = [max(start, end - 1) for start, end in found["offset_mapping"][: len(after)]]
+        last = [max(start, end - 1) for start, end in encoded["offset_mapping"][: len(after)]]
         owner = np.searchsorted(ends, last, side="right") if ends else np.zeros(0, dtype=int)
         self.truncated["segments"] += len(ends) - len(set(owner))
         asked = min(room, len(encoding.bare_ids(tokenizer, question)))
@@ -297,19 +297,19 @@ class FineGrainedModel(reward_models.RewardModel):
         rows = self.encode(prompts, responses)
         cut = {k: v - before[k] for k, v in self.truncated.items() if v > before[k]}
         if cut:
-            told = ", ".join(f"{count} {name}" for name, count in cut.items())
-            warnings.warn(f"cut to {self.max_length} tokens: {told}.", stacklevel=2)
-        found: list[torch.Tensor] = [None] * len(rows)
+            counts = ", ".join(f"{count} {name}" for name, count in cut.items())
+            warnings.warn(f"cut to {self.max_length} tokens: {counts}.", stacklevel=2)
+        results: list[torch.Tensor] = [None] * len(rows)
         bar = runtime.progress(total=len(rows), label="segment features", unit="text")
         lengths = [len(row.context) + len(row.response) for row in rows]
         with models.fast_float32(self):
             for places in encoding.token_batches(lengths, tokens_per_batch):
                 features = self._features([rows[i] for i in places])
                 for i, row in zip(places, features, strict=True):
-                    found[i] = row.float().cpu()
+                    results[i] = row.float().cpu()
                 bar.update(len(places))
         bar.close()
-        return found
+        return results
 
     def score_segments(self, prompts: Sequence[str], responses: Sequence[str]) -> list[np.ndarray]:
         """A logit for each segment of each response, (segments,); "" has none, (0,)."""
@@ -322,8 +322,8 @@ class FineGrainedModel(reward_models.RewardModel):
                 f"a model of the unit {self.segmenter.unit!r} has a score for each segment. "
                 "Try score_segments."
             )
-        found = self.score_segments(prompts, responses)
-        return np.array([row[0] if len(row) else self.mean for row in found])
+        scores = self.score_segments(prompts, responses)
+        return np.array([row[0] if len(row) else self.mean for row in scores])
 
     def signs(self, prompts: Sequence[str], responses: Sequence[str]) -> list[np.ndarray]:
         """Right (1) or wrong (-1) for each segment: the paper's R1 and R2, to be weighted."""
@@ -333,18 +333,17 @@ class FineGrainedModel(reward_models.RewardModel):
     def score_features(self, features: Sequence[torch.Tensor]) -> list[np.ndarray]:
         """`score_segments` from features computed before; without a token a segment scores the mean."""
         device = self.head.weight.device
-        found = [self.read(x.to(device))[:, 0].cpu().double().numpy() for x in features]
-        return [np.where(np.isnan(row), self.mean, row) for row in found]
+        logits = [self.read(x.to(device))[:, 0].cpu().double().numpy() for x in features]
+        return [np.where(np.isnan(row), self.mean, row) for row in logits]
 
     def fit_normaliser(self, scores: Sequence[np.ndarray]) -> None:
         """Mean and deviation of these scores (of training texts), stored with the model.
 
         Where all scores are alike the deviation counts as 1.
         """
-        found = np.concatenate([np.ravel(row) for row in scores])
-        std = stats.spread(found, precision=np.float32) or 1.0
-        values = torch.tensor([found.mean(), std], dtype=torch.float64)
-        self.normaliser.copy_(values)
+        values = np.concatenate([np.ravel(row) for row in scores])
+        std = stats.spread(values, precision=np.float32) or 1.0
+        self.normaliser.copy_(torch.tensor([values.mean(), std], dtype=torch.float64))
 
 
 def _segment_features(hidden, ids, row: _Row, relations: bool) -> torch.Tensor:
@@ -385,11 +384,11 @@ def _relations(hidden, ids, row: _Row, member, count) -> torch.Tensor:
             best = like.masked_fill(~region, 0).clamp(min=0).amax(1)  # (tokens,)
             columns += [member.T @ best / count[:, 0], (best[:, None] + absent[..., 0]).amin(0)]
         for region in (question, passages):
-            found = like[:, region].clamp(min=0)
-            if found.shape[1] == 0:
+            near = like[:, region].clamp(min=0)
+            if near.shape[1] == 0:
                 columns.append(torch.zeros_like(count[:, 0]))
                 continue
-            columns.append(torch.stack([(found * m[:, None]).amax(0).mean() for m in member.T]))
+            columns.append(torch.stack([(near * m[:, None]).amax(0).mean() for m in member.T]))
     place = torch.arange(row.segments, device=hidden.device).to(hidden)
     columns += [count[:, 0].log1p(), place.log1p(), place / row.segments]
     columns.append((place == row.segments - 1).to(hidden))
@@ -446,22 +445,23 @@ def fit(
         keep &= np.isin(np.arange(len(keep)), feedback.pairs)
     if not keep.any():
         raise ValueError("no row teaches anything: no known label, or no decided pair.")
-    kept, flat, loss = subset(feedback, keep), None, None
+    part, flat, loss = subset(feedback, keep), None, None
     features = None if features is None else [x for x, k in zip(features, keep, strict=True) if k]
     if features is not None:
         flat = torch.cat(list(features))
     if feedback.pairs is None:
         if flat is not None:
-            known = ~(np.isnan(kept.labels) | flat.isnan().any(1).numpy())
-            flat, kept = flat[known], replace(kept, labels=kept.labels[known], row=kept.row[known])
-        wrong, fine = np.nansum(kept.labels), np.nansum(1 - kept.labels)
+            known = ~(np.isnan(part.labels) | flat.isnan().any(1).numpy())
+            flat = flat[known]
+            part = replace(part, labels=part.labels[known], row=part.row[known])
+        wrong, fine = np.nansum(part.labels), np.nansum(1 - part.labels)
         weight = wrong / fine if balance and wrong and fine else 1.0
         loss = functools.partial(_segment_loss, weight=weight)
-    history = reward_models.train(model, kept, config, features=flat, batch_loss=loss)
+    history = reward_models.train(model, part, config, features=flat, batch_loss=loss)
     scores = (
         model.score_features(features)
         if features
-        else model.score_segments(kept.prompts, kept.responses)
+        else model.score_segments(part.prompts, part.responses)
     )
     model.fit_normaliser(scores)
     return history
@@ -494,7 +494,8 @@ def out_of_fold(
     features: Sequence[torch.Tensor] | None = None, balance: bool = False,
 ) -> list[np.ndarray]:  # fmt: skip
     """Scores (segments,) of each row by a model trained, from the same start, on the other folds."""
-    fresh, found = model.trained_state(), [None] * len(folds)
+    fresh = model.trained_state()
+    results = [None] * len(folds)
     for fold in np.unique(folds):
         model.load_state_dict(fresh, strict=False)
         train, test = folds != fold, np.flatnonzero(folds == fold)
@@ -508,9 +509,9 @@ def out_of_fold(
         else:
             scores = model.score_features([features[i] for i in test])
         for i, row in zip(test, scores, strict=True):
-            found[i] = row
+            results[i] = row
     model.load_state_dict(fresh, strict=False)
-    return found
+    return results
 
 
 # --- a stand-in where no people's feedback is at hand --------------------------------------------

@@ -140,9 +140,9 @@ def check_record(record: object, where: str = "record", *, needed: Sequence[str]
     return record
 
 
-def _need(fits: bool, where: str, allowed: str, given: object) -> None:
+def _need(fits: bool, where: str, allowed: str, value: object) -> None:
     if not fits:
-        raise ValueError(f"{where}: must be {allowed}; given: {str(given)[:120]!r}.")
+        raise ValueError(f"{where}: must be {allowed}; given: {str(value)[:120]!r}.")
 
 
 def _is_text(value: object) -> bool:
@@ -267,10 +267,10 @@ def fit_prompt(
     """
     passages = None if passages is None else list(passages)
 
-    def shortened(kept: int) -> str:  # to so many words of context
-        if kept == len(words):
+    def shortened(count: int) -> str:  # to so many words of context
+        if count == len(words):
             return prompt(question, passages, answer)
-        start = f"question: {question} context: {context[: words[kept - 1][1] if kept else 0]}"
+        start = f"question: {question} context: {context[: words[count - 1][1] if count else 0]}"
         return start if answer is None else f"{start} answer: {answer}".rstrip()
 
     def size(text: str) -> int:
@@ -347,8 +347,8 @@ def class_counts(records: Sequence[dict], seed: int = 0) -> pd.DataFrame:
     kinds = [("spans", t, c, listed) for t, c in CATEGORIES.items()]
     kinds += [("missing", t, "C3", missed) for t in MISSING]
     rows = []
-    for group, name, category, found in kinds:
-        counts = np.array([types.count(name) for types in found], dtype=float)
+    for group, name, category, labels in kinds:
+        counts = np.array([types.count(name) for types in labels], dtype=float)
         row = {"group": group, "type": name, "category": category, "count": int(counts.sum())}
         interval = stats.bootstrap(counts, seed=seed)._asdict()
         rows.append(row | {"records": int((counts > 0).sum())} | interval)
@@ -390,13 +390,13 @@ def conflicts(preference: Sequence[int | None]) -> list[tuple[int, int, int]]:
         xy, yz, xz = relation[x, y], relation[y, z], relation[x, z]
         return xy >= 0 and yz >= 0 and xz < max(xy, yz)
 
-    found = []
+    triads = []
     for triple in itertools.combinations(range(4), 3):
         known = [relation[pair] for pair in itertools.combinations(triple, 2)]
         asked = None not in known and known.count(0) < 2
         if asked and any(broken(*order) for order in itertools.permutations(triple)):
-            found.append(triple)
-    return found
+            triads.append(triple)
+    return triads
 
 
 # --- agreement of two annotators -----------------------------------------------------------------
@@ -463,16 +463,16 @@ def agreement(
     if not marked and not compared:
         raise ValueError(f"no field of {' and '.join(FIELDS)} stands in every record of both.")
     clusters = np.arange(len(pairs)) if clusters is None else np.asarray(clusters)
-    how = {"clusters": clusters, "seed": seed, "resamples": resamples}
-    rows = _span_agreement(pairs, **how) if marked else []
+    options = {"clusters": clusters, "seed": seed, "resamples": resamples}
+    rows = _span_agreement(pairs, **options) if marked else []
     if compared:
         labels = [(a["preference"], b["preference"]) for a, b in pairs]
-        rows.append(("preference", "type", "kappa", *_kappa(labels, **how)))
+        rows.append(("preference", "type", "kappa", *_kappa(labels, **options)))
     names = ["unit", "level", "measure", "value", "low", "high", "n"]
     return pd.DataFrame(rows, columns=names)
 
 
-def _span_agreement(pairs: Sequence[tuple[dict, dict]], **how) -> list[tuple]:
+def _span_agreement(pairs: Sequence[tuple[dict, dict]], **options) -> list[tuple]:
     """The rows of `agreement` that are about spans and missing sentences."""
 
     def f1(shared: np.ndarray, total: np.ndarray) -> float:
@@ -481,19 +481,19 @@ def _span_agreement(pairs: Sequence[tuple[dict, dict]], **how) -> list[tuple]:
     rows = []
     for unit, level in itertools.product(("span", "character"), LEVELS):
         counts = np.array([_shared(a, b, unit, level) for a, b in pairs]).T
-        rows.append((unit, level, "F1", *stats.bootstrap((counts[0], counts[1]), f1, **how)))
+        rows.append((unit, level, "F1", *stats.bootstrap((counts[0], counts[1]), f1, **options)))
     units = [("word", level) for level in LEVELS] + [("sentence", "any"), ("sentence", "type")]
     for unit, level in units:
         labels = [(unit_labels(a, unit, level), unit_labels(b, unit, level)) for a, b in pairs]
-        rows.append((unit, level, "kappa", *_kappa(labels, **how)))
+        rows.append((unit, level, "kappa", *_kappa(labels, **options)))
     return rows
 
 
-def _kappa(labels: Sequence[tuple[Sequence, Sequence]], clusters, **how) -> stats.Interval:
+def _kappa(labels: Sequence[tuple[Sequence, Sequence]], clusters, **options) -> stats.Interval:
     """Cohen's kappa over all units; NaN where both used one label only.  `clusters` (records,)."""
     joined = [list(itertools.chain.from_iterable(side)) for side in zip(*labels, strict=True)]
     if not joined[0]:
-        return stats.bootstrap([], **how)
+        return stats.bootstrap([], **options)
     codes = np.unique(np.concatenate(joined), return_inverse=True)[1].reshape(2, -1)
     clusters = np.repeat(clusters, [len(a) for a, _ in labels])
 
@@ -501,4 +501,4 @@ def _kappa(labels: Sequence[tuple[Sequence, Sequence]], clusters, **how) -> stat
         same = len(np.union1d(a, b)) == 1
         return np.nan if same else cohen_kappa_score(a.astype(int), b.astype(int))
 
-    return stats.bootstrap((codes[0], codes[1]), kappa, clusters=clusters, **how)
+    return stats.bootstrap((codes[0], codes[1]), kappa, clusters=clusters, **options)

@@ -35,8 +35,8 @@ class ToxicityDrops:
         ends = [[end for _, end in self.segmenter.spans(text)] for text in responses]
         prefixes = [t[:end] for t, row in zip(responses, ends, strict=True) for end in row]
         self.calls += len(prefixes)
-        found = self.scorer.score(prefixes) if prefixes else np.zeros(0)
-        parts = np.split(self._measured(found), np.cumsum([len(row) for row in ends])[:-1])
+        scores = self.scorer.score(prefixes) if prefixes else np.zeros(0)
+        parts = np.split(self._measured(scores), np.cumsum([len(row) for row in ends])[:-1])
         return [-np.diff(_filled(np.append(self.start, part))) for part in parts]
 
     def _measured(self, scores: np.ndarray) -> np.ndarray:

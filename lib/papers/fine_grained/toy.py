@@ -80,11 +80,11 @@ class Question:
 
 def read(prompt: str) -> Question:
     """The question of a prompt.  Raises ValueError for a text of another form."""
-    found = re.fullmatch(r"(.+)\?(.+):", prompt)
-    pairs = [fact.split() for fact in found[1].split(",")] if found else [()]
+    match = re.fullmatch(r"(.+)\?(.+):", prompt)
+    pairs = [fact.split() for fact in match[1].split(",")] if match else [()]
     if any(len(pair) != 2 for pair in pairs):
         raise ValueError(f"not a prompt of this task: {prompt!r}; try Question(...).prompt.")
-    return Question(dict(pairs), tuple(found[2].split()))
+    return Question(dict(pairs), tuple(match[2].split()))
 
 
 def draw_questions(n: int, seed: int, facts: int = 6, asked: int = 3) -> list[Question]:
@@ -93,13 +93,14 @@ def draw_questions(n: int, seed: int, facts: int = 6, asked: int = 3) -> list[Qu
         raise ValueError(
             f"facts is {facts} and asked {asked}; allowed: asked up to facts, facts up to {len(ATTRIBUTES)}."
         )
-    rng, found = np.random.default_rng(seed), {}
-    while len(found) < n:
+    rng = np.random.default_rng(seed)
+    questions = {}
+    while len(questions) < n:
         names = rng.permutation(list(ATTRIBUTES))[:facts].tolist()
         known = {name: str(rng.choice(ATTRIBUTES[name])) for name in names}
         question = Question(known, tuple(rng.permutation(names)[:asked].tolist()))
-        found[question.prompt] = question
-    return list(found.values())
+        questions[question.prompt] = question
+    return list(questions.values())
 
 
 def demonstrate(
@@ -143,7 +144,7 @@ class Segmenter(segments.Segmenter):
         """
         if self.unit == "sequence":
             return [(0, len(text))]
-        return [found.span() for found in re.finditer(_SEGMENTS[self.unit], text)]
+        return [match.span() for match in re.finditer(_SEGMENTS[self.unit], text)]
 
 
 @dataclass(frozen=True)
@@ -199,10 +200,10 @@ def completeness(prompts: Sequence[str], responses: Sequence[str]) -> list[np.nd
 
 def panel(prompts: Sequence[str], responses: Sequence[str]) -> pd.DataFrame:
     """One row an answer: clauses, relevant ones, sentences, factual ones, coverage, and f1, the judge."""
-    found = [judge(p, r) for p, r in zip(prompts, responses, strict=True)]
+    judgements = [judge(p, r) for p, r in zip(prompts, responses, strict=True)]
     rows = [
         (len(e.true), e.relevant.sum(), len(e.sentences), e.sentences.sum(), e.coverage, e.f1)
-        for e in found
+        for e in judgements
     ]
     columns = ["clauses", "relevant", "sentences", "factual", "coverage", "f1"]
     return pd.DataFrame(rows, columns=columns)

@@ -65,13 +65,13 @@ def _jsonl_of(source: str | Path, split: str) -> Path:
     if path.is_file():
         return path
     if path.is_dir():
-        found = sorted([*path.glob(f"{split}*.jsonl"), *path.glob(f"{split}*.json")])
-        if len(found) != 1:
-            names = ", ".join(p.name for p in found or sorted(path.iterdir())[:10]) or "nothing"
+        files = sorted([*path.glob(f"{split}*.jsonl"), *path.glob(f"{split}*.json")])
+        if len(files) != 1:
+            names = ", ".join(p.name for p in files or sorted(path.iterdir())[:10]) or "nothing"
             raise FileNotFoundError(
                 f"{path}: needed is one file {split}*.jsonl; found: {names}. Try the file's own path."
             )
-        return found[0]
+        return files[0]
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(source)):
         raise FileNotFoundError(f"{path}: no such file or folder, and no Hub id such as {SLF5K}.")
     fetched = fetch.find("slf5k", f"{split}.jsonl") if str(source) == SLF5K else None
@@ -85,8 +85,8 @@ def _hub_file(name: str, filename: str, revision: str | None = None) -> Path:
     own = os.environ.get("HF_HOME") or os.environ.get("HF_HUB_CACHE")
     folder = None if own else str(runtime.cache_dir() / "hub")
     try:
-        how = {"repo_type": "dataset", "revision": revision, "cache_dir": folder}
-        return Path(hf_hub_download(name, filename, **how))
+        place = {"repo_type": "dataset", "revision": revision, "cache_dir": folder}
+        return Path(hf_hub_download(name, filename, **place))
     except Exception as error:
         why = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise assets.AssetError(
@@ -198,7 +198,7 @@ def wikipedia_as_slf5k(
     rows = [(key, a) for key, a in rows if keep is None or keep(a["text"])]
     if n is not None and not 0 < n <= len(rows):
         raise ValueError(f"n is {n!r}; split {split!r} has {len(rows)} leads that are fit.")
-    kept = [
+    records = [
         {
             "id": f"wiki_{key[:12]}",
             "subreddit": article["topic"],
@@ -208,4 +208,4 @@ def wikipedia_as_slf5k(
         }
         for key, article in rows[:n]
     ]
-    return datasets.Dataset.from_list(kept)
+    return datasets.Dataset.from_list(records)

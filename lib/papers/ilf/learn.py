@@ -80,8 +80,8 @@ def written_refinement(
     text = without_reasoning(text)
     _, cue, after = text.partition(CUE)
     ids = encoding.bare_ids(tokenizer, refine.tidy(after if cue else text))
-    kept = tokenizer.decode(ids[:max_tokens], skip_special_tokens=True)
-    return refine.tidy(kept), bool(cue)
+    shortened = tokenizer.decode(ids[:max_tokens], skip_special_tokens=True)
+    return refine.tidy(shortened), bool(cue)
 
 
 def shorten(text: str, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> str:
@@ -121,8 +121,8 @@ def comparison_pairs(
         verdicts = articles["comparison_preference"].map({"Summary A": 1.0, "Summary B": 0.0})
     else:
         sides = ["summary_2", "summary_3"]
-        found = annotator.rank(articles["post"], *(articles[side] for side in sides))
-        verdicts = pd.Series(found, articles.index, dtype=object).map({"(a)": 1.0, "(b)": 0.0})
+        preferred = annotator.rank(articles["post"], *(articles[side] for side in sides))
+        verdicts = pd.Series(preferred, articles.index, dtype=object).map({"(a)": 1.0, "(b)": 0.0})
     named = dict(zip(sides, ("first", "second"), strict=True))
     table = articles[["id", "title", "post", *sides]].rename(columns=named)
     table = table.assign(preferred=verdicts).dropna(subset=["preferred"]).reset_index(drop=True)
@@ -207,14 +207,14 @@ def comparison_scores(
             model, tokenizer, [COMPARISON.prompt.format(**p) for p in shown], COMPARISON
         )
 
-    given = asked(records)
-    return (given - asked([*map(_swapped, records)])) / 2 if both_orders else given
+    log_odds = asked(records)
+    return (log_odds - asked([*map(_swapped, records)])) / 2 if both_orders else log_odds
 
 
 def _log_odds(model, tokenizer, asked: list[str], question: Question) -> np.ndarray:
     answers = (question.yes, question.no)
-    found = logprobs.answer_log_probs(model, tokenizer, asked, answers)
-    return found[:, 0] - found[:, 1]
+    log_probs = logprobs.answer_log_probs(model, tokenizer, asked, answers)
+    return log_probs[:, 0] - log_probs[:, 1]
 
 
 def pair_accuracy(pairs: pd.DataFrame, margins: np.ndarray) -> np.ndarray:

@@ -90,10 +90,10 @@ def feedback_prompt(title: str, post: str, summary: str) -> str:
 def refinement_prompt(title: str, post: str, summary: str, feedback: str | None = None) -> str:
     """The prompt for a refinement; without feedback it asks for a second try (the paper's control)."""
     follow = "" if feedback is None else " that follows the feedback"
-    given = "" if feedback is None else f"Feedback on summary: {feedback}\n\n"
+    remark = "" if feedback is None else f"Feedback on summary: {feedback}\n\n"
     return (
         f"Write an excellent, short summary of the text{follow} and is better than the summary given."
-        f"\n\nTitle: {title}\n\nText: {post}\n\nSummary: {summary}\n\n{given}Improved TL;DR:"
+        f"\n\nTitle: {title}\n\nText: {post}\n\nSummary: {summary}\n\n{remark}Improved TL;DR:"
     )
 
 
@@ -198,14 +198,14 @@ def give_feedback(
     remarks = [
         annotator.remark(a.post, a.summary, name_facts=name_facts) for a in articles.itertuples()
     ]
-    found = articles.assign(
+    table = articles.assign(
         feedback=[r.text for r in remarks],
         feedback_class=[r.category for r in remarks],
         feedback_target=[r.target for r in remarks],
     )
-    kept = found[found["feedback"] != ""].reset_index(drop=True)
-    kept.attrs["without_feedback"] = len(found) - len(kept)
-    return kept
+    criticised = table[table["feedback"] != ""].reset_index(drop=True)
+    criticised.attrs["without_feedback"] = len(table) - len(criticised)
+    return criticised
 
 
 def write_feedback(writer: Writer, articles: pd.DataFrame, *, seed: int = 0) -> pd.DataFrame:
@@ -255,14 +255,14 @@ def refine(
 
 
 def _candidates(drafts: Sequence[Draft], summary: str) -> list[dict]:
-    found, seen = [], set()
+    rows, seen = [], set()
     for draft in drafts:
         text = tidy(draft.text)
         flags = {"empty": not text, "overlong": not draft.finished, "duplicate": text in seen}
         flags |= {"unchanged": text == summary, "words": len(words(text))}
-        found.append({"refinement": text, **flags})
+        rows.append({"refinement": text, **flags})
         seen.add(text)
-    return sorted(found, key=lambda c: (c["empty"], c["duplicate"]))
+    return sorted(rows, key=lambda c: (c["empty"], c["duplicate"]))
 
 
 def count_flags(table: pd.DataFrame) -> dict[str, int]:
@@ -337,9 +337,9 @@ def tied(table: pd.DataFrame, scores: Sequence[float]) -> np.ndarray:
     """Whether an article's highest score belongs to more than one text, (articles,) in order; such a choice
     is the order of generation, not the score.  Empty refinements do not count.
     """
-    kept = table.assign(_score=np.asarray(scores, dtype=float))[~table["empty"].to_numpy(bool)]
-    top = kept["_score"] == kept.groupby("id")["_score"].transform("max")
-    return (kept[top].groupby("id", sort=False)["refinement"].nunique() > 1).to_numpy()
+    filled = table.assign(_score=np.asarray(scores, dtype=float))[~table["empty"].to_numpy(bool)]
+    top = filled["_score"] == filled.groupby("id")["_score"].transform("max")
+    return (filled[top].groupby("id", sort=False)["refinement"].nunique() > 1).to_numpy()
 
 
 def longest(table: pd.DataFrame) -> np.ndarray:
@@ -448,13 +448,13 @@ class InstructRM:
     def probabilities(self, table: pd.DataFrame) -> np.ndarray:
         """One column a question, (rows, questions), each in [0, 1]."""
         fields = table[["title", "post", "summary", "feedback", "refinement"]].to_dict("records")
-        found = []
+        columns = []
         for question in self.questions:
             prompts = [question.prompt.format(**row) for row in fields]
             answers = (question.yes, question.no)
             log_probs = logprobs.answer_log_probs(self.model, self.tokenizer, prompts, answers)
-            found.append(1 / (1 + np.exp(log_probs[:, 1] - log_probs[:, 0])))
-        return np.stack(found, 1)
+            columns.append(1 / (1 + np.exp(log_probs[:, 1] - log_probs[:, 0])))
+        return np.stack(columns, 1)
 
 
 # --- what the choosers did -----------------------------------------------------------------------
@@ -472,16 +472,16 @@ def chooser_report(
     """
     some = _choosable(table)
     means = some.groupby("id", sort=False)[["incorporated", "score", "words"]].mean()
-    found = {"random": means.assign(points=0.5)}
-    for name, given in scores.items():
-        chosen = choose(table, given).set_index("id")
+    arms = {"random": means.assign(points=0.5)}
+    for name, values in scores.items():
+        chosen = choose(table, values).set_index("id")
         gap = some["id"].map(chosen["score"]) - some["score"]
         points = ((1 + np.sign(gap.round(9))) / 2).groupby(some["id"]).mean()
-        found[name] = chosen.assign(points=points)
+        arms[name] = chosen.assign(points=points)
     rows = []
-    for name, measured in itertools.product(found, ("incorporated", "score", "points", "words")):
-        here = found[name][measured].to_numpy(float)
-        there = found["random"].loc[found[name].index, measured].to_numpy(float)
+    for name, measured in itertools.product(arms, ("incorporated", "score", "points", "words")):
+        here = arms[name][measured].to_numpy(float)
+        there = arms["random"].loc[arms[name].index, measured].to_numpy(float)
         change = stats.paired_difference(there, here, seed=seed, resamples=1000)
         rows.append({"chooser": name, "measure": measured})
         rows[-1] |= stats.bootstrap(here, seed=seed)._asdict()
@@ -500,12 +500,14 @@ def chooser_agreement(table: pd.DataFrame, scores: dict[str, np.ndarray]) -> pd.
     """Share of articles for which two choosers take the same text: category, condition (the two), value,
     low, high, n.  What two random choices would have is `chance_agreement`.
     """
-    chosen = {name: choose(table, found)["refinement"].to_numpy() for name, found in scores.items()}
+    chosen = {
+        name: choose(table, values)["refinement"].to_numpy() for name, values in scores.items()
+    }
     rows = []
     for a, b in itertools.product(chosen, repeat=2):
         same = chosen[a] == chosen[b]
-        found = stats.proportion(int(same.sum()), len(same))
-        rows.append({"category": a, "condition": b} | found._asdict())
+        interval = stats.proportion(int(same.sum()), len(same))
+        rows.append({"category": a, "condition": b} | interval._asdict())
     return pd.DataFrame(rows)
 
 
@@ -538,15 +540,15 @@ def rule_edit(rubric: Rubric, source: str, summary: str, critique: Critique) -> 
     fact = critique.target if critique.category == "coverage" else (left[0] if left else "")
     if fact and critique.category != "repetition":
         added = _statement(rubric, source, fact)
-        told = set(stems(added))
-        sentences = [s for s in sentences if not told.issuperset(stems(s))] or [_opening(source)]
+        stated = set(stems(added))
+        sentences = [s for s in sentences if not stated.issuperset(stems(s))] or [_opening(source)]
         if not rubric.states(" ".join(sentences), fact):
             sentences.append(added)
-    kept = " ".join(sentences).strip()
-    if not incorporates(rubric, source, summary, critique, kept):
+    refined = " ".join(sentences).strip()
+    if not incorporates(rubric, source, summary, critique, refined):
         return ""
-    better = rubric.judge(source, kept).score >= rubric.judge(source, summary).score
-    return kept if better else ""
+    better = rubric.judge(source, refined).score >= rubric.judge(source, summary).score
+    return refined if better else ""
 
 
 def _sentence(text: str) -> str:

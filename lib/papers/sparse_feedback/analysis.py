@@ -215,8 +215,9 @@ def missing_by_pair(items: Iterable[dict], rankings: pd.DataFrame) -> pd.DataFra
         for (i, j), key in zip(numbers, text_keys(table, table.columns), strict=True):
             rows.append((f"{i}-{j}", ranked[key] > 0))
             ranked[key] -= 1  # a row answers one pair, also where two responses are alike
-    found = pd.DataFrame(rows, columns=["pair", "present"]).groupby("pair", sort=False)["present"]
-    return found.agg(present="sum", expected="size", share="mean").reset_index()
+    asked = pd.DataFrame(rows, columns=["pair", "present"])
+    presence = asked.groupby("pair", sort=False)["present"]
+    return presence.agg(present="sum", expected="size", share="mean").reset_index()
 
 
 def cyclic_triads(rankings: pd.DataFrame) -> tuple[int, int]:

@@ -66,28 +66,28 @@ def import_from_humans(
     """
     kind, columns = _kind(table)
     path = Path(path).expanduser()
-    found = _read_sheet(path, kind)
+    sheet = _read_sheet(path, kind)
     rows = checked_texts(table, columns)[columns].drop_duplicates()
     answers, used = [], set()
     for row in rows.itertuples(index=False):
         key = tuple(map(sheet_text, row))
         turned = (*key[:2], *key[:1:-1])
         used |= {key, turned}
-        answer = found.get(key, (None,))[0]
-        if answer is None and kind == "ranking" and turned in found:
-            answer = _SWAPPED[found[turned][0]]
+        answer = sheet.get(key, (None,))[0]
+        if answer is None and kind == "ranking" and turned in sheet:
+            answer = _SWAPPED[sheet[turned][0]]
         answers.append(answer)
-    if unknown := [line for key, (_, line) in found.items() if key not in used]:
+    if unknown := [line for key, (_, line) in sheet.items() if key not in used]:
         raise ValueError(
             f"{path.name}, line {unknown[0]}: this row is not in the table ({len(unknown)} such rows); "
             "texts must stay as exported. Export again, or give the table that was exported."
         )
     column = "verdict" if kind == "ranking" else "score"
     rows = rows.assign(**{column: pd.Series(answers, index=rows.index, dtype=object)})
-    kept = rows[rows[column].notna()].reset_index(drop=True).assign(annotator=annotator)
-    if left := len(rows) - len(kept):
+    answered = rows[rows[column].notna()].reset_index(drop=True).assign(annotator=annotator)
+    if left := len(rows) - len(answered):
         warnings.warn(f"{path.name}: {left} of {len(rows)} rows have no answer", stacklevel=2)
-    return kept.astype({column: int}) if kind == "rating" else kept
+    return answered.astype({column: int}) if kind == "rating" else answered
 
 
 def _read_sheet(path: Path, kind: str) -> dict[tuple, tuple]:
