@@ -1,5 +1,6 @@
-"""The README and the pages of docs/: their links resolve, and what they name exists."""
+"""The README and the pages of docs/: their links resolve, what they name exists, their examples run."""
 
+import importlib
 import re
 from pathlib import Path
 
@@ -22,13 +23,23 @@ PAGES = sorted(
 )
 
 
+MODULES = {path.stem for path in (ROOT / "lib").glob("*.py")}
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+
+
+def quoted(page):
+    """What stands between single backticks."""
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S)
+    return re.findall(r"`([^`\n]+)`", text)
+
+
 def anchors(page):
     """The headings of a page as GitHub links to them."""
     heads = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), flags=re.M)
     return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+@each_page
 def test_inner_links_resolve(page):
     text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S)
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
@@ -55,6 +66,40 @@ def test_commands_that_pages_name_exist():
     for page in PAGES:
         for command in re.findall(r"python -m lib (\w+)", page.read_text(encoding="utf-8")):
             assert command in known, f"{page.name}: python -m lib {command}"
+
+
+@each_page
+def test_files_that_pages_name_exist(page):
+    """Named from the course's root; what runs make (runs/, data/cache/) is not there yet."""
+    for text in quoted(page):
+        for name in re.findall(r"^(?:lib|bench|tests|docs|data/samples)/[\w./]+$", text):
+            assert (ROOT / name).exists(), f"{page.name} names {name}"
+
+
+@each_page
+def test_names_of_the_library_that_pages_name_exist(page):
+    """`module.name` and `module.Class.name`, with or without a call."""
+    for text in quoted(page):
+        match = re.match(r"(?:lib\.)?(\w+)((?:\.[A-Za-z_]\w*)+)", text)
+        if not match or match[1] not in MODULES or match[2] in (".py", ".csv", ".txt"):
+            continue
+        thing = importlib.import_module(f"lib.{match[1]}")
+        for name in match[2].split(".")[1:]:
+            assert hasattr(thing, name), f"{page.name} names {text}"
+            thing = getattr(thing, name)
+
+
+def test_the_scorer_of_contributing_scores():
+    from lib import scorers
+
+    page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(.*?)```", page, flags=re.S)
+    try:
+        exec(example, {})
+        scores = scorers.load_scorer("shouting").score(["AB", "Ab", "", "ab"])
+    finally:
+        scorers.SCORERS.pop("shouting", None)
+    assert scores.tolist() == [1, 0.5, 0, 0]
 
 
 def test_the_citation_is_valid_yaml_with_all_papers():

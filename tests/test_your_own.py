@@ -17,14 +17,18 @@ def test_every_block_of_the_page_runs(tmp_path, monkeypatch, scripted, capsys):
     Path("mine.txt").write_text(
         "the cat\nthe dog\na mat\nyou are nice\nthe cat sat\na dog ran on\n"
     )
+    rows = [f"Say {word}.,,{word} it is,{score}" for score, word in enumerate(WORDS[:7], start=1)]
+    Path("ratings.csv").write_text("\n".join(["instruction,input,response,score", *rows]) + "\n")
     models.save(*models.build_tiny_model("tiny", words=WORDS), "my_model")
     scope = {"address": scripted(lambda body: completion("(a)")).url}
     blocks = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
-    assert len(blocks) == 5
+    assert len(blocks) == 7
     for block in blocks:
-        assert len(block.splitlines()) <= 10
-        exec(block, scope)
+        assert len(block.splitlines()) <= 11
+        # the assets are a download: here a tiny model and a word list take their places
+        exec(block.replace('"policy"', '"my_model"').replace('"hate"', '"lexicon-insults"'), scope)
     assert len(scope["history"]) == 2 and (tmp_path / "work" / "history.csv").exists()
+    assert scope["scores"].shape == (7,) and scope["scores"].std() > 0
     assert "(a)" in capsys.readouterr().out
     assert scope["again"].num_parameters() == scope["policy"].num_parameters()
 
