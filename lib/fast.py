@@ -331,7 +331,7 @@ def logits_where_loss_falls(plain) -> Iterator[None]:
 
 def read_responses(plain, learner, tokens, reference: bool, entropy: bool):
     """`ppo.read_responses` without ever having all logits in memory (`chosen_log_probs`)."""
-    if not _reads_states(learner.policy, entropy):
+    if not _reads_states(learner.policy):
         return plain(learner, tokens, reference, entropy)
     states, values = learner.network(tokens, reference, False)
     weight = learner.policy.get_output_embeddings().weight
@@ -342,15 +342,14 @@ def read_responses(plain, learner, tokens, reference: bool, entropy: bool):
     return log_probs, values, spread
 
 
-def _reads_states(policy: PreTrainedModel, entropy: bool) -> bool:
+def _reads_states(policy: PreTrainedModel) -> bool:
     """Whether logits are no more than a fixed matrix times what the output layer reads, on a CPU."""
     head = policy.get_output_embeddings()
     if type(head) is not torch.nn.Linear or head.bias is not None:
         return False
-    learns = entropy and torch.is_grad_enabled()
     fixed = not head.weight.requires_grad and head.weight.dtype == torch.float32
     fixed = fixed and not logprobs.changes_logits(policy)
-    return fixed and not learns and head.weight.device.type == "cpu"
+    return fixed and head.weight.device.type == "cpu"
 
 
 def chosen_log_probs(

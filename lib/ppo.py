@@ -33,8 +33,7 @@ from lib.policy import SharedTrunkPolicy, TokenBatch
 from lib.values import ValueFunction
 
 STAGES = ("sample", "score", "forward", "update")
-MAY_BE_ZERO = {"top_k", "warmup_steps", "gamma", "lam", "entropy_coef", "kl_coef", "seed"}
-MAY_BE_ZERO |= {"value_pretrain_steps", "stop_entropy"}
+MAY_BE_ZERO = {"top_k", "warmup_steps", "gamma", "lam", "kl_coef", "seed"}
 
 
 @dataclass(frozen=True)
@@ -71,17 +70,14 @@ class PPOConfig:
     value_clip: float = (
         0.2  # in units of reward: how far a value may move in one step.  FG, RLM: 0.2
     )
-    entropy_coef: float = 0.0  # FG, RLM: none; Quark's loss has .06 (`conditioning`)
     kl_coef: float = 0.05  # beta.  FG: 0.3, and 0.2 for holistic rewards; RLM: 0.2, adaptive
     kl_target: float | None = None  # nats a sequence; None keeps beta fixed.  RLM: 6
     kl_horizon: int = 10_000  # episodes over which beta adapts.  RLM: 10,000
     whiten_rewards: bool = False  # divide rewards by their deviation, keep their mean.  FG: True
     whiten_advantages: bool = True  # FG, RLM: True
-    value_pretrain_steps: int = 0  # first steps in which only the value function learns.  FG: none
     max_grad_norm: float = 1.0  # math.inf: no clipping.  FG, RLM: no clipping
     stop_kl: float = math.inf  # nats a sequence (k3).  FG: 10
     stop_kl_times: int = 1  # the run stops at this many steps above stop_kl.  FG: 5
-    stop_entropy: float = 0.0  # nats a token.  RLM's Falcon run went on to 6e-5 and gibberish
     eval_every: int = 10  # FG: 50
     checkpoint_every: int = 10
     seed: int = 0  # FG: 42
@@ -329,10 +325,9 @@ def evaluate(
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """Log-probabilities of the response tokens, values, entropies, (batch, time); used everywhere.
 
-    The reference has no values and no entropies; an update without a bonus has no entropies.
+    The reference has no values; entropies, which are only looked at, are those of a rollout.
     """
-    config = learner.config
-    wanted = not reference and (config.entropy_coef > 0 or not torch.is_grad_enabled())
+    wanted = not reference and not torch.is_grad_enabled()
     parts = read_responses(learner, tokens, reference, wanted)
     return tuple(None if part is None else tokens.spread(part) for part in parts)
 
@@ -401,14 +396,13 @@ def update(
     share = training.rate_share(step, config.steps, config.warmup_steps, config.decay)
     training.set_rates(optimizer, share)
     trained = [p for group in optimizer.param_groups for p in group["params"]]
-    learns = float(step >= config.value_pretrain_steps)
     rows = []
     for epoch in range(config.epochs):
         for number, index in enumerate(
             minibatches(config, step, epoch, learner.rank, learner.world)
         ):
             part = rollout.rows(index)
-            means = backward(learner, part, advantages[index], returns[index], learns)
+            means = backward(learner, part, advantages[index], returns[index])
             norm = accelerator.clip_grad_norm_(trained, config.max_grad_norm)
             rows.append({**means, "grad_norm": float(norm)})
             training.check_finite(
@@ -436,21 +430,17 @@ def backward(
     rollout: Rollout,
     advantages: torch.Tensor,
     returns: torch.Tensor,
-    learns: float = 1.0,
 ) -> dict[str, float]:
-    """Gradients of one minibatch's loss, `forward_rows` rows at a time; its means over all processes.
-
-    `learns` is 0 where only the value function learns.
-    """
+    """Gradients of one minibatch's loss, `forward_rows` rows at a time; its means over all processes."""
     config, accelerator = learner.config, learner.accelerator
     # all tokens of the minibatch, so that the parts add up to the loss of the whole
     count = accelerator.reduce(rollout.mask.sum(), "sum").clamp(min=1)
     sums: dict[str, torch.Tensor] = {}
     for rows in torch.arange(len(rollout.mask)).split(config.forward_rows):
         few = rollout.rows(rows)
-        log_probs, values, entropy = evaluate(learner, few.tokens)
+        log_probs, values, _ = evaluate(learner, few.tokens)
         loss, parts = ppo_loss(
-            log_probs, values, entropy, few, advantages[rows], returns[rows], config, count, learns
+            log_probs, values, few, advantages[rows], returns[rows], config, count
         )
         accelerator.backward(loss * learner.world)  # DDP averages over processes; we want the sum
         sums = {name: sums.get(name, 0.0) + value.detach() for name, value in parts.items()}
@@ -461,36 +451,30 @@ def backward(
 def ppo_loss(
     log_probs: torch.Tensor,
     values: torch.Tensor,
-    entropy: torch.Tensor | None,
     old: Rollout,
     advantages: torch.Tensor,
     returns: torch.Tensor,
     config: PPOConfig,
     count: torch.Tensor,
-    learns: float = 1.0,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Clipped policy loss + clipped value loss - entropy bonus, and the parts, each a scalar.
+    """Clipped policy loss + clipped value loss, and the parts, each a scalar.
 
     Args:
-        log_probs, values, entropy: of the network as it is now, (batch, time).
+        log_probs, values: of the network as it is now, (batch, time).
         old: the same as it was when the responses were drawn.
         advantages, returns: (batch, time).
         count: tokens to divide by.
-        learns: 0 leaves the policy alone.
     """
     mask = old.mask
     policy = losses.policy_loss(log_probs, old.log_probs, advantages, mask, config.clip, count)
     value = losses.value_loss(values, old.values, returns, mask, config.value_clip, count)
-    loss = learns * policy + value
-    if entropy is not None:
-        loss = loss - learns * config.entropy_coef * losses.masked_mean(entropy, mask, count)
     parts = {
         "policy_loss": policy,
         "value_loss": value,
         "clip_fraction": losses.clip_fraction(log_probs, old.log_probs, mask, config.clip, count),
         "ratio_error": losses.masked_mean((log_probs - old.log_probs).abs(), mask, count),
     }
-    return loss, parts
+    return policy + value, parts
 
 
 # --- what must hold before training, and what is logged -----------------------------------------
@@ -539,7 +523,7 @@ def describe_step(
     and kl_k3 (nats a sequence, before the update), entropy (nats a token), length, finished,
     explained_variance, and tokens_* by stage.
 
-    A row of the history has these and step (from 1), value_only, kl_coef, the means of `update`,
+    A row of the history has these and step (from 1), kl_coef, the means of `update`,
     learning_rate, seconds_* by stage and, at times, held_out_reward.
     """
     mask = rollout.mask
@@ -620,8 +604,7 @@ class _Run:
     def finish_step(self, step, samples, components, rollout, returns, means) -> None:
         """Held-out reward, KL controller, stops; the row of history; a checkpoint."""
         config, learner, number = self.config, self.learner, step + 1
-        row = {"step": number, "value_only": step < config.value_pretrain_steps}
-        row |= describe_step(learner, samples, components, rollout, returns)
+        row = {"step": number} | describe_step(learner, samples, components, rollout, returns)
         row |= {"kl_coef": self.kl_coef, **means}
         row["learning_rate"] = learner.optimizer.param_groups[0]["lr"]
         row |= {f"seconds_{stage}": self.clock.seconds[stage] for stage in STAGES}
@@ -692,10 +675,8 @@ class _Run:
 
 def why_stop(config: PPOConfig, rows: Sequence[dict]) -> str | None:
     """Why a run with this history stops now, or None."""
-    step, kl, entropy = (rows[-1][name] for name in ("step", "kl_k3", "entropy"))
+    step, kl = rows[-1]["step"], rows[-1]["kl_k3"]
     above = sum(row["kl_k3"] > config.stop_kl for row in rows)
-    if entropy < config.stop_entropy:
-        return f"step {step}: entropy {entropy:.3g} is below stop_entropy"
     if kl > config.stop_kl and above >= config.stop_kl_times:
         return f"step {step}: KL {kl:.3g} is above stop_kl {config.stop_kl:g}"
     return None

@@ -5,8 +5,8 @@ each reward model, and pay a segment's reward at its last token.  Sub-sentences:
 piece may start after a word that ends in , ; ! or ? while more than five words follow; a piece shorter than
 five words joins the piece before it.
 
-Simplified: sentences come from a rule (full stops with a list of abbreviations, line breaks) or from
-spaCy's sentencizer, not from a parser, which PyPI does not carry.
+Simplified: sentences come from a rule (full stops with a list of abbreviations, line breaks), not from a
+parser.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 UNITS = ("sub_sentence", "sentence", "sequence")
-BACKENDS = ("rule", "spacy")
 SHORTEST = 5  # words: what is shorter joins its neighbour, as in the reference
 BREAKS = ",;!?"
 _END = re.compile(r"[.!?…]+[\"'”’»)\]]*(?=\s)|[。！？]+[」』”’)]*|\n")
@@ -41,22 +40,14 @@ _NUMBERED = re.compile(
 class Segmenter:
     """Cuts a text into segments of one `unit`: "sub_sentence", "sentence" or "sequence" (all of it).
 
-    `backend`: "rule", or "spacy" (the blank English sentencizer) for the sentences.  Raises ValueError
-    for other names, and ImportError where spaCy is asked for and not installed.
+    Raises ValueError for another name.
     """
 
     unit: str
-    backend: str = "rule"
 
     def __post_init__(self):
-        for name, value, allowed in (
-            ("unit", self.unit, UNITS),
-            ("backend", self.backend, BACKENDS),
-        ):
-            if value not in allowed:
-                raise ValueError(f"{name} is {value!r}; allowed: {', '.join(allowed)}.")
-        if self.backend == "spacy":
-            _sentencizer()
+        if self.unit not in UNITS:
+            raise ValueError(f"unit is {self.unit!r}; allowed: {', '.join(UNITS)}.")
 
     def spans(self, text: str) -> list[tuple[int, int]]:
         """(start, end) of the segments: they partition the text, white space leads the next segment.
@@ -65,8 +56,7 @@ class Segmenter:
         """
         if self.unit == "sequence" or not text.strip():
             return [(0, len(text))] if text else []
-        ends = _sentence_ends(text) if self.backend == "rule" else _spacy_ends(text)
-        spans = _partition(ends, text)
+        spans = _partition(_sentence_ends(text), text)
         if self.unit == "sentence":
             return spans
         return _partition([end for span in spans for end in _piece_ends(text, *span)], text)
@@ -150,21 +140,3 @@ def _ends_sentence(text: str, stop: re.Match) -> bool:
     dotted = re.fullmatch(r"(\w\.)+\w", word) is not None  # U.S., e.g.
     numbered = _NUMBERED.fullmatch(word) and following.isdigit()
     return not (initial or dotted or numbered or _TITLES.fullmatch(word))
-
-
-@functools.cache
-def _sentencizer():
-    try:
-        import spacy
-    except ImportError as error:
-        raise ImportError(
-            "backend='spacy' needs spaCy, which is not installed. Try `pip install spacy`, or "
-            "backend='rule'."
-        ) from error
-    pipeline = spacy.blank("en")
-    pipeline.add_pipe("sentencizer")
-    return pipeline
-
-
-def _spacy_ends(text: str) -> list[int]:
-    return [sentence.end_char for sentence in _sentencizer()(text).sents]

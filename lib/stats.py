@@ -364,28 +364,3 @@ def combine(verdicts: Iterable[str]) -> str:
     """One verdict for a rule that several scorers or seeds must meet: theirs if all agree."""
     distinct = set(verdicts)
     return distinct.pop() if len(distinct) == 1 else "not demonstrated"
-
-
-# --- missing scores ------------------------------------------------------------------------------
-
-
-def exceedance(scores: Sequence[float], threshold: float = 0.5) -> dict[str, float]:
-    """How many scores lie strictly above a threshold, with missing ones (NaN) never taken for harmless.
-
-    count; share (over all rows: missing counted as not above, as RewardLM's notebook did);
-    share_scored (over scored rows); share_low and share_high (bounds: no / every missing one above);
-    n (rows); n_missing.
-    """
-    scores = np.asarray(scores, dtype=np.float64)
-    n, missing = len(scores), int(np.isnan(scores).sum())
-    count = int((scores > threshold).sum())
-    scored = n - missing
-    return {
-        "count": count,
-        "share": count / n if n else np.nan,
-        "share_scored": count / scored if scored else np.nan,
-        "share_low": count / n if n else np.nan,
-        "share_high": (count + missing) / n if n else np.nan,
-        "n": n,
-        "n_missing": missing,
-    }

@@ -387,7 +387,7 @@ def test_padding_is_not_computed_and_changes_nothing(name, train, separate, monk
     config = dataclasses.replace(SHORT, train=train, **how)
     monkeypatch.setattr(fast, "VOCABULARY_AT_ONCE", 4)
     learner, _, _ = started(config, name, value_model=value_model)
-    assert fast._reads_states(learner.policy, entropy=False) == (train != "all")
+    assert fast._reads_states(learner.policy) == (train != "all")
     torch.nn.init.normal_(learner.shared.value_head[-1].weight)
     prompts = ["a", "a b c d e", "yes", "no yes a", "a b", "b", "c", "a b c"]
     samples = generation.sample(
@@ -470,10 +470,9 @@ def test_advantages_are_those_of_reward_less_kl_penalty():
 
 @pytest.mark.parametrize("rows_at_once", [1, 3, 16])
 def test_micro_batches_add_up_to_the_minibatch(rows_at_once):
-    config = dataclasses.replace(SHORT, entropy_coef=0.1)
     gradients = []
     for rows in (rows_at_once, 8):
-        learner, samples, rollout = started(dataclasses.replace(config, forward_rows=rows))
+        learner, samples, rollout = started(dataclasses.replace(SHORT, forward_rows=rows))
         ppo.backward(learner, rollout, *advantages_of(learner, samples, rollout))
         gradients.append(policy_gradient(learner))
     torch.testing.assert_close(gradients[0], gradients[1], atol=1e-6, rtol=1e-4)
@@ -498,7 +497,7 @@ def test_prompts_go_round_without_repetition():
 def test_history_has_every_column_and_counts_tokens():
     config = dataclasses.replace(SHORT, samples_per_prompt=2, kl_target=6.0, kl_horizon=1000)
     history = train(config, lambda s: {"yes": share_of_yes(s)["yes"], "short": [-0.1] * len(s)})
-    wanted = """step value_only reward reward/yes reward/short kl kl_k3 entropy length finished kl_coef
+    wanted = """step reward reward/yes reward/short kl kl_k3 entropy length finished kl_coef
         policy_loss value_loss clip_fraction explained_variance ratio_error grad_norm learning_rate"""
     stages = [f"{unit}_{stage}" for unit in ("tokens", "seconds") for stage in ppo.STAGES]
     assert set(wanted.split() + stages) == set(history.columns)
@@ -525,23 +524,13 @@ def test_adaptive_kl_reproduces_rewardlm_s_final_coefficient():
     assert ppo.adapt_kl_coef(0.1, 6.6, 6.0, 100, 1000) == pytest.approx(0.1 * (1 + 0.1 * 0.1))
 
 
-def test_value_pretraining_leaves_the_policy_alone():
-    config = dataclasses.replace(SHORT, value_pretrain_steps=2)
-    history = train(config, lambda samples: [1.0] * len(samples))
-    assert history["value_only"].tolist() == [True, True, False]
-    assert (history["kl_k3"] == 0).all()  # measured before an update, and only the third acts
-    assert history["value_loss"][1] < history["value_loss"][0]
-
-
 # --- stops, best weights, resuming ---------------------------------------------------------------
 
 
-def test_it_stops_at_the_kl_and_entropy_limits():
+def test_it_stops_at_the_kl_limit():
     by_kl = train(dataclasses.replace(TOY, stop_kl=0.5))
     assert 1 < len(by_kl) < 60 and by_kl["kl_k3"].iloc[-1] > 0.5 > by_kl["kl_k3"].iloc[-2]
     assert "above stop_kl 0.5" in by_kl.attrs["stopped"]
-    by_entropy = train(dataclasses.replace(TOY, stop_entropy=2.5))
-    assert len(by_entropy) < 60 and "below stop_entropy" in by_entropy.attrs["stopped"]
 
 
 def test_a_loss_that_is_not_finite_names_step_and_minibatch():
@@ -572,7 +561,6 @@ def test_the_policy_ends_with_the_best_held_out_weights():
 
 RESUMED = dataclasses.replace(
     SHORT, steps=6, checkpoint_every=2, eval_every=2, kl_target=1.0, kl_horizon=100,
-    value_pretrain_steps=1,
 )  # fmt: skip
 
 

@@ -213,16 +213,3 @@ def test_real_tokenizer_and_texts(policy):
 def test_bad_names_are_refused():
     with pytest.raises(ValueError, match="unit is 'word'; allowed: sub_sentence"):
         Segmenter("word")
-    with pytest.raises(ValueError, match="backend is 'nltk'; allowed: rule, spacy"):
-        Segmenter("sentence", "nltk")
-
-
-def test_spacy_backend_or_a_helpful_error():
-    try:
-        import spacy  # noqa: F401
-    except ImportError:
-        with pytest.raises(ImportError, match="pip install spacy"):
-            Segmenter("sentence", backend="spacy")
-        pytest.skip("spaCy is not installed")
-    found = Segmenter("sentence", backend="spacy").spans(" One here. Two\nthere! Three")
-    assert [end for _, end in found] == [10, 21, 27]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import pandas as pd
 
 from lib import data, generation, rewards, scorers, tables
 from lib.course import fetch
-from lib.stats import Interval, bootstrap, exceedance, paired_difference, proportion
+from lib.stats import Interval, bootstrap, paired_difference, proportion
 
 REWARDLM_COLUMNS = ("prompts", "responses", "prompt_score", "response_score")
 REWARDLM_SCORES = ("prompt_score", "response_score", "pro_API_response_score")
@@ -70,6 +71,28 @@ def load_dialoconan(path: str | Path) -> list[list[dict[str, str]]]:
     return [talk for talk in conversations if talk]
 
 
+def exceedance(scores: Sequence[float], threshold: float = 0.5) -> dict[str, float]:
+    """How many scores lie strictly above a threshold, with missing ones (NaN) never taken for harmless.
+
+    count; share (over all rows: missing counted as not above, as RewardLM's notebook did);
+    share_scored (over scored rows); share_low and share_high (bounds: no / every missing one above);
+    n (rows); n_missing.
+    """
+    scores = np.asarray(scores, dtype=np.float64)
+    n, missing = len(scores), int(np.isnan(scores).sum())
+    count = int((scores > threshold).sum())
+    scored = n - missing
+    return {
+        "count": count,
+        "share": count / n if n else np.nan,
+        "share_scored": count / scored if scored else np.nan,
+        "share_low": count / n if n else np.nan,
+        "share_high": (count + missing) / n if n else np.nan,
+        "n": n,
+        "n_missing": missing,
+    }
+
+
 def describe_condition(table: pd.DataFrame, threshold: float = 0.5, seed: int = 0) -> dict:
     """Metrics of one RewardLM result table: name -> Interval (no bounds where none apply).
 
@@ -80,9 +103,8 @@ def describe_condition(table: pd.DataFrame, threshold: float = 0.5, seed: int = 
     """
     intervals = {}
     toxic = (table["prompt_score"] > threshold).to_numpy()
-    unknown = int(
-        table["prompt_score"].isna().sum()
-    )  # neither toxic nor harmless: told, not counted
+    # neither toxic nor harmless: said, and not counted
+    unknown = int(table["prompt_score"].isna().sum())
     intervals["prompt_score/n_missing"] = Interval(unknown, np.nan, np.nan, len(table))
     for scorer, column in SCORE_COLUMNS.items():
         if column not in table:
