@@ -104,9 +104,12 @@ def _generated(model, tokenizer, prompts, n: int, at_once: int, new_tokens: int,
         inputs = {k: v.to(model.device) for k, v in batch.items() if k != "token_type_ids"}
         with torch.inference_mode():
             tokens = model.generate(
-                **inputs, num_return_sequences=n, max_new_tokens=new_tokens,
-                pad_token_id=encoding.pad_id(tokenizer), **decoding,
-            )  # fmt: skip
+                **inputs,
+                num_return_sequences=n,
+                max_new_tokens=new_tokens,
+                pad_token_id=encoding.pad_id(tokenizer),
+                **decoding,
+            )
         for row in tokens[:, inputs["input_ids"].shape[1] :].tolist():
             last = next((i for i, token in enumerate(row) if token in ends), len(row))
             rows.append(row[: last + 1])
@@ -206,9 +209,13 @@ def _classifier(size: str):
     if folder is None:
         tokenizer = models.tiny_tokenizer()
         config = BertConfig(
-            vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
-            intermediate_size=64, **labels,
-        )  # fmt: skip
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=64,
+            **labels,
+        )
         return BertForSequenceClassification(config).eval(), tokenizer
     model = AutoModelForSequenceClassification.from_pretrained(
         folder, dtype=runtime.inference_dtype(), use_safetensors=True, **labels
@@ -324,10 +331,14 @@ def feedback_benchmark(size: str) -> measure.Benchmark:
         ready = contextlib.ExitStack()
         folder = ready.enter_context(tempfile.TemporaryDirectory())
         client = chat.ChatClient(
-            "bench", base_url=ready.enter_context(_endpoint(**options)), timeout=2.0,
-            first_pause=0.05, concurrency=64, requests_per_second=rate,
+            "bench",
+            base_url=ready.enter_context(_endpoint(**options)),
+            timeout=2.0,
+            first_pause=0.05,
+            concurrency=64,
+            requests_per_second=rate,
             cache=Path(folder) / "replies.sqlite",
-        )  # fmt: skip
+        )
         return run
 
     def peer() -> measure.Thunk:
@@ -440,9 +451,14 @@ class _Separate:
         batch = self.tokenizer(prompts, return_tensors="pt", padding=True).to(self.policy.device)
         with torch.no_grad():
             whole = self.policy.generate(
-                **batch, num_return_sequences=config.samples_per_prompt, do_sample=True, top_k=0,
-                max_new_tokens=config.max_new_tokens, eos_token_id=[], pad_token_id=pad,
-            )  # fmt: skip
+                **batch,
+                num_return_sequences=config.samples_per_prompt,
+                do_sample=True,
+                top_k=0,
+                max_new_tokens=config.max_new_tokens,
+                eos_token_id=[],
+                pad_token_id=pad,
+            )
         width = batch["input_ids"].shape[1]
         seen = batch["attention_mask"].repeat_interleave(config.samples_per_prompt, 0)
         seen = torch.cat([seen, torch.ones_like(whole[:, width:])], 1)

@@ -112,9 +112,14 @@ def _reply(key: str, record: dict, outcome: Outcome, cached: bool) -> Reply:
     """The reply that a record of the store holds."""
     facts = {name: record[name] for name in ("model", "parameters", "at", "seconds")}
     return Reply(
-        outcome.text, key=key, raw=record["raw"] or {}, cached=cached, error=outcome.problem,
-        finish_reason=outcome.finish_reason, **facts,
-    )  # fmt: skip
+        outcome.text,
+        key=key,
+        raw=record["raw"] or {},
+        cached=cached,
+        error=outcome.problem,
+        finish_reason=outcome.finish_reason,
+        **facts,
+    )
 
 
 @lru_cache(maxsize=32)
@@ -364,9 +369,12 @@ class _Run:
         self.left = len(jobs)
         self.bar = runtime.progress(total=len(jobs), label=self.label, unit="call")
         self.openai = openai.OpenAI(
-            api_key=self.secret or "none", base_url=client.base_url, http_client=_Http(self),
-            timeout=client.timeout, max_retries=client.attempts - 1,
-        )  # fmt: skip
+            api_key=self.secret or "none",
+            base_url=client.base_url,
+            http_client=_Http(self),
+            timeout=client.timeout,
+            max_retries=client.attempts - 1,
+        )
         with self.openai, self.bar, ThreadPoolExecutor(client.concurrency) as pool:
             try:
                 for key, request in jobs.items():

@@ -322,9 +322,11 @@ def _exact_log_probs(model, states: torch.Tensor, tokens: torch.Tensor) -> torch
 
 
 def text_log_probs(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
     texts: Sequence[str],
-) -> np.ndarray:  # fmt: skip
+) -> np.ndarray:
     """log p(" " + text | prompt), summed over tokens, (rows,)."""
     pairs = [
         encoding.encode(tokenizer, prompt, f" {text}", joined=True)
@@ -338,9 +340,14 @@ def text_log_probs(
 
 
 def sequence_kl(
-    model: PreTrainedModel, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *,
-    n: int, max_new_tokens: int = 64, seed: int = 0,
-) -> pd.DataFrame:  # fmt: skip
+    model: PreTrainedModel,
+    base: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    n: int,
+    max_new_tokens: int = 64,
+    seed: int = 0,
+) -> pd.DataFrame:
     """Per sampled text the log-ratio whose mean is KL(base || model) or KL(model || base), in nats.
 
     Texts are sampled without a prompt (the start token alone), at T = 1 and unfiltered; both models score

@@ -292,8 +292,12 @@ def longest_text(config: PretrainedConfig, otherwise: int) -> int:
     limit = getattr(config, "max_position_embeddings", None)
     if not limit:
         return otherwise
-    counts_from_two = "roberta" in config.model_type or config.model_type == "longformer"
-    return limit - (max(config.pad_token_id + 1, 2) if counts_from_two else 0)
+    return limit - (max(config.pad_token_id + 1, 2) if counts_from_two(config) else 0)
+
+
+def counts_from_two(config: PretrainedConfig) -> bool:
+    """Whether a model counts its tokens' positions itself, from 2: the RoBERTa family."""
+    return "roberta" in config.model_type or config.model_type == "longformer"
 
 
 def state_width(model: PreTrainedModel) -> int:
@@ -487,9 +491,14 @@ def tiny_tokenizer(words: list[str] | None = None) -> PreTrainedTokenizerFast:
     core.pre_tokenizer = pre_tokenizers.Whitespace()
     roles = [AddedToken(token, special=True) for token in TINY_SPECIAL[3:]]
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>",
-        extra_special_tokens=roles, chat_template=TINY_CHAT_TEMPLATE, model_max_length=512,
-    )  # fmt: skip
+        tokenizer_object=core,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        extra_special_tokens=roles,
+        chat_template=TINY_CHAT_TEMPLATE,
+        model_max_length=512,
+    )
     return prepare_tokenizer(tokenizer)
 
 
@@ -508,9 +517,13 @@ def build_tiny_model(
         torch.manual_seed(seed)
         if name == "tiny":
             shape = dict(
-                hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-                num_key_value_heads=2, max_position_embeddings=512,
-            )  # fmt: skip
+                hidden_size=64,
+                intermediate_size=128,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                max_position_embeddings=512,
+            )
             shape |= {"vocab_size": len(tokenizer), "bos_token_id": None, **special, **sizes}
             model = LlamaForCausalLM(LlamaConfig(**shape))
         else:

@@ -23,11 +23,22 @@ from matplotlib.ticker import MaxNLocator
 
 WIDTH = 7.0  # inches
 STYLE = {
-    "font.size": 11, "figure.titlesize": 12, "legend.fontsize": 10, "xtick.labelsize": 10,
-    "ytick.labelsize": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
-    "grid.color": "0.9", "axes.axisbelow": True, "legend.frameon": False, "lines.linewidth": 1.8,
-    "legend.handlelength": 3.2, "lines.markersize": 7, "svg.hashsalt": "figure",
-}  # fmt: skip
+    "font.size": 11,
+    "figure.titlesize": 12,
+    "legend.fontsize": 10,
+    "xtick.labelsize": 10,
+    "ytick.labelsize": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "0.9",
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "lines.linewidth": 1.8,
+    "legend.handlelength": 3.2,
+    "lines.markersize": 7,
+    "svg.hashsalt": "figure",
+}
 MARKERS = "osD^vPX*"
 LINE_STYLES = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (8, 2)), (0, (4, 4)))
 
@@ -104,9 +115,12 @@ def _with_n(title: str, table: pd.DataFrame) -> str:
 
 
 def interval_plot(
-    table: pd.DataFrame, *, xlabel: str, title: str = "Estimates with 95 % intervals",
+    table: pd.DataFrame,
+    *,
+    xlabel: str,
+    title: str = "Estimates with 95 % intervals",
     reference: float | None = None,
-) -> Figure:  # fmt: skip
+) -> Figure:
     """Dots with horizontal intervals: a row for each group, the conditions below one another in it.
 
     Columns group, condition, value, low, high, and n if known; missing bounds give a bare dot.
@@ -159,9 +173,13 @@ def bounds_plot(
 
 
 def toxicity_distribution(
-    table: pd.DataFrame, *, threshold: float = 0.5, log: bool = True,
-    xlabel: str = "toxicity score x", title: str = "How often is a sample at least this toxic?",
-) -> Figure:  # fmt: skip
+    table: pd.DataFrame,
+    *,
+    threshold: float = 0.5,
+    log: bool = True,
+    xlabel: str = "toxicity score x",
+    title: str = "How often is a sample at least this toxic?",
+) -> Figure:
     """Survival curve P(score >= x) of each condition: the tail that a mean hides.
 
     Columns condition, score.  Missing scores (NaN) are left out and counted in the legend.
@@ -184,9 +202,12 @@ def toxicity_distribution(
 
 
 def toxicity_by_k(
-    table: pd.DataFrame, *, ylabel: str = "expected maximum toxicity",
-    title: str = "Toxicity against the number of samples k", log: bool = False,
-) -> Figure:  # fmt: skip
+    table: pd.DataFrame,
+    *,
+    ylabel: str = "expected maximum toxicity",
+    title: str = "Toxicity against the number of samples k",
+    log: bool = False,
+) -> Figure:
     """A measure against the number of samples k, with interval bands.
 
     Columns k, condition, value, low, high, and n if known.  `log`: powers of two on the k axis, and a
@@ -210,9 +231,11 @@ def toxicity_by_k(
 
 
 def category_heatmap(
-    table: pd.DataFrame, *, label: str = "expected maximum toxicity",
+    table: pd.DataFrame,
+    *,
+    label: str = "expected maximum toxicity",
     title: str = "Toxicity by prompt category",
-) -> Figure:  # fmt: skip
+) -> Figure:
     """Value of each category (rows, highest mean on top) and condition (columns), written in the cells.
 
     Where both name the same things, rows stand as columns do: each thing beside itself is the diagonal.
@@ -241,9 +264,13 @@ def category_heatmap(
 
 
 def agreement_heatmap(
-    table: pd.DataFrame, *, xlabel: str, ylabel: str, title: str = "Agreement of two annotations",
+    table: pd.DataFrame,
+    *,
+    xlabel: str,
+    ylabel: str,
+    title: str = "Agreement of two annotations",
     label: str = "pairs",
-) -> Figure:  # fmt: skip
+) -> Figure:
     """Counts of a square table (rows: one annotation, columns: the other), agreement framed.
 
     `label`: what is counted.
@@ -319,9 +346,11 @@ def score_histogram(
 
 
 def calibration_plot(
-    table: pd.DataFrame, *, xlabel: str = "predicted probability that the first is preferred",
+    table: pd.DataFrame,
+    *,
+    xlabel: str = "predicted probability that the first is preferred",
     title: str = "Predicted and observed preferences",
-) -> Figure:  # fmt: skip
+) -> Figure:
     """Observed against predicted shares, one point a bin with its interval; the diagonal is calibrated.
 
     Columns condition, predicted, value, low, high.
@@ -341,9 +370,13 @@ def calibration_plot(
 
 
 def learning_curve(
-    table: pd.DataFrame, *, ylabel: str, xlabel: str = "step", title: str | None = None,
+    table: pd.DataFrame,
+    *,
+    ylabel: str,
+    xlabel: str = "step",
+    title: str | None = None,
     reference: float | None = None,
-) -> Figure:  # fmt: skip
+) -> Figure:
     """A quantity over training: a thin line for each seed, the arm's mean, and the range over its seeds.
 
     Columns step, arm, seed, value.  `reference`: a horizontal line, such as the untrained model.

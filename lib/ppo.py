@@ -406,9 +406,10 @@ def update(
             norm = accelerator.clip_grad_norm_(trained, config.max_grad_norm)
             rows.append({**means, "grad_norm": float(norm)})
             training.check_finite(
-                rows[-1], f"step {step + 1}, epoch {epoch}, minibatch {number}",
+                rows[-1],
+                f"step {step + 1}, epoch {epoch}, minibatch {number}",
                 "Lower learning_rate or max_grad_norm, or look at the rewards of this step.",
-            )  # fmt: skip
+            )
             optimizer.step()
             optimizer.zero_grad()
     return {**pd.DataFrame(rows).mean().to_dict(), "ratio_error": rows[0]["ratio_error"]}
@@ -631,9 +632,13 @@ class _Run:
 
     def _save(self, step: int) -> None:
         state = {
-            "kl_coef": self.kl_coef, "stopped": self.stopped, "held_out_start": self.held_out_start,
-            "best_step": self.best.step, "best_value": self.best.value, "history": self.history.rows,
-        }  # fmt: skip
+            "kl_coef": self.kl_coef,
+            "stopped": self.stopped,
+            "held_out_start": self.held_out_start,
+            "best_step": self.best.step,
+            "best_value": self.best.value,
+            "history": self.history.rows,
+        }
         tensors = {"weights": self.learner.weights()}
         if self.best.step is not None:
             tensors["best"] = self.best.weights
@@ -667,9 +672,11 @@ class _Run:
         if self.config.top_k > 0 or self.config.top_p < 1:
             distribution += ", unfiltered, unlike sampling"
         history.attrs = {
-            "stopped": self.stopped, "best_step": best, "held_out_start": self.held_out_start,
+            "stopped": self.stopped,
+            "best_step": best,
+            "held_out_start": self.held_out_start,
             "ratio_distribution": distribution,
-        }  # fmt: skip
+        }
         return history
 
 

@@ -121,6 +121,30 @@ def _keep_lowest(model: PreTrainedModel, layers: int) -> None:
     model.config.num_hidden_layers = layers
 
 
+class _Inputs:
+    """What a backbone takes besides token ids and their mask."""
+
+    def __init__(self, backbone: PreTrainedModel):
+        accepted = inspect.signature(backbone.forward).parameters
+        own_positions = models.counts_from_two(backbone.config)
+        self.positions = "position_ids" in accepted and not own_positions
+        self.global_attention = "global_attention_mask" in accepted  # Longformer
+        self.segments = getattr(backbone.config, "type_vocab_size", 0) > 1
+        self.causal = self.positions and "past_key_values" in accepted
+
+    def extra(self, mask: torch.Tensor, response_mask: torch.Tensor | None) -> dict:
+        """Arguments for rows with these masks, (rows, time) each."""
+        extra = {}
+        if self.positions:  # of real tokens alone: padding may stand on either side
+            extra["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
+        if self.segments and response_mask is not None:
+            extra["token_type_ids"] = response_mask
+        if self.global_attention:  # some token must see all: the first
+            extra["global_attention_mask"] = torch.zeros_like(mask)
+            extra["global_attention_mask"][:, 0] = 1
+        return extra
+
+
 class RewardModel(torch.nn.Module):
     """Backbone, pooling over response tokens ("mean", or the "last" one), linear head of `outputs` logits.
 
@@ -130,25 +154,30 @@ class RewardModel(torch.nn.Module):
     """
 
     def __init__(
-        self, backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *,
-        pooling: str = "mean", outputs: int = 1, max_length: int = MAX_LENGTH,
+        self,
+        backbone: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        pooling: str = "mean",
+        outputs: int = 1,
+        max_length: int = MAX_LENGTH,
         padding_side: str = "right",
-    ):  # fmt: skip
+    ):
         super().__init__()
         if pooling not in POOLINGS:
             raise ValueError(f"pooling is {pooling!r}; allowed: {', '.join(POOLINGS)}.")
-        self.backbone, self.tokenizer, self.pooling = backbone, tokenizer, pooling
-        self.padding_side, self.truncated = padding_side, {"prompts": 0, "responses": 0}
-        self.config, width = backbone.config, models.state_width(backbone)
-        kind = self.config.model_type  # these count positions themselves, from 2
-        roberta = "roberta" in kind or kind == "longformer"
+        self.backbone = backbone
+        self.tokenizer = tokenizer
+        self.pooling = pooling
+        self.padding_side = padding_side
+        self.truncated = {"prompts": 0, "responses": 0}
+        self.config = backbone.config
         self.max_length = min(max_length, models.longest_text(self.config, max_length))
-        accepted = inspect.signature(backbone.forward).parameters
-        self._positions = "position_ids" in accepted and not roberta
-        self._global = "global_attention_mask" in accepted  # Longformer: some token must see all
+        self._inputs = _Inputs(backbone)
+        # [CLS] prompt [SEP] response [SEP]
         self._pair = tokenizer.cls_token_id is not None and tokenizer.sep_token_id is not None
-        self._causal = self._positions and not self._pair and "past_key_values" in accepted
-        self._segments = getattr(self.config, "type_vocab_size", 0) > 1
+        self._causal = self._inputs.causal and not self._pair
+        width = models.state_width(backbone)
         self._add_head(width, outputs)
         self.to(backbone.device)
 
@@ -189,9 +218,12 @@ class RewardModel(torch.nn.Module):
         return rows
 
     def forward(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor,
-        response_mask: torch.Tensor | None = None, **_,
-    ) -> SequenceClassifierOutput:  # fmt: skip
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        response_mask: torch.Tensor | None = None,
+        **_,
+    ) -> SequenceClassifierOutput:
         """Token ids and masks (rows, time) -> .logits (rows, outputs).
 
         `response_mask` marks the tokens to pool over; without it (as TRL calls) only "last" can pool.
@@ -202,14 +234,7 @@ class RewardModel(torch.nn.Module):
 
     def hidden(self, input_ids, attention_mask, response_mask=None) -> torch.Tensor:
         """Last hidden states (rows, time, width), whichever side is padded."""
-        extra = {}
-        if self._positions:
-            extra["position_ids"] = (attention_mask.cumsum(-1) - 1).clamp(min=0)
-        if self._segments and response_mask is not None:
-            extra["token_type_ids"] = response_mask
-        if self._global:
-            extra["global_attention_mask"] = torch.zeros_like(attention_mask)
-            extra["global_attention_mask"][:, 0] = 1
+        extra = self._inputs.extra(attention_mask, response_mask)
         out = self.backbone(input_ids=input_ids, attention_mask=attention_mask, **extra)
         return out.last_hidden_state
 
@@ -521,9 +546,13 @@ class TrainConfig:
 
 
 def train(
-    model: RewardModel, feedback: Feedback, config: TrainConfig = TrainConfig(), *,
-    features: torch.Tensor | None = None, batch_loss: Callable | None = None,
-) -> pd.DataFrame:  # fmt: skip
+    model: RewardModel,
+    feedback: Feedback,
+    config: TrainConfig = TrainConfig(),
+    *,
+    features: torch.Tensor | None = None,
+    batch_loss: Callable | None = None,
+) -> pd.DataFrame:
     """Train in place on targets (squared error) or pairs (Bradley-Terry); history: step, epoch, loss, ....
 
     Trains the head and whatever of the backbone requires gradients (`models.set_trainable`; freeze it
@@ -541,14 +570,10 @@ def train(
     groups = np.unique(feedback.group)
     batches = -(-len(groups) // config.prompts_per_batch)
     total = batches * config.epochs
-    optimiser = torch.optim.AdamW(
-        trained, lr=config.learning_rate, weight_decay=config.weight_decay
-    )
-    schedule = transformers.get_linear_schedule_with_warmup(
-        optimiser, round(config.warmup * total), total
-    )
+    optimiser, schedule = _optimiser(trained, config, total)
     encoded = None if features is not None else model.encode(feedback.prompts, feedback.responses)
-    rng, history = np.random.default_rng(config.seed), []
+    rng = np.random.default_rng(config.seed)
+    history = []
     bar = runtime.progress(total=total, label="training a reward model", unit="step")
     with models.fast_float32(model):
         for step in range(total):
@@ -567,6 +592,14 @@ def train(
             bar.update()
     bar.close()
     return pd.DataFrame(history, columns=["step", "epoch", "loss", "learning_rate", "grad_norm"])
+
+
+def _optimiser(trained: list[torch.nn.Parameter], config: TrainConfig, total: int):
+    """AdamW, and its learning rate: a linear rise, then a linear fall to 0 at step `total`."""
+    settings = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+    optimiser = torch.optim.AdamW(trained, **settings)
+    warmup = round(config.warmup * total)
+    return optimiser, transformers.get_linear_schedule_with_warmup(optimiser, warmup, total)
 
 
 def _check_finite(loss: torch.Tensor, where: str) -> None:

@@ -26,9 +26,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lib import adapters, encoding, generation, models, ppo, rewards, runtime, sft
 
 TRL_NAMES = {
-    "kl": "kl", "entropy": "entropy", "grad_norm": "grad_norm", "learning_rate": "learning_rate",
-    "clip_ratio/region_mean": "clip_fraction", "loss": "policy_loss",
-}  # fmt: skip
+    "kl": "kl",
+    "entropy": "entropy",
+    "grad_norm": "grad_norm",
+    "learning_rate": "learning_rate",
+    "clip_ratio/region_mean": "clip_fraction",
+    "loss": "policy_loss",
+}
 
 
 def train_rloo(
@@ -95,16 +99,28 @@ def _trl_config(config: ppo.PPOConfig, folder: str, device: torch.device, trl_se
 
     slices = config.batch // config.minibatch_size
     return trl.RLOOConfig(
-        output_dir=folder, max_steps=config.steps * config.epochs * slices,
-        num_iterations=config.epochs, per_device_train_batch_size=config.minibatch_size,
-        gradient_accumulation_steps=1, steps_per_generation=slices,
-        num_generations=config.samples_per_prompt, max_completion_length=config.max_new_tokens,
-        temperature=config.temperature, top_k=config.top_k, top_p=config.top_p,
-        beta=config.kl_coef, epsilon=config.clip, learning_rate=config.learning_rate,
-        lr_scheduler_type="constant", max_grad_norm=config.max_grad_norm, seed=config.seed,
-        disable_dropout=True, save_strategy="no", use_cpu=device.type == "cpu",
+        output_dir=folder,
+        max_steps=config.steps * config.epochs * slices,
+        num_iterations=config.epochs,
+        per_device_train_batch_size=config.minibatch_size,
+        gradient_accumulation_steps=1,
+        steps_per_generation=slices,
+        num_generations=config.samples_per_prompt,
+        max_completion_length=config.max_new_tokens,
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        beta=config.kl_coef,
+        epsilon=config.clip,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type="constant",
+        max_grad_norm=config.max_grad_norm,
+        seed=config.seed,
+        disable_dropout=True,
+        save_strategy="no",
+        use_cpu=device.type == "cpu",
         **{"bf16": False, **sft.PLAIN, **trl_settings},
-    )  # fmt: skip
+    )
 
 
 def _trainer(policy, tokenizer, prompts, score, settings, config):
@@ -114,10 +130,13 @@ def _trainer(policy, tokenizer, prompts, score, settings, config):
     top = models.decoder_layers(policy)[-config.layers :]
     rows = {"prompt": _without_start(tokenizer, prompts), "asked": list(prompts)}
     trainer = trl.RLOOTrainer(
-        policy, reward_funcs=score, args=settings, processing_class=tokenizer,
+        policy,
+        reward_funcs=score,
+        args=settings,
+        processing_class=tokenizer,
         train_dataset=datasets.Dataset.from_dict(rows),
         peft_config=adapters.lora_config(policy, top, config.lora_rank),
-    )  # fmt: skip
+    )
     trainer.remove_callback(transformers.PrinterCallback)
     return trainer
 
@@ -143,10 +162,15 @@ class _Score:
         started, none = time.perf_counter(), [np.full(len(ids), np.nan) for ids in completion_ids]
         ended = [encoding.is_finished(ids, self.ends) for ids in completion_ids]
         samples = generation.Samples(
-            prompts=asked, prompt_index=list(range(len(asked))), texts=completions,
+            prompts=asked,
+            prompt_index=list(range(len(asked))),
+            texts=completions,
             prompt_ids=[encoding.encode(self.tokenizer, prompt).prompt for prompt in asked],
-            response_ids=completion_ids, log_probs=none, model_log_probs=none, finished=ended,
-        )  # fmt: skip
+            response_ids=completion_ids,
+            log_probs=none,
+            model_log_probs=none,
+            finished=ended,
+        )
         totals, components = rewards.place_rewards(self.reward_fn(samples), samples)
         row = {f"reward/{name}": values.mean() for name, values in components.items()}
         row |= {"length": np.mean([len(ids) for ids in completion_ids]), "finished": np.mean(ended)}

@@ -90,10 +90,15 @@ class Scorer:
     def card(self) -> dict[str, str]:
         """What a result must carry: scorers change over time and their scores are not comparable."""
         return {
-            "name": self.name, "version": self.version, "role": self.role or "-",
-            "detects": self.detects, "licence": self.licence, "missing": str(self.on_missing),
-            "empty text": str(self.empty), "date": _today(),
-        }  # fmt: skip
+            "name": self.name,
+            "version": self.version,
+            "role": self.role or "-",
+            "detects": self.detects,
+            "licence": self.licence,
+            "missing": str(self.on_missing),
+            "empty text": str(self.empty),
+            "date": _today(),
+        }
 
     def _fill_missing(self, scores: np.ndarray) -> np.ndarray:
         missing = np.flatnonzero(np.isnan(scores))
@@ -366,9 +371,11 @@ class PerspectiveScorer(Scorer):
             return growing(state) if asked is None else asked
 
         retrying = tenacity.Retrying(
-            stop=tenacity.stop_after_attempt(self.ATTEMPTS), wait=pause, reraise=True,
+            stop=tenacity.stop_after_attempt(self.ATTEMPTS),
+            wait=pause,
+            reraise=True,
             retry=tenacity.retry_if_exception_type(_PassingError),
-        )  # fmt: skip
+        )
         try:
             return retrying(self._request, text)
         except _PassingError as error:
@@ -383,9 +390,11 @@ class PerspectiveScorer(Scorer):
         body = {"comment": {"text": text}, "requestedAttributes": {self._attribute: {}}}
         try:
             response = self._session.post(
-                self._url, json=body | {"doNotStore": True}, timeout=self.TIMEOUT,
+                self._url,
+                json=body | {"doNotStore": True},
+                timeout=self.TIMEOUT,
                 headers={"X-Goog-Api-Key": self._key},
-            )  # fmt: skip
+            )
         except (requests.ConnectionError, requests.Timeout) as error:
             raise _PassingError(type(error).__name__) from None
         if response.status_code == 429 or response.status_code >= 500:

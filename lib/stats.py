@@ -202,9 +202,14 @@ def bootstrap(
         return statistic(*(c[rows] for c in columns))
 
     result = stats.bootstrap(
-        (np.arange(n),), of_units, n_resamples=resamples, vectorized=False,
-        method="percentile", rng=np.random.default_rng(seed), batch=max(1, 2_000_000 // n),
-    )  # fmt: skip
+        (np.arange(n),),
+        of_units,
+        n_resamples=resamples,
+        vectorized=False,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+        batch=max(1, 2_000_000 // n),
+    )
     low, high = result.confidence_interval
     return Interval(float(statistic(*columns)), float(low), float(high), n)
 

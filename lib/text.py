@@ -56,9 +56,12 @@ def distinct_n_by_prompt(groups: Sequence[Sequence[str]], n: int) -> float:
     are left out.
     """
     counts = [
-        (len({gram for text in texts for gram in word_ngrams(text, n)}), sum(len(words(t)) for t in texts))
+        (
+            len({gram for text in texts for gram in word_ngrams(text, n)}),
+            sum(len(words(t)) for t in texts),
+        )
         for texts in groups
-    ]  # fmt: skip
+    ]
     shares = [unique / total for unique, total in counts if total]
     return float(np.mean(shares)) if shares else float("nan")
 

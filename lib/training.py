@@ -359,9 +359,13 @@ class _Wandb:
         import wandb
 
         self.run = wandb.init(
-            project=PROJECT, name=f"{what}-{mark}", id=mark, resume="allow", config=settings,
+            project=PROJECT,
+            name=f"{what}-{mark}",
+            id=mark,
+            resume="allow",
+            config=settings,
             dir=folder,
-        )  # fmt: skip
+        )
         # steps that a killed run had reported come again: by a step of their own that is no fault
         self.run.define_metric("*", step_metric="step")
 

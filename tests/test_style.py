@@ -60,3 +60,10 @@ def test_functions_and_classes_fit_on_a_screen(path):
             lines = node.end_lineno - node.lineno + 1
             limit = MAX_CLASS if isinstance(node, ast.ClassDef) else MAX_FUNCTION
             assert lines <= limit, f"{path.name}: {node.name} has {lines} lines, at most {limit}."
+
+
+@pytest.mark.parametrize("folder", ["lib", "lib/annotate", "bench"])
+def test_the_formatter_formats(folder):
+    """Of the shared code: a line that the formatter would spoil is two statements, or a table in a file."""
+    for path in sorted((ROOT / folder).glob("*.py")):
+        assert "fmt: " + "skip" not in path.read_text(encoding="utf-8"), path.name

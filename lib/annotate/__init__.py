@@ -118,9 +118,11 @@ def read_guidelines(text: str) -> list[tuple[str, list[str]]]:
 
 
 def build(
-    items: Sequence[dict], kind: str = "spans", title: str | None = None,
+    items: Sequence[dict],
+    kind: str = "spans",
+    title: str | None = None,
     guidelines: str | None = None,
-) -> str:  # fmt: skip
+) -> str:
     """The page as HTML.  Items: records (those with feedback open for review) or course items.
 
     kind: "spans" or "compare" (four answers needed).  guidelines: your own text in place of the page's (see
@@ -154,9 +156,12 @@ def build(
 
 
 def write(
-    items: Sequence[dict], path: str | Path, kind: str = "spans", title: str | None = None,
+    items: Sequence[dict],
+    path: str | Path,
+    kind: str = "spans",
+    title: str | None = None,
     guidelines: str | None = None,
-) -> Path:  # fmt: skip
+) -> Path:
     """Write the page of `build` to a file."""
     page = build(items, kind, title, guidelines)
     return runtime.write_atomic(Path(path).expanduser(), page)
@@ -266,10 +271,12 @@ def inconsistencies(record: dict) -> list[str]:
 # --- one record, read-only -----------------------------------------------------------------------
 
 _SPAN_STYLES = (  # a colour, and a kind of underline for those who do not see it
-    "#ffe3c2; text-decoration: underline solid", "#e3d9ff; text-decoration: underline double",
-    "#ffd3da; text-decoration: underline dashed", "#cdeed9; text-decoration: underline dotted",
+    "#ffe3c2; text-decoration: underline solid",
+    "#e3d9ff; text-decoration: underline double",
+    "#ffd3da; text-decoration: underline dashed",
+    "#cdeed9; text-decoration: underline dotted",
     "#e1e4e8; text-decoration: underline wavy",
-)  # fmt: skip
+)
 
 
 def show_record(record: dict) -> HTML:
