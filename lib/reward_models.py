@@ -27,7 +27,6 @@ import pandas as pd
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from scipy.special import expit
 from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import SequenceClassifierOutput
 
@@ -43,9 +42,7 @@ from lib import (
     models,
     preferences,
     runtime,
-    stats,
 )
-from lib.stats import Interval
 from lib.text import check_texts
 
 POOLINGS = ("mean", "last")
@@ -620,65 +617,3 @@ def _batch_loss(model, feedback, groups, encoded, features) -> torch.Tensor:
     pairs = feedback.pairs[np.isin(feedback.group[feedback.pairs[:, 0]], groups)]
     left, right = torch.as_tensor(np.searchsorted(rows, pairs), device=device).T
     return losses.pairwise_loss(logits[left], logits[right])
-
-
-# --- how good is a reward model ------------------------------------------------------------------
-
-
-def pair_margins(rankings: pd.DataFrame, z1: np.ndarray, z2: np.ndarray) -> pd.DataFrame:
-    """Decided pairs with margin = z1 - z2 and won (1 where response1 was preferred), and their prompt."""
-    rows = rankings.assign(margin=np.asarray(z1) - np.asarray(z2))
-    rows["prompt"] = pd.factorize(rows["instruction"] + "\x1f" + rows["input"])[0]
-    rows = preferences.decided(rows)
-    return rows.assign(won=(rows["verdict"] == "(a)").astype(float))
-
-
-def pairwise_accuracy(pairs: pd.DataFrame, seed: int = 0) -> Interval:
-    """Share of decided pairs ordered as the annotator did, equal scores one half; prompts resampled.
-
-    Pairs without a margin are left out.
-    """
-    side = np.sign(pairs["margin"].to_numpy(float))  # NaN stays NaN
-    right = np.where(pairs["won"] == 1, 1 + side, 1 - side) / 2
-    return stats.bootstrap(right, clusters=pairs["prompt"].to_numpy(), seed=seed)
-
-
-def rank_correlation(
-    z: np.ndarray, scores: Sequence[float], prompts: Sequence, seed: int = 0
-) -> Interval:
-    """Mean over prompts of the Spearman correlation, within the prompt, of scores z with ratings.
-
-    Within, because a Bradley-Terry score has no level that prompts share.  Prompts are resampled; those
-    where a side does not vary are left out, and n counts the others.  So are responses without a score.
-    """
-    table = pd.DataFrame({"z": np.asarray(z, dtype=float), "prompt": np.asarray(prompts)})
-    table["score"] = pd.Series(scores).astype(float).to_numpy()
-    correlations = [
-        stats.correlation(*rows[["z", "score"]].rank().to_numpy().T)
-        for _, rows in table.dropna(subset=["z", "score"]).groupby("prompt", sort=False)
-    ]
-    return stats.bootstrap(correlations, seed=seed)
-
-
-def calibration(pairs: pd.DataFrame, bins: int = 5) -> pd.DataFrame:
-    """Predicted against observed preference, in `bins` of equal size by sigmoid(margin).
-
-    Columns predicted (mean), value (share won), low, high (Wilson), n.  Every pair stands in it from both
-    sides, so the table is symmetric; n and the intervals count it once.  attrs["error"]: the expected
-    calibration error, sum over bins of n/N |value - predicted|; NaN where there is no pair.
-    """
-    pairs = pairs[pairs["margin"].notna()]
-    predicted = expit(pairs["margin"].to_numpy(float))
-    won = pairs["won"].to_numpy(float)
-    both, outcome = np.append(predicted, 1 - predicted), np.append(won, 1 - won)
-    bins = max(1, min(bins, len(both)))
-    rows = []
-    for part in np.array_split(np.argsort(both, kind="stable"), bins) if len(both) else ():
-        n = max(1, len(part) // 2)
-        share = outcome[part].mean()
-        interval = stats.proportion(round(share * n), n)
-        rows.append((both[part].mean(), share, interval.low, interval.high, n))
-    table = pd.DataFrame(rows, columns=["predicted", "value", "low", "high", "n"])
-    gaps = (table["value"] - table["predicted"]).abs()
-    table.attrs["error"] = float(np.average(gaps, weights=table["n"])) if rows else np.nan
-    return table

@@ -1,4 +1,4 @@
-"""Reward models: encoding, padding, losses, training, storage, measures, best of n."""
+"""Reward models: encoding, padding, losses, training, storage, best of n."""
 
 import itertools
 import math
@@ -200,27 +200,10 @@ def test_what_nobody_judged_trains_nothing():
     assert [[found.responses[i] for i in pair] for pair in found.pairs] == [["a", "b"]]
     with pytest.raises(ValueError, match="or missing"):
         reward_models.from_rankings(rankings[1:])
-    margins = reward_models.pair_margins(rankings, [1.0, 1.0], [0.0, 0.0])
-    assert margins[["response1", "won"]].values.tolist() == [["a", 1.0]]
     ratings = pd.DataFrame([("q", "", "a", None), ("q", "", "b", 7)], columns=preferences.RATING)
     assert reward_models.from_ratings(ratings).targets.tolist() == [1.0]
     with pytest.raises(ValueError, match="no row has a score"):
         reward_models.from_ratings(ratings[:1])
-
-
-@pytest.mark.filterwarnings("error")
-def test_measures_of_no_pair_one_pair_and_missing_scores():
-    none = pd.DataFrame({"margin": [], "won": [], "prompt": []})
-    assert math.isnan(reward_models.pairwise_accuracy(none).value)
-    assert reward_models.calibration(none).empty
-    assert math.isnan(reward_models.calibration(none).attrs["error"])
-    one = pd.DataFrame({"margin": [2e3, np.nan], "won": [1.0, 0.0], "prompt": [0, 1]})
-    assert reward_models.pairwise_accuracy(one)[::3] == (1.0, 1)  # a missing margin is not "right"
-    assert reward_models.calibration(one)["n"].tolist() == [1, 1]
-    scores = pd.array([1, 2, None, 3], dtype="Int64")
-    found = reward_models.rank_correlation(np.array([1.0, 2.0, 0.0, 3.0]), scores, ["p"] * 4)
-    assert found.value == 1 and found.n == 1
-    assert reward_models.rank_correlation(np.zeros(0), [], []).n == 0
 
 
 def test_shuffled_keeps_what_is_paid_and_turns_pairs():
@@ -352,43 +335,6 @@ def test_weights_that_the_card_does_not_explain_are_refused(tmp_path):
         ValueError, match="weights that the card does not explain, first 'head.bias'"
     ):
         reward_models.load(folder)
-
-
-# --- measures ------------------------------------------------------------------------------------
-
-
-def rankings(verdicts):
-    rows = [("q" + str(i // 2), "", "a", "b", v) for i, v in enumerate(verdicts)]
-    return pd.DataFrame(rows, columns=preferences.RANKING)
-
-
-def test_pairwise_accuracy_by_hand():
-    table = rankings(["(a)", "(b)", "equal", "(a)", "(b)", "(a)"])
-    margins = reward_models.pair_margins(table, [1, 1, 9, -1, -2, 0], np.zeros(6))
-    assert margins["won"].tolist() == [1, 0, 1, 0, 1]
-    found = reward_models.pairwise_accuracy(margins)  # right, wrong, wrong, right, tie
-    assert found.value == pytest.approx(0.5) and found.n == 3 and found.low <= 0.5 <= found.high
-
-
-def test_rank_correlation():
-    z = np.array([0.1, 0.2, 5.0, 6.0])
-    assert reward_models.rank_correlation(z, [1, 2, 3, 7], [0, 0, 1, 1]).value == pytest.approx(1)
-    # the level of a prompt's scores says nothing: only the order within prompts counts
-    assert reward_models.rank_correlation(z, [6, 7, 1, 2], [0, 0, 1, 1]).value == pytest.approx(1)
-    assert reward_models.rank_correlation(z, [6, 7, 1, 1], [0, 0, 1, 1]).n == 1
-    assert np.isnan(reward_models.rank_correlation(z, [4, 4, 4, 4], [0, 0, 1, 1]).value)
-
-
-def test_calibration_finds_over_confidence():
-    rng = np.random.default_rng(0)
-    margin = rng.normal(0, 1.5, 4000)
-    won = rng.random(4000) < 1 / (1 + np.exp(-margin))
-    table = rankings(np.where(won, "(a)", "(b)"))
-    honest = reward_models.calibration(reward_models.pair_margins(table, margin, 0 * margin))
-    boastful = reward_models.calibration(reward_models.pair_margins(table, 3 * margin, 0 * margin))
-    assert honest.attrs["error"] < 0.02 < 0.1 < boastful.attrs["error"]
-    assert len(honest) == 5 and honest["n"].sum() == 4000
-    np.testing.assert_allclose(honest["value"] + honest["value"][::-1].to_numpy(), 1)
 
 
 # --- best of n -----------------------------------------------------------------------------------
