@@ -7,7 +7,8 @@ A prompt holds facts and asks for some of them; an answer is a list of clauses i
 The three kinds of error of fine-grained RLHF (Wu et al. 2023, section 4) are known by construction:
 C1 a clause not asked for, repeated or no clause at all (judged for each clause), C2 a wrong value (for each
 sentence), C3 an asked fact missing (for the whole answer).  `f1`, the judge, is in no reward: it compares
-what was rightly answered with all that was said and all that was asked, so padding costs.
+what was rightly answered with all that was said and all that was asked, so padding costs.  A true sentence
+is paid once: said again it earns nothing, so that saying more needs more facts.
 
 Simplified: a world of 12 attributes and 8 values each; words are tokens; nothing is paraphrased.
 """
@@ -107,14 +108,16 @@ def demonstrate(
 ) -> list[str]:
     """One noisy answer to each question, for the first fine-tuning.
 
-    2 to 6 clauses; each is about an asked attribute with probability `relevant` (repeats happen), has the
-    right value with probability `right`, and ends its sentence half of the time.
+    2 clauses up to one a fact, none twice; each is about an asked attribute with probability `relevant` while
+    both kinds are left, has the right value with probability `right`, and ends its sentence half of the time.
     """
     rng, answers = np.random.default_rng(seed), []
     for question in questions:
-        others, text = [name for name in question.facts if name not in question.asked], ""
-        for _ in range(rng.integers(2, 7)):
-            name = str(rng.choice(question.asked if rng.random() < relevant else others))
+        asked, text = rng.permutation(question.asked).tolist(), ""
+        others = rng.permutation([x for x in question.facts if x not in question.asked]).tolist()
+        for _ in range(rng.integers(2, len(question.facts) + 1)):
+            wanted = rng.random() < relevant
+            name = (asked if asked and (wanted or not others) else others).pop()
             wrong = rng.random() >= right
             value = str(rng.choice(ATTRIBUTES[name])) if wrong else question.facts[name]
             text += f" {name} {value}" + (",", ".")[rng.integers(2)]
@@ -153,6 +156,7 @@ class Errors:
     relevant: np.ndarray  # (clauses,) asked for, and not said before
     true: np.ndarray  # (clauses,) the facts say so
     sentences: np.ndarray  # (sentences,) every clause is true
+    new: np.ndarray  # (sentences,) some clause states rightly what was not stated before
     coverage: float  # share of the asked facts that are stated rightly
     asked: int
 
@@ -166,9 +170,11 @@ class Errors:
 @lru_cache(maxsize=100_000)
 def judge(prompt: str, text: str) -> Errors:
     """The errors of one answer, exactly; an answer without text has no clauses and covers nothing."""
-    question, said, relevant, true, sentences = read(prompt), {}, [], [], []
+    question, said = read(prompt), {}
+    relevant, true, sentences, new = [], [], [], []
     for start, end in Segmenter("sentence").spans(text):
         first = len(true)
+        before = sum(said.values())
         for left, right in Segmenter("clause").spans(text[start:end]):
             words = text[start:end][left:right].rstrip(" ,.").split()
             name, value = words if len(words) == 2 else ("", "")
@@ -176,9 +182,10 @@ def judge(prompt: str, text: str) -> Errors:
             true.append(bool(name) and question.facts.get(name) == value)
             said[name] = said.get(name, False) or true[-1]
         sentences.append(all(true[first:]))
+        new.append(sum(said.values()) > before)
     asked = len(question.asked)
     coverage = sum(said.get(name, False) for name in question.asked) / asked
-    marks = (np.array(x, dtype=bool) for x in (relevant, true, sentences))
+    marks = (np.array(x, dtype=bool) for x in (relevant, true, sentences, new))
     return Errors(*marks, coverage, asked)
 
 
@@ -188,8 +195,9 @@ def relevance(prompts: Sequence[str], responses: Sequence[str]) -> list[np.ndarr
 
 
 def factuality(prompts: Sequence[str], responses: Sequence[str]) -> list[np.ndarray]:
-    """R2 for each sentence: 1 if every value in it is right, else -1."""
-    return [2.0 * judge(p, r).sentences - 1 for p, r in zip(prompts, responses, strict=True)]
+    """R2 for each sentence: 1 if every value in it is right, -1 if one is wrong, 0 if all was said before."""
+    errors = [judge(p, r) for p, r in zip(prompts, responses, strict=True)]
+    return [np.where(e.sentences, e.new, -1.0) for e in errors]
 
 
 def completeness(prompts: Sequence[str], responses: Sequence[str]) -> list[np.ndarray]:
