@@ -15,8 +15,10 @@ Simplified: a world of 12 attributes and 8 values each; words are tokens; nothin
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Sequence
+import zlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -214,3 +216,52 @@ def panel(prompts: Sequence[str], responses: Sequence[str]) -> pd.DataFrame:
     ]
     columns = ["clauses", "relevant", "sentences", "factual", "coverage", "f1"]
     return pd.DataFrame(rows, columns=columns)
+
+
+# --- rewards that err, preferences ---------------------------------------------------------------
+
+SCALES = {"R1": (-1.0, 1.0), "R2": (-1.0, 1.0), "R3": (0.0, 1.0)}  # lowest and highest score
+
+
+def erring(score: Callable, name: str, share: float, seed: int = 0) -> Callable:
+    """The scores of R1, R2 or R3 (`name`), each segment's turned round with probability `share`.
+
+    Turned round: lowest + highest - score.  A text gets the same errors whenever it is scored, as a learned
+    model would make them.  Raises ValueError for a share outside 0 to 1.
+    """
+    if not 0 <= share <= 1:
+        raise ValueError(f"share is {share!r}; allowed: 0 to 1.")
+
+    def scored(prompts: Sequence[str], responses: Sequence[str]) -> list[np.ndarray]:
+        rows = score(prompts, responses)
+        texts = zip(prompts, responses, strict=True)
+        return [
+            _turned(row, text, name, share, seed) for row, text in zip(rows, texts, strict=True)
+        ]
+
+    return scored
+
+
+def _turned(row: np.ndarray, text: tuple[str, str], name: str, share: float, seed: int):
+    key = zlib.crc32("\n".join((name, *text)).encode())
+    turn = np.random.default_rng([seed, key]).random(len(row)) < share
+    return np.where(turn, sum(SCALES[name]) - row, row)
+
+
+def quality(prompts: Sequence[str], responses: Sequence[str]) -> np.ndarray:
+    """(answers,) overall quality: mean of the shares of relevant clauses, true sentences, asked facts."""
+    table = panel(prompts, responses)
+    shares = table.relevant / table.clauses, table.factual / table.sentences, table.coverage
+    return sum(share.fillna(0).to_numpy(dtype=float) for share in shares) / 3
+
+
+def preferred_pairs(values: np.ndarray, per_question: int, noise: float, seed: int) -> np.ndarray:
+    """(questions, pairs, 2) all pairs of a question's answers, the preferred one's number first.
+
+    `values` (answers,) stand question by question.  An annotator prefers the higher value plus normal noise
+    of deviation `noise`, drawn anew in each pair.
+    """
+    rows = np.arange(len(values)).reshape(-1, per_question)
+    pairs = rows[:, list(itertools.combinations(range(per_question), 2))]
+    seen = values[pairs] + np.random.default_rng(seed).normal(0, noise, pairs.shape)
+    return np.take_along_axis(pairs, np.argsort(-seen, axis=-1), axis=-1)
