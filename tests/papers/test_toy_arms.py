@@ -121,7 +121,7 @@ def test_a_preference_model_is_trained_on_other_questions_than_it_is_tested_on(s
     drawn = dataclasses.replace(drawn, texts=texts)
     config = reward_models.TrainConfig(1e-3, epochs=1, prompts_per_batch=8)
     model, table = toy_arms.train_preference_model(
-        fresh().base_model, start[1], drawn, config, per_question=3, held_out=16, noise=0.0
+        fresh(), start[1], drawn, config, per_question=3, held_out=16, noise=0.0
     )
     assert table.loc["ceiling: quality without noise", "value"] > 0.9  # ties count half
     assert (table.n == 16).all() and table.value.between(0, 1).all()
@@ -129,6 +129,18 @@ def test_a_preference_model_is_trained_on_other_questions_than_it_is_tested_on(s
     paid = rewards.totals(reward(drawn), drawn)
     assert paid.mean() == pytest.approx(0, abs=1e-3) and paid.std() == pytest.approx(1, abs=1e-2)
     assert all((row[:-1] == 0).all() for row in reward(drawn)["preference"])  # at the last token
+
+
+def test_the_likelihood_model_scores_by_the_mean_probability_of_an_answers_tokens(start, answers):
+    model = toy_arms.LikelihoodModel(fresh(), start[1]).eval()
+    encoded = model.encode(answers.prompts, answers.texts)
+    same = [i for i, (_, ids) in enumerate(encoded) if ids == list(answers.response_ids[i])]
+    assert len(same) > 2  # others did not end, or hold a token that is no text
+    prompts, texts = ([x[i] for i in same] for x in (answers.prompts, answers.texts))
+    expected = [8 * np.exp(answers.model_log_probs[i]).mean() for i in same]
+    np.testing.assert_allclose(model.score(prompts, texts), expected, atol=1e-4)
+    logits = model(**model.batch([encoded[i] for i in same])).logits[:, 0]
+    np.testing.assert_allclose(logits.detach(), expected, atol=1e-4)
 
 
 def test_drawings_show_every_token_and_where_the_objective_is_flat():
