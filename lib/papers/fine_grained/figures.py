@@ -54,11 +54,8 @@ def clipped_objective(clip: float = 0.2) -> Figure:
         axes.plot(ratio, gain, color="black", label="PPO's objective")
         axes.axvspan(1 - clip, 1 + clip, color="0.92", label=f"within {clip:g} of 1")
         axes.axvline(1, color="0.3", lw=1, ls=":")
-        what = "good: raise it" if advantage > 0 else "bad: lower it"
-        axes.set(
-            xlabel="ratio of the token's probabilities, now / then",
-            title=f"A = {advantage:+g} ({what})",
-        )
+        wanted = "raise it" if advantage > 0 else "lower it"
+        axes.set(xlabel="ratio: probability now / then", title=f"A = {advantage:+g}: {wanted}")
     figure.axes[0].set_ylabel("objective of this token")
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
