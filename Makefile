@@ -31,7 +31,7 @@ smoke: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/nbstripout --verify --keep-output --keep-id --extra-keys 'metadata.widgets metadata.papermill cell.metadata.papermill cell.metadata.execution' notebooks/*.ipynb
+	$(BIN)/nbstripout --verify --keep-output --keep-id --extra-keys 'metadata.widgets metadata.papermill cell.metadata.papermill cell.metadata.execution' $(wildcard notebooks/*.ipynb notebooks/solutions/*.ipynb)
 
 test: lint
 	$(BIN)/python -m pytest

@@ -39,7 +39,7 @@ fast           what is only about speed; everything works, with the same numbers
 
 papers/        what one paper alone needs: rewardlm, sparse_feedback, ilf, fine_grained, alt
 course/        what makes a notebook run: assets, fetch, record, place, show, notebooks, runner, report,
-               publish, cli; arms, confirm: effects of arms, and the fresh seeds that decide;
+               publish, cli; arms, draw, confirm: effects of arms, their figures, the fresh seeds that decide;
                address, install, lab: where it comes from, a hosted Jupyter, JupyterLab
 """
 

@@ -130,7 +130,7 @@ def test_published_with_outputs_and_figures(path):
 def test_no_section_fell_silent(path):
     """Every figure that a notebook names stands in plots/, but for those of what the demo does not have."""
     code = "\n".join(c.source for c in cells(path, "code"))
-    named = {*re.findall(r'save_figure\(\w+, "(\w+)"', code)} - {"10_missing_bounds"}
+    named = {*re.findall(r'(?:save_figure\(\w+, |name=)"(\d\d_\w+)"', code)} - {"10_missing_bounds"}
     assert named and not [name for name in named if not (ROOT / f"plots/{name}.png").exists()]
 
 
@@ -165,7 +165,7 @@ def rounds_to(shown, value):
 
 # --- stored results ------------------------------------------------------------------------------
 
-WITH_STORED = [p for p in NOTEBOOKS if (ROOT / "data/results" / p.stem).is_dir()]
+WITH_STORED = [p for p in NOTEBOOKS if any((ROOT / "data/results" / p.stem).glob("*/*.csv*"))]
 
 
 def settle(path, tmp_path, monkeypatch) -> dict:
@@ -214,7 +214,8 @@ def test_stored_runs_have_the_settings_of_the_demo(path, tmp_path, monkeypatch, 
     assert json.loads((tmp_path / "settings.json").read_text())
     for place in read:  # no settings without a run
         named = {p.stem.partition("-")[2] for p in (folder / place).glob("settings-*.json")}
-        assert named == {p.stem.partition("-")[2] for p in (folder / place).glob("*.csv")}
+        tables = {p.name.partition(".csv")[0] for p in (folder / place).glob("*.csv*")}
+        assert named == {name.partition("-")[2] for name in tables}
 
 
 @pytest.mark.parametrize("name", ["STEPS", "MODEL"])

@@ -87,7 +87,13 @@ def resolve_notebooks(requests: list[str]) -> list[str]:
 
 
 def _resolve(text: str, known: dict[str, Path]) -> str:
-    name = Path(text).name.removesuffix(".ipynb")
+    path = Path(text)
+    if path.is_file() and path.resolve() not in [other.resolve() for other in known.values()]:
+        raise RequestError(
+            f"{text} is no notebook of the course (solutions are not), so nothing is recorded of it. Open it "
+            "in JupyterLab (python -m lib lab), or run it with papermill."
+        )
+    name = path.name.removesuffix(".ipynb")
     if name in known:
         return name
     matches = [other for other in known if name.isdigit() and other.startswith(name)]

@@ -130,7 +130,7 @@ def _math_to_mathml(text: str) -> str:
 
 def _link_from_run(link: re.Match, folder: Path) -> str:
     """A notebook's link to another one leads to its results, others to the same file as before."""
-    if link[1].endswith(".ipynb"):
+    if link[1].endswith(".ipynb") and "/" not in link[1]:
         return f"](../index.html#{Path(link[1]).stem})"
     here = os.path.relpath(runtime.project_root() / "notebooks", folder).replace(os.sep, "/")
     return f"]({here}/{link[1]})"

@@ -132,6 +132,15 @@ def test_a_notebook_is_found_by_name_file_and_number(root, text):
     assert notebooks.resolve_notebooks([]) == ["10_a", "11_b"]
 
 
+def test_solutions_are_no_notebooks_of_the_course(root):
+    lesson = write(root, "10_a")
+    solution = write(root, "solutions/10_a")
+    assert list(notebooks.find_notebooks().values()) == [lesson]
+    assert notebooks.resolve_notebooks([str(lesson)]) == ["10_a"]
+    with pytest.raises(notebooks.RequestError, match="is no notebook of the course"):
+        notebooks.resolve_notebooks([str(solution)])
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -42,6 +42,22 @@ def test_the_judge_makes_padding_costly_and_is_at_most_one():
     assert toy.judge(PROMPT, "").f1 == 0
 
 
+@pytest.mark.parametrize(
+    "text, paid",
+    [
+        ("metal iron. city oslo.", [1, 1]),
+        ("metal iron. metal iron.", [1, 0]),  # said before: not paid again, not charged either
+        ("metal iron. metal iron, city oslo.", [1, 1]),  # something new in it
+        ("metal gold. metal iron.", [-1, 1]),  # what was wrong before can still be said rightly
+        ("metal iron. metal gold.", [1, -1]),
+        ("metal iron, metal iron.", [1]),
+        ("", []),
+    ],
+)
+def test_a_true_sentence_is_paid_once(text, paid):
+    assert toy.factuality([PROMPT], [text])[0].tolist() == paid
+
+
 @given(st.lists(st.sampled_from(["metal", "iron", "city", "oslo", ",", "."])).map(" ".join))
 def test_rewards_have_one_number_for_each_segment_and_segments_cut_the_text(text):
     for unit, score in (
@@ -85,6 +101,53 @@ def test_demonstrations_err_as_often_as_they_are_told_to():
     )
     perfect = toy.demonstrate(questions, 0, relevant=1.0, right=1.0)
     assert all(e.sentences.all() for e in map(toy.judge, prompts, perfect))
+
+
+@pytest.mark.parametrize("relevant", [0.0, 0.6, 1.0])
+def test_demonstrations_say_nothing_twice_and_asked_facts_first_where_that_is_wanted(relevant):
+    questions = toy.draw_questions(200, seed=1)
+    for question, text in zip(
+        questions, toy.demonstrate(questions, 0, relevant=relevant), strict=True
+    ):
+        names = [
+            clause.split()[0] for clause in text.replace(".", ",").split(",") if clause.strip()
+        ]
+        assert 2 <= len(names) == len(set(names)) <= len(question.facts)
+        first = [name in question.asked for name in names[:3]]
+        assert relevant not in (0.0, 1.0) or set(first) == {bool(relevant)}
+
+
+def test_erring_scores_turn_the_share_of_segments_asked_for_and_always_the_same():
+    questions = toy.draw_questions(400, seed=2)
+    prompts, texts = [q.prompt for q in questions], toy.demonstrate(questions, 0)
+    for name, score in (("R1", toy.relevance), ("R3", toy.completeness)):
+        right = np.concatenate(score(prompts, texts))
+        wrong = np.concatenate(toy.erring(score, name, 0.2)(prompts, texts))
+        turned = wrong != right
+        unclear = right == sum(toy.SCALES[name]) / 2  # a half stays a half
+        assert turned[~unclear].mean() == pytest.approx(0.2, abs=0.05)
+        np.testing.assert_allclose((wrong + right)[turned], sum(toy.SCALES[name]))
+        back = toy.erring(score, name, 0.2)(prompts[::-1], texts[::-1])[::-1]
+        np.testing.assert_array_equal(np.concatenate(back), wrong)
+        other = np.concatenate(toy.erring(score, name, 0.2, seed=1)(prompts, texts))
+        assert (other != wrong).any()
+    with pytest.raises(ValueError, match="allowed: 0 to 1"):
+        toy.erring(toy.relevance, "R1", 20)
+
+
+def test_preferred_pairs_put_the_better_answer_first_and_noise_turns_some():
+    values = np.array([0.1, 0.9, 0.5, 0.2, 0.3, 0.8])
+    sure = toy.preferred_pairs(values, 3, noise=0.0, seed=0)
+    assert sure.shape == (2, 3, 2) and (values[sure[..., 0]] > values[sure[..., 1]]).all()
+    assert {tuple(sorted(pair)) for pair in sure[1].tolist()} == {(3, 4), (3, 5), (4, 5)}
+    close = np.tile([0.5, 0.55], 500)
+    turned = close[toy.preferred_pairs(close, 2, noise=0.1, seed=0)[..., 0]] == 0.5
+    assert 0.25 < turned.mean() < 0.48  # P(N(.05, .1 sqrt 2) < 0) = .36
+
+
+def test_quality_is_the_mean_of_three_shares():
+    texts = ["metal iron, city oslo.", "metal iron. colour red.", ""]
+    assert toy.quality([PROMPT] * 3, texts).tolist() == pytest.approx([1, 2 / 3, 0])
 
 
 def test_a_kept_policy_of_the_task_is_loaded_and_another_refused(tmp_path):

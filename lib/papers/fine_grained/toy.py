@@ -7,15 +7,18 @@ A prompt holds facts and asks for some of them; an answer is a list of clauses i
 The three kinds of error of fine-grained RLHF (Wu et al. 2023, section 4) are known by construction:
 C1 a clause not asked for, repeated or no clause at all (judged for each clause), C2 a wrong value (for each
 sentence), C3 an asked fact missing (for the whole answer).  `f1`, the judge, is in no reward: it compares
-what was rightly answered with all that was said and all that was asked, so padding costs.
+what was rightly answered with all that was said and all that was asked, so padding costs.  A true sentence
+is paid once: said again it earns nothing, so that saying more needs more facts.
 
 Simplified: a world of 12 attributes and 8 values each; words are tokens; nothing is paraphrased.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Sequence
+import zlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -108,14 +111,16 @@ def demonstrate(
 ) -> list[str]:
     """One noisy answer to each question, for the first fine-tuning.
 
-    2 to 6 clauses; each is about an asked attribute with probability `relevant` (repeats happen), has the
-    right value with probability `right`, and ends its sentence half of the time.
+    2 clauses up to one a fact, none twice; each is about an asked attribute with probability `relevant` while
+    both kinds are left, has the right value with probability `right`, and ends its sentence half of the time.
     """
     rng, answers = np.random.default_rng(seed), []
     for question in questions:
-        others, text = [name for name in question.facts if name not in question.asked], ""
-        for _ in range(rng.integers(2, 7)):
-            name = str(rng.choice(question.asked if rng.random() < relevant else others))
+        asked, text = rng.permutation(question.asked).tolist(), ""
+        others = rng.permutation([x for x in question.facts if x not in question.asked]).tolist()
+        for _ in range(rng.integers(2, len(question.facts) + 1)):
+            wanted = rng.random() < relevant
+            name = (asked if asked and (wanted or not others) else others).pop()
             wrong = rng.random() >= right
             value = str(rng.choice(ATTRIBUTES[name])) if wrong else question.facts[name]
             text += f" {name} {value}" + (",", ".")[rng.integers(2)]
@@ -154,6 +159,7 @@ class Errors:
     relevant: np.ndarray  # (clauses,) asked for, and not said before
     true: np.ndarray  # (clauses,) the facts say so
     sentences: np.ndarray  # (sentences,) every clause is true
+    new: np.ndarray  # (sentences,) some clause states rightly what was not stated before
     coverage: float  # share of the asked facts that are stated rightly
     asked: int
 
@@ -167,9 +173,11 @@ class Errors:
 @lru_cache(maxsize=100_000)
 def judge(prompt: str, text: str) -> Errors:
     """The errors of one answer, exactly; an answer without text has no clauses and covers nothing."""
-    question, said, relevant, true, sentences = read(prompt), {}, [], [], []
+    question, said = read(prompt), {}
+    relevant, true, sentences, new = [], [], [], []
     for start, end in Segmenter("sentence").spans(text):
         first = len(true)
+        before = sum(said.values())
         for left, right in Segmenter("clause").spans(text[start:end]):
             words = text[start:end][left:right].rstrip(" ,.").split()
             name, value = words if len(words) == 2 else ("", "")
@@ -177,9 +185,10 @@ def judge(prompt: str, text: str) -> Errors:
             true.append(bool(name) and question.facts.get(name) == value)
             said[name] = said.get(name, False) or true[-1]
         sentences.append(all(true[first:]))
+        new.append(sum(said.values()) > before)
     asked = len(question.asked)
     coverage = sum(said.get(name, False) for name in question.asked) / asked
-    marks = (np.array(x, dtype=bool) for x in (relevant, true, sentences))
+    marks = (np.array(x, dtype=bool) for x in (relevant, true, sentences, new))
     return Errors(*marks, coverage, asked)
 
 
@@ -189,8 +198,9 @@ def relevance(prompts: Sequence[str], responses: Sequence[str]) -> list[np.ndarr
 
 
 def factuality(prompts: Sequence[str], responses: Sequence[str]) -> list[np.ndarray]:
-    """R2 for each sentence: 1 if every value in it is right, else -1."""
-    return [2.0 * judge(p, r).sentences - 1 for p, r in zip(prompts, responses, strict=True)]
+    """R2 for each sentence: 1 if every value in it is right, -1 if one is wrong, 0 if all was said before."""
+    errors = [judge(p, r) for p, r in zip(prompts, responses, strict=True)]
+    return [np.where(e.sentences, e.new, -1.0) for e in errors]
 
 
 def completeness(prompts: Sequence[str], responses: Sequence[str]) -> list[np.ndarray]:
@@ -207,3 +217,52 @@ def panel(prompts: Sequence[str], responses: Sequence[str]) -> pd.DataFrame:
     ]
     columns = ["clauses", "relevant", "sentences", "factual", "coverage", "f1"]
     return pd.DataFrame(rows, columns=columns)
+
+
+# --- rewards that err, preferences ---------------------------------------------------------------
+
+SCALES = {"R1": (-1.0, 1.0), "R2": (-1.0, 1.0), "R3": (0.0, 1.0)}  # lowest and highest score
+
+
+def erring(score: Callable, name: str, share: float, seed: int = 0) -> Callable:
+    """The scores of R1, R2 or R3 (`name`), each segment's turned round with probability `share`.
+
+    Turned round: lowest + highest - score.  A text gets the same errors whenever it is scored, as a learned
+    model would make them.  Raises ValueError for a share outside 0 to 1.
+    """
+    if not 0 <= share <= 1:
+        raise ValueError(f"share is {share!r}; allowed: 0 to 1.")
+
+    def scored(prompts: Sequence[str], responses: Sequence[str]) -> list[np.ndarray]:
+        rows = score(prompts, responses)
+        texts = zip(prompts, responses, strict=True)
+        return [
+            _turned(row, text, name, share, seed) for row, text in zip(rows, texts, strict=True)
+        ]
+
+    return scored
+
+
+def _turned(row: np.ndarray, text: tuple[str, str], name: str, share: float, seed: int):
+    key = zlib.crc32("\n".join((name, *text)).encode())
+    turn = np.random.default_rng([seed, key]).random(len(row)) < share
+    return np.where(turn, sum(SCALES[name]) - row, row)
+
+
+def quality(prompts: Sequence[str], responses: Sequence[str]) -> np.ndarray:
+    """(answers,) overall quality: mean of the shares of relevant clauses, true sentences, asked facts."""
+    table = panel(prompts, responses)
+    shares = table.relevant / table.clauses, table.factual / table.sentences, table.coverage
+    return sum(share.fillna(0).to_numpy(dtype=float) for share in shares) / 3
+
+
+def preferred_pairs(values: np.ndarray, per_question: int, noise: float, seed: int) -> np.ndarray:
+    """(questions, pairs, 2) all pairs of a question's answers, the preferred one's number first.
+
+    `values` (answers,) stand question by question.  An annotator prefers the higher value plus normal noise
+    of deviation `noise`, drawn anew in each pair.
+    """
+    rows = np.arange(len(values)).reshape(-1, per_question)
+    pairs = rows[:, list(itertools.combinations(range(per_question), 2))]
+    seen = values[pairs] + np.random.default_rng(seed).normal(0, noise, pairs.shape)
+    return np.take_along_axis(pairs, np.argsort(-seen, axis=-1), axis=-1)
