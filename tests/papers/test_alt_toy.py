@@ -8,13 +8,22 @@ import pytest
 import torch
 
 from lib import models
-from lib.papers.alt import critics, loop, toy, trials
+from lib.papers.alt import critics, figures, loop, plan, toy, trials
 from lib.papers.alt.labels import FreeText, Item, Quantiles
+from lib.stats import Interval
 
 SMALL = dict(
-    iterations=2, samples_per_prompt=5, steps=4, batch_size=8, learning_rate=3e-3, max_new_tokens=8,
-    eval_samples=2, check_every=2, beta=0.05, alpha=0.06,
-)  # fmt: skip
+    iterations=2,
+    samples_per_prompt=5,
+    steps=4,
+    batch_size=8,
+    learning_rate=3e-3,
+    max_new_tokens=8,
+    eval_samples=2,
+    check_every=2,
+    beta=0.05,
+    alpha=0.06,
+)
 
 
 # --- the world -----------------------------------------------------------------------------------
@@ -52,10 +61,16 @@ def test_no_thing_is_in_two_parts():
         toy.split(50, 10, 10)
 
 
-@pytest.mark.parametrize("text, value", [
-    ("was superb and ugly .", 0.0), ("was superb .", 0.5), ("was awful and dull .", -2 / 3),
-    ("was very positive .", 0.0), ("", 0.0),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text, value",
+    [
+        ("was superb and ugly .", 0.0),
+        ("was superb .", 0.5),
+        ("was awful and dull .", -2 / 3),
+        ("was very positive .", 0.0),
+        ("", 0.0),
+    ],
+)
 def test_the_reward_counts_and_is_blind_to_the_labels_words(text, value):
     assert toy.mood(["the lamp"], [text]) == [pytest.approx(value)]
 
@@ -129,9 +144,13 @@ def test_ppo_and_the_untrained_model_are_measured_alike(world):
 
 def test_rows_of_samples_by_hand():
     arm = trials.Arm(NUMBERS, FIVE, best="good", worst="bad")
-    samples = [("good", 0, 0.5, "was fresh .", 3, 6.0), ("good", 0, 0.0, "was new .", 5, 2.0),
-               ("good", 1, 1.0, "was new .", 2, 2.0), ("bad", 0, -1.0, "was stale .", 3, 3.0),
-               ("bad", 1, 0.5, "was fresh .", 3, 3.0)]  # fmt: skip
+    samples = [
+        ("good", 0, 0.5, "was fresh .", 3, 6.0),
+        ("good", 0, 0.0, "was new .", 5, 2.0),
+        ("good", 1, 1.0, "was new .", 2, 2.0),
+        ("bad", 0, -1.0, "was stale .", 3, 3.0),
+        ("bad", 1, 0.5, "was fresh .", 3, 3.0),
+    ]
     columns = ["request", "prompt_index", "score", "text", "tokens", "nll"]
     rows = trials.rows_of(pd.DataFrame(samples, columns=columns), arm)
     assert rows.reward.tolist() == [0.25, 1.0] and rows.gap.tolist() == [1.25, 0.5]
@@ -153,10 +172,14 @@ def test_both_met_needs_mood_and_brevity():
 
 def test_levels_are_counted_by_the_edges():
     arm = ARMS["Quark"]
-    table = pd.DataFrame({"request": [toy.TAGS[0]] * 3 + [toy.TAGS[4], "none"],
-                          "score": [0.9, 0.3, 0.0, -0.9, 0.9]})  # fmt: skip
+    table = pd.DataFrame(
+        {"request": [toy.TAGS[0]] * 3 + [toy.TAGS[4], "none"], "score": [0.9, 0.3, 0.0, -0.9, 0.9]}
+    )
     counts = trials.count_levels(table, arm)
     assert counts.values.tolist() == [[0, 0, 1], [0, 1, 1], [0, 2, 1], [4, 4, 1]]
+    square = trials.level_matrix(pd.concat([counts, counts]), toy.TAGS)
+    assert square.shape == (5, 5) and square.loc["very positive", "0.2 to 0.55"] == 2
+    assert square.to_numpy().sum() == 8 and square.iloc[4, 4] == 2
 
 
 def test_the_task_of_an_arm_asks_only_for_what_it_can_read(world):
@@ -165,3 +188,26 @@ def test_the_task_of_an_arm_asks_only_for_what_it_can_read(world):
     learner, task, _ = world.start(ARMS["words"], "y")
     assert len(task.requests) == 5 and not task.validation and learner.config.without == ((0, 0),)
     assert isinstance(learner, loop.Learner)
+
+
+# --- what is drawn and planned -------------------------------------------------------------------
+
+
+def test_the_trade_off_has_a_point_and_two_intervals_an_arm():
+    one, two = Interval(0.5, 0.4, 0.6, 9), Interval(1.5, 1.2, 1.9, 9)
+    points = pd.DataFrame([{"arm": "a", "x": one, "y": two}, {"arm": "b", "x": two, "y": one}])
+    (axes,) = figures.trade_off(points, xlabel="x", ylabel="y", title="t").axes
+    assert [line.get_xydata().tolist() for line in axes.lines] == [[[0.5, 1.5]], [[1.5, 0.5]]]
+    ends = [lines.get_segments()[0].tolist() for lines in axes.collections]
+    assert ends[:2] == [[[0.4, 1.5], [0.6, 1.5]], [[0.5, 1.2], [0.5, 1.9]]]
+    with pytest.raises(ValueError, match="nothing to draw"):
+        figures.trade_off(points[:0], xlabel="x", ylabel="y", title="t")
+
+
+def test_the_plan_of_the_papers_runs_by_hand():
+    table = plan.table().set_index("task")
+    assert table.loc["toxicity", "GPU memory, GB"] == pytest.approx(24 * 0.774, abs=0.05)
+    sampled = 2 * 0.774e9 * 1.36e6 * 60
+    learned = 8 * 0.774e9 * 32_000 * 32 * 60
+    hours = (sampled + learned) / 1e14 / 3600
+    assert table.loc["toxicity", "hours"] == pytest.approx(hours, abs=0.05)

@@ -86,17 +86,28 @@ class World:
         if arm.style == "token":
             first = conditions.add_tokens(policy, len(arm.tokens), seed=self.seed)
         conditioner = conditions.Conditioner(
-            self.tokenizer, arm.style, template=arm.template, join=" , and ", tokens=arm.tokens,
-            first_id=first, factored=arm.factored,
-        )  # fmt: skip
+            self.tokenizer,
+            arm.style,
+            template=arm.template,
+            join=" , and ",
+            tokens=arm.tokens,
+            first_id=first,
+            factored=arm.factored,
+        )
         fields = {**self.settings, "forward_rows": 64, "seed": self.seed, **arm.settings}
         config = loop.ConditioningConfig(**fields)
         validation = self.prompts.validation if config.check_every else ()
         nothing = {NO_REQUEST: ()} if arm.style == "none" else None
         task = loop.Task(
-            self.prompts.train, arm.feedback, arm.labeller, conditioner, held_out=self.prompts.test,
-            judge=toy.mood, requests=nothing, validation=validation,
-        )  # fmt: skip
+            self.prompts.train,
+            arm.feedback,
+            arm.labeller,
+            conditioner,
+            held_out=self.prompts.test,
+            judge=toy.mood,
+            requests=nothing,
+            validation=validation,
+        )
         folder = self.folder / f"{name}-{runtime.content_hash(name, fields)[:12]}"
         return loop.make_learner(policy, self.tokenizer, config), task, folder
 
@@ -118,15 +129,26 @@ class World:
         total = len(self.prompts.train) * shared["samples_per_prompt"] * shared["iterations"]
         size = min(64, len(self.prompts.train))
         config = ppo.PPOConfig(
-            steps=max(1, total // size), prompts_per_step=size, train="all", minibatch_size=size // 2,
-            max_new_tokens=shared["max_new_tokens"], forward_rows=64, learning_rate=learning_rate,
-            kl_coef=shared["beta"], eval_every=1, seed=self.seed,
-        )  # fmt: skip
+            steps=max(1, total // size),
+            prompts_per_step=size,
+            train="all",
+            minibatch_size=size // 2,
+            max_new_tokens=shared["max_new_tokens"],
+            forward_rows=64,
+            learning_rate=learning_rate,
+            kl_coef=shared["beta"],
+            eval_every=1,
+            seed=self.seed,
+        )
         validation = [p for p in self.prompts.validation for _ in range(shared["eval_samples"])]
         history = ppo.train_ppo(
-            policy, self.tokenizer, self.prompts.train, rewards.from_judge(toy.mood), config,
+            policy,
+            self.tokenizer,
+            self.prompts.train,
+            rewards.from_judge(toy.mood),
+            config,
             held_out=validation,
-        )  # fmt: skip
+        )
         arm = Arm(critics.scored(toy.mood), Quantiles(toy.TAGS), "none", best=NO_REQUEST)
         learner, task, _ = self.start(arm, "PPO")
         learner.policy.load_state_dict(policy.state_dict())  # the reference stays the base
@@ -200,3 +222,11 @@ def count_levels(table: pd.DataFrame, arm: Arm) -> pd.DataFrame:
     got = len(EDGES) - np.searchsorted(EDGES, rows.score)
     counts = pd.DataFrame({"requested": asked, "obtained": got}).value_counts()
     return counts.rename("n").reset_index().sort_values(["requested", "obtained"])
+
+
+def level_matrix(counts: pd.DataFrame, names: tuple[str, ...]) -> pd.DataFrame:
+    """`count_levels` of one or more runs as a square: requested levels down, obtained ones across."""
+    places = range(len(LEVELS))
+    square = counts.pivot_table("n", "requested", "obtained", aggfunc="sum", fill_value=0)
+    square = square.reindex(index=places, columns=places, fill_value=0).astype(int)
+    return square.set_axis(names).set_axis(LEVELS, axis=1)
