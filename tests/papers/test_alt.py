@@ -630,6 +630,28 @@ def test_the_reference_does_not_see_the_condition(style):
     assert torch.equal(found[0][1], found[1][1]) == (style == "none")
 
 
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+def test_the_table_of_tokens_adds_up_to_the_loss_of_training(direction):
+    learner, task = arm(config={"beta": 0.3, "alpha": 0.2, "direction": direction})
+    loop.train(learner, task)  # so that policy and reference differ
+    text = "a nice cat"
+    single = Item("the cat", text, tuple(learner.tokenizer(text)["input_ids"]), True, 1)
+    table = loop.token_table(learner, task, single, 1)
+    assert list(table.index) == text.split() and (table.KL > 0).all()
+    batch = loop.as_batch(learner, task, [(single, 1)])
+    parts = loop.batch_loss(learner, batch, torch.arange(1), loop.token_weights(batch.mask))
+    assert table.loss.mean() == pytest.approx(float(parts["loss"].detach()), abs=1e-5)
+    assert -table["log p(token | label)"].mean() == pytest.approx(
+        float(parts["nll"].detach()), abs=1e-5
+    )
+    start = -loop.reference_nll(
+        learner,
+        [task.conditioner.raw_ids(task.conditioner.build("the cat"))],
+        [list(single.response_ids)],
+    )[0]
+    assert table["log p(token)"].sum() == pytest.approx(start, abs=1e-4)
+
+
 @pytest.mark.parametrize("style", ["token", "text", "none"])
 def test_the_kl_of_training_is_against_the_unconditioned_reference(style):
     """At the start only the condition tells policy and reference apart."""

@@ -554,6 +554,32 @@ def batch_loss(
     )  # fmt: skip
 
 
+@torch.no_grad()
+def token_table(
+    learner: Learner, task: Task, item: labels.Item, label: labels.Label
+) -> pd.DataFrame:
+    """What the loss of one sample under a label is made of: a row a token, in nats.
+
+    Columns log p(token | label), log p(token) of the reference, KL, entropy, loss; the mean of the last is
+    the sample's loss.
+    """
+    config = learner.config
+    batch = as_batch(learner, task, [(item, label)])
+    logits = logits_of(learner, batch.conditioned)[0]
+    reference = logits_of(learner, batch.raw, reference=True)[0]
+    ids = batch.ids[0]
+    tokens = learner.tokenizer.convert_ids_to_tokens(ids.tolist())
+    table = pd.DataFrame(index=pd.Index(tokens, name="token"))
+    places = torch.arange(len(ids))
+    table["log p(token | label)"] = logits.log_softmax(-1)[places, ids].cpu().numpy()
+    table["log p(token)"] = reference.log_softmax(-1)[places, ids].cpu().numpy()
+    table["KL"] = losses.kl_divergence(logits, reference, config.direction).cpu().numpy()
+    table["entropy"] = losses.entropy(logits).cpu().numpy()
+    penalty = config.beta * table["KL"] - config.alpha * table["entropy"]
+    table["loss"] = penalty - table["log p(token | label)"]
+    return table
+
+
 def logits_of(
     learner: Learner, rows: _Rows, places: torch.Tensor | None = None, reference: bool = False
 ) -> torch.Tensor:
