@@ -548,6 +548,64 @@ def test_killed_between_an_iteration_and_its_line_of_history(tmp_path, whole, mo
     same(outcome(*train(tmp_path)), whole)  # nothing is left to do
 
 
+CHECKED = {"validation": ["a dog", "you sat"], "config": {"check_every": 2, "steps": 5}}
+
+
+@pytest.fixture(scope="module")
+def checked():
+    return train(**CHECKED)
+
+
+@pytest.mark.parametrize("call", [1, 2, 4, 5, 8])
+def test_killed_at_a_check_it_ends_with_the_same_weights(tmp_path, checked, call, monkeypatch):
+    """Checks are at 0, 2, 4 and 5 of each iteration's steps, and come once each whatever is killed."""
+    rows = checked[2].history.attrs["checks"]
+    assert [row["step"] for row in rows] == [0, 2, 4, 5, 5, 7, 9, 10]
+    real, calls = loop.check, []
+
+    def killed(*arguments):
+        calls.append(1)
+        if len(calls) == call:
+            raise KilledError
+        real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "check", killed)
+        with pytest.raises(KilledError):
+            train(tmp_path, **CHECKED)
+    again = train(tmp_path, **CHECKED)
+    assert again[2].history.attrs["checks"] == rows
+    same(outcome(*again), outcome(*checked))
+
+
+def test_an_iteration_ends_with_the_weights_of_its_best_check(monkeypatch):
+    """The judge likes a step's samples by its number: 3 of 5 is best in one iteration, 0 in the other."""
+    values, seen = iter([0.0, 1.0, 5.0, 2.0, 9.0, 1.0, 1.0, 1.0]), []
+    learner, task = arm(**CHECKED)
+    task.judge = lambda prompts, responses: [next(values)] * len(responses)
+    task.held_out = []
+    real = loop.training.Best.offer
+
+    def offer(best, step, value, weights):
+        seen.append({name: weight.detach().clone() for name, weight in weights.items()})
+        real(best, step, value, weights)
+
+    monkeypatch.setattr(loop.training.Best, "offer", offer)
+    history = loop.train(learner, task).history
+    assert history.best_step.tolist() == [4, 0] and history.validation.tolist() == [5.0, 9.0]
+    weights = learner.weights()
+    assert all(torch.equal(weights[name], seen[2][name]) for name in weights)
+    assert all(torch.equal(seen[4][name], seen[2][name]) for name in weights)
+    assert not all(torch.equal(seen[3][name], seen[2][name]) for name in weights)
+
+
+def test_checks_need_prompts_and_prompts_need_checks():
+    with pytest.raises(ValueError, match="check_every is 2 and there are 0"):
+        train(config={"check_every": 2})
+    with pytest.raises(ValueError, match="check_every is 0 and there are 1"):
+        train(validation=["a dog"])
+
+
 def test_a_folder_of_another_run_is_refused(tmp_path):
     train(tmp_path)
     with pytest.raises(ValueError, match="other settings"):
@@ -570,6 +628,28 @@ def test_the_reference_does_not_see_the_condition(style):
     ids = torch.tensor([tokenizer("the cat")["input_ids"] + [9, 10]])
     assert torch.allclose(found[0][0], plain(ids).logits[:, -3:], atol=1e-5)
     assert torch.equal(found[0][1], found[1][1]) == (style == "none")
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+def test_the_table_of_tokens_adds_up_to_the_loss_of_training(direction):
+    learner, task = arm(config={"beta": 0.3, "alpha": 0.2, "direction": direction})
+    loop.train(learner, task)  # so that policy and reference differ
+    text = "a nice cat"
+    single = Item("the cat", text, tuple(learner.tokenizer(text)["input_ids"]), True, 1)
+    table = loop.token_table(learner, task, single, 1)
+    assert list(table.index) == text.split() and (table.KL > 0).all()
+    batch = loop.as_batch(learner, task, [(single, 1)])
+    parts = loop.batch_loss(learner, batch, torch.arange(1), loop.token_weights(batch.mask))
+    assert table.loss.mean() == pytest.approx(float(parts["loss"].detach()), abs=1e-5)
+    assert -table["log p(token | label)"].mean() == pytest.approx(
+        float(parts["nll"].detach()), abs=1e-5
+    )
+    start = -loop.reference_nll(
+        learner,
+        [task.conditioner.raw_ids(task.conditioner.build("the cat"))],
+        [list(single.response_ids)],
+    )[0]
+    assert table["log p(token)"].sum() == pytest.approx(start, abs=1e-4)
 
 
 @pytest.mark.parametrize("style", ["token", "text", "none"])

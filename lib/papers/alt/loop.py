@@ -34,7 +34,7 @@ from lib.rewards import Judge
 
 STAGES = ("sample", "feedback", "pool", "train", "evaluate")
 MAY_BE_ZERO = {"beta", "alpha", "top_k", "warmup_steps", "per_label", "prompts_per_iteration"}
-MAY_BE_ZERO |= {"checkpoint_every", "seed", "token_learning_rate"}
+MAY_BE_ZERO |= {"checkpoint_every", "check_every", "seed", "token_learning_rate"}
 ALLOWED = {"direction": ("forward", "reverse"), "normalise": ("token", "sequence")}
 ALLOWED["balance"] = ("pool", "prompt")
 
@@ -119,6 +119,9 @@ class ConditioningConfig:
     replay: tuple = ("keep",)
     exemplar: str = "best"  # asked for from iteration 2: the best tag, "pool", or a fixed sentence
     eval_samples: int = 1
+    check_every: int = (
+        0  # optimizer steps between looks at Task.validation; 0: the last weights stay
+    )
     checkpoint_every: int = 0  # optimizer steps; 0: at the end of an iteration's training
     seed: int = 0
 
@@ -142,8 +145,9 @@ class Task:
         held_out: prompts that are sampled under every request after each iteration.
         judge: scores those samples.
         requests: name -> condition; None: no condition, and each label's tags.
+        validation: prompts that choose the weights with which an iteration ends (`check`).
 
-    Raises ValueError where there is no prompt, or no judge for held-out prompts.
+    Raises ValueError where there is no prompt, or no judge for held-out or validation prompts.
     """
 
     prompts: Sequence[str]
@@ -153,12 +157,13 @@ class Task:
     held_out: Sequence[str] = ()
     judge: Judge | None = None
     requests: Mapping[str, labels.Condition] | None = None
+    validation: Sequence[str] = ()
 
     def __post_init__(self):
         if not len(self.prompts):
             raise ValueError("there are no prompts to train on.")
-        if len(self.held_out) and self.judge is None:
-            raise ValueError("held-out prompts need a judge to score their samples.")
+        if self.judge is None and (len(self.held_out) or len(self.validation)):
+            raise ValueError("held-out and validation prompts need a judge to score their samples.")
         if self.requests is None:
             self.requests = _all_requests(self.labeller)
 
@@ -177,6 +182,8 @@ class Learner:
     iteration: int = 0
     step: int = 0  # steps done in the iteration
     log: list[dict] = field(default_factory=list)  # a row for each of them
+    best: training.Best = field(default_factory=training.Best)  # of the iteration's checks
+    checks: list[dict] = field(default_factory=list)  # of the whole run: iteration, step, value
 
     def weights(self) -> dict[str, torch.Tensor]:
         """What trains, by name."""
@@ -189,7 +196,7 @@ class Learner:
 class Result(NamedTuple):
     """What `train_conditional` returns."""
 
-    history: pd.DataFrame  # a row an iteration
+    history: pd.DataFrame  # a row an iteration; attrs["checks"]: a row for each `check`
     evaluation: (
         pd.DataFrame
     )  # a row for each held-out sample: iteration, and the columns of `measure`
@@ -213,7 +220,12 @@ def make_learner(
 
 
 def check_task(task: Task, config: ConditioningConfig) -> None:
-    """Raise ValueError where a prompt has too few samples for its own quantiles."""
+    """Raise ValueError where a prompt has too few samples for its own quantiles, or a check no prompts."""
+    if bool(config.check_every) != bool(len(task.validation)):
+        raise ValueError(
+            f"check_every is {config.check_every} and there are {len(task.validation)} validation prompts; "
+            "give both, or neither."
+        )
     local, samples = getattr(task.labeller, "within", ""), config.samples_per_prompt
     if local == "prompt" and samples < len(task.labeller.tags):
         raise ValueError(
@@ -275,8 +287,11 @@ def train(learner: Learner, task: Task, *, folder: Path | str | None = None) -> 
         clock.lap("pool")
         # 4 train: to write each response given its label and prompt
         chosen = choose(pool, config, iteration)
+        asked = (
+            exemplars(learner, pool, len(task.validation), iteration) if config.check_every else []
+        )
         with models.fast_float32(learner.network):
-            train_iteration(learner, task, chosen, iteration, store.folder)
+            train_iteration(learner, task, chosen, asked, iteration, store.folder)
         clock.lap("train")
         # 5 evaluate: held-out prompts under every request
         samples = store.rows(iteration, "evaluate", evaluate, learner, task, pool, iteration)
@@ -287,7 +302,9 @@ def train(learner: Learner, task: Task, *, folder: Path | str | None = None) -> 
     history.close()
     tables = [table for table in tables if len(table)]
     evaluation = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
-    return Result(history.frame(), evaluation, pool)
+    frame = history.frame()
+    frame.attrs["checks"] = learner.checks
+    return Result(frame, evaluation, pool)
 
 
 # --- 1 sample ------------------------------------------------------------------------------------
@@ -430,26 +447,58 @@ def train_iteration(
     learner: Learner,
     task: Task,
     chosen: Sequence[tuple[labels.Item, labels.Label]],
+    asked: Sequence[labels.Condition],
     iteration: int,
     folder: Path | None = None,
 ) -> None:
-    """The iteration's optimizer steps, from the checkpoint where it stands within them."""
+    """The iteration's optimizer steps, from the checkpoint where it stands within them.
+
+    `asked`: the condition of each validation prompt.  Where there are any, the iteration ends with the
+    weights of its best check, which may be those it began with.
+    """
     config = learner.config
     first = learner.step if learner.iteration == iteration else 0
     if first == config.steps:
         return
     if first == 0:
         learner.log = []
+        learner.best = training.Best()
         if learner.optimizer is None or config.fresh_optimizer:
             learner.optimizer = make_optimizer(learner)
+        if config.check_every:
+            check(learner, task, asked, iteration, 0)
     batch = as_batch(learner, task, chosen)
     for step in range(first, config.steps):
         learner.log.append(update(learner, batch, iteration, step))
         learner.iteration, learner.step = iteration, step + 1
-        every = config.checkpoint_every
-        ends = step + 1 == config.steps or (every and (step + 1) % every == 0)
-        if folder and ends:
+        last = learner.step == config.steps
+        if config.check_every and (last or _is_due(learner.step, config.check_every)):
+            check(learner, task, asked, iteration, learner.step)
+        if last and learner.best.weights is not None:
+            training.copy_weights(learner.best.weights, learner.weights())
+        if folder and (last or _is_due(learner.step, config.checkpoint_every)):
             _save(learner, folder)
+
+
+def _is_due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def check(
+    learner: Learner, task: Task, asked: Sequence[labels.Condition], iteration: int, step: int
+) -> None:
+    """Mean score of validation samples, each prompt under its condition: the best weights are remembered.
+
+    Every check draws with the same random numbers, so that two of them differ by their weights alone.
+    """
+    pairs = zip(task.validation, asked, strict=True)
+    ids = [task.conditioner.build(prompt, condition).ids for prompt, condition in pairs]
+    drawn = draw(learner, ids, learner.config.eval_samples, "validation")
+    prompts = [task.validation[place] for place in drawn.prompt_index]
+    value = float(np.mean(np.asarray(task.judge(prompts, drawn.texts), dtype=float)))
+    done = (iteration - 1) * learner.config.steps + step
+    learner.checks.append({"iteration": iteration, "step": done, "value": value})
+    learner.best.offer(step, value, learner.weights())
 
 
 def make_optimizer(learner: Learner) -> torch.optim.AdamW:
@@ -503,6 +552,32 @@ def batch_loss(
         logits, batch.ids[places], batch.mask[places], reference, beta=config.beta,
         alpha=config.alpha, direction=config.direction, weights=weights,
     )  # fmt: skip
+
+
+@torch.no_grad()
+def token_table(
+    learner: Learner, task: Task, item: labels.Item, label: labels.Label
+) -> pd.DataFrame:
+    """What the loss of one sample under a label is made of: a row a token, in nats.
+
+    Columns log p(token | label), log p(token) of the reference, KL, entropy, loss; the mean of the last is
+    the sample's loss.
+    """
+    config = learner.config
+    batch = as_batch(learner, task, [(item, label)])
+    logits = logits_of(learner, batch.conditioned)[0]
+    reference = logits_of(learner, batch.raw, reference=True)[0]
+    ids = batch.ids[0]
+    tokens = learner.tokenizer.convert_ids_to_tokens(ids.tolist())
+    table = pd.DataFrame(index=pd.Index(tokens, name="token"))
+    places = torch.arange(len(ids))
+    table["log p(token | label)"] = logits.log_softmax(-1)[places, ids].cpu().numpy()
+    table["log p(token)"] = reference.log_softmax(-1)[places, ids].cpu().numpy()
+    table["KL"] = losses.kl_divergence(logits, reference, config.direction).cpu().numpy()
+    table["entropy"] = losses.entropy(logits).cpu().numpy()
+    penalty = config.beta * table["KL"] - config.alpha * table["entropy"]
+    table["loss"] = penalty - table["log p(token | label)"]
+    return table
 
 
 def logits_of(
@@ -590,6 +665,8 @@ def describe_iteration(
         "sampled_score": float(np.mean([s for s in scores if s is not None] or [np.nan])),
         **pd.DataFrame(learner.log).mean().to_dict(), "direction": config.direction,
     }  # fmt: skip
+    if learner.best.weights is not None:
+        row |= {"best_step": learner.best.step, "validation": learner.best.value}
     if len(table):
         means = table.groupby("request", sort=False)["score"].mean()
         row |= {f"held_out/{name}": value for name, value in means.items()}
@@ -612,7 +689,12 @@ class _Store:
         if folder:
             start = [p.flatten()[:4].tolist() for p in learner.weights().values()]
             settings = (asdict(learner.config), repr(task.labeller), task.conditioner.settings)
-            texts = (list(task.prompts), list(task.held_out), dict(task.requests))
+            texts = (
+                list(task.prompts),
+                list(task.held_out),
+                dict(task.requests),
+                list(task.validation),
+            )
             key = (*settings, *texts, start)
             self.folder = training.claim_folder(folder, "conditional training", *key)
             _restore(learner, self.folder)
@@ -661,7 +743,11 @@ class _Store:
 def _save(learner: Learner, folder: Path) -> None:
     number = (learner.iteration - 1) * learner.config.steps + learner.step
     state = {"iteration": learner.iteration, "step": learner.step, "log": learner.log}
+    state |= {"checks": learner.checks}
+    state |= {"best_step": learner.best.step, "best_value": learner.best.value}
     tensors = {"weights": learner.weights()}
+    if learner.best.weights is not None:
+        tensors["best"] = learner.best.weights
     training.save_checkpoint(folder, number, state, tensors, learner.optimizer.state_dict())
 
 
@@ -669,9 +755,14 @@ def _restore(learner: Learner, folder: Path) -> None:
     checkpoint = training.load_checkpoint(folder, learner.policy.device)
     if checkpoint is None:
         return
+    state = checkpoint.state
     training.copy_weights(checkpoint.tensors["weights"], learner.weights())
-    learner.iteration = checkpoint.state["iteration"]
-    learner.step = checkpoint.state["step"]
-    learner.log = checkpoint.state["log"]
+    learner.iteration = state["iteration"]
+    learner.step = state["step"]
+    learner.log = state["log"]
+    learner.checks = state["checks"]
+    if "best" in checkpoint.tensors:
+        best = checkpoint.tensors["best"]
+        learner.best = training.Best(state["best_step"], state["best_value"], best)
     learner.optimizer = make_optimizer(learner)
     learner.optimizer.load_state_dict(checkpoint.optimizer)
