@@ -417,7 +417,7 @@ def test_51_trains_your_model_on_your_prompts_by_your_reward_model(tmp_path):
 @pytest.mark.parametrize("number, name", [
     ("22", "MODEL"), ("30", "START_FROM"), ("31", "MODEL"), ("31", "START_FROM"), ("40", "MODEL"),
     ("42", "START_FROM"), ("43", "MODEL"), ("43", "START_FROM"), ("44", "MODEL"),
-    ("44", "START_FROM"), ("51", "MODEL"),
+    ("44", "START_FROM"), ("50", "START_FROM"), ("51", "MODEL"),
 ])  # fmt: skip
 def test_a_model_that_is_none_is_refused_before_anything_runs(number, name, tmp_path, monkeypatch):
     model, tokenizer = models.build_tiny_model("tiny")
