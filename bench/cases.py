@@ -34,6 +34,7 @@ from lib import (
     losses,
     models,
     ppo,
+    questions,
     reward_models,
     rloo,
     runtime,
@@ -197,6 +198,65 @@ def logprob_benchmark(size: str) -> measure.Benchmark:
     batches = (8,) if size == "quick" else (8, 64)
     sides = {f"TRL, {n} rows a batch": lambda n=n: partial(peer, n) for n in batches}
     return measure.Benchmark("tokens", 2.0, what, {"ours": lambda: ours, **sides}, model.dtype)
+
+
+# --- questions about texts -----------------------------------------------------------------------
+
+STATEMENTS = (
+    "It is a city.",
+    "It began more than a hundred years ago.",
+    "It is known all over the world.",
+    "A person made it.",
+    "It has something to do with water.",
+)
+
+
+def _support_prompts(tokenizer, n: int, size: str) -> list[str]:
+    """Five questions about each of n texts of about 150 tokens, as a local annotator asks them."""
+    texts = []
+    for text in articles(20 * n, size):
+        ids = encoding.bare_ids(tokenizer, f"{text} " * (1 + 150 // max(1, len(text.split()))))
+        texts.append(tokenizer.decode(ids[:150]))
+    asked = [questions.support_question(text, s) for text in texts[:n] for s in STATEMENTS]
+    whole = [question.shared + question.rest for question in asked]
+    return data.apply_template(whole, tokenizer, "chat+system", system=questions.CHECKER)
+
+
+def judge_benchmark(size: str) -> measure.Benchmark:
+    """`logprobs.answer_log_probs` as the annotator calls it, and one forward pass a prompt."""
+    spellings = [word for option in questions.YES_NO for word in option]
+    if size == "real":
+        model, tokenizer = models.load_policy("qwen-0.5b")
+    else:
+        load(size)  # refuses unknown sizes
+        model, tokenizer = models.build_tiny_model(
+            words=sorted({*models.sample_words(), *spellings})
+        )
+    prompts = _support_prompts(tokenizer, 12 if size == "real" else 2, size)
+    rows = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    seen = 0
+    for first in range(0, len(rows), len(STATEMENTS)):
+        about = rows[first : first + len(STATEMENTS)]
+        shared = encoding.count_shared(about)
+        seen += shared + sum(len(ids) - shared for ids in about)
+    work = model_work(model, len(rows), seen, len(rows))
+
+    def ours() -> measure.Work:
+        logprobs.answer_log_probs(model, tokenizer, prompts, spellings, 4096)
+        return work
+
+    def peer() -> measure.Work:
+        for ids in rows:
+            shown = torch.tensor([ids], device=model.device)
+            with torch.inference_mode():
+                model(shown, logits_to_keep=1, use_cache=False).logits[0, -1].float().log_softmax(
+                    -1
+                )
+        return work
+
+    what = f"{len(rows)} questions, {len(STATEMENTS)} about each text of 150 tokens"
+    sides = {"ours": lambda: ours, "one prompt at a time": lambda: peer}
+    return measure.Benchmark("questions", 2.2, what, sides, model.dtype)
 
 
 # --- scoring texts -------------------------------------------------------------------------------
@@ -530,6 +590,7 @@ def ppo_reference_benchmark(size: str) -> measure.Benchmark:
 BENCHMARKS: dict[str, Callable[[str], measure.Benchmark]] = {
     "sample": sample_benchmark,
     "logprob": logprob_benchmark,
+    "judge": judge_benchmark,
     "score": score_benchmark,
     "ppo": ppo_benchmark,
     "ppo-reference": ppo_reference_benchmark,

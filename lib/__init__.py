@@ -23,6 +23,8 @@ scorers        text -> toxicity: offline scorers, classifiers, Perspective
 stats          intervals, bootstrap, paired differences, verdicts
 plots          every figure as a function of a tidy table
 preferences    ratings and rankings: tables, verdicts, win points, win rates
+questions      questions with a closed set of answers, and what the answers' probabilities say
+judge          a local language model as annotator: answers by their probabilities, stored replies
 annotator      the simulated annotator and its published rubric
 replies        replies that cost money or time, each bought once; Retry-After
 answers        what a chat endpoint answered, and what a reply says after its reasoning
@@ -38,9 +40,10 @@ annotate       annotation pages that work offline in a browser
 fast           what is only about speed; everything works, with the same numbers, without it
 
 papers/        what one paper alone needs: rewardlm, sparse_feedback, ilf, fine_grained, alt
-course/        what makes a notebook run: assets, fetch, record, place, show, notebooks, runner, report,
+course/        what makes a notebook run: assets, gguf, fetch, record, place, show, notebooks, runner, report,
                publish, cli; arms, draw, confirm: effects of arms, their figures, the fresh seeds that decide;
-               address, install, lab: where it comes from, a hosted Jupyter, JupyterLab
+               address, install, lab: where it comes from, a hosted Jupyter, JupyterLab;
+               items, gate, annotators: what the local annotators judge, how well, their stored replies
 """
 
 import os

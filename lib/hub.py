@@ -27,7 +27,7 @@ from lib import runtime
 from lib.course import assets
 from lib.course.assets import AssetError
 
-MODEL_ASSETS = ("policy", "encoder")
+MODEL_ASSETS = ("policy", "encoder", "qwen-0.5b", "qwen-1.5b")
 TOKENIZER_FILES = ["*.json", "*.txt", "*.jinja", "*.model"]
 HUB_FILES = ["*.safetensors", *TOKENIZER_FILES]
 PICKLED_FILES = ["pytorch_model*.bin", "pytorch_model.bin.index.json", "adapter_model.bin"]
@@ -68,7 +68,7 @@ def parse_name(text: str | Path, revision: str | None = None) -> ModelName:
 
 
 def resolve_model(name: str | Path, revision: str | None = None, *, weights: bool = True) -> Path:
-    """Folder of a model: an asset ("policy", "encoder"), a local folder, or a Hub id "namespace/name".
+    """Folder of a model: an asset (`MODEL_ASSETS`), a local folder, or a Hub id "namespace/name".
 
     From the Hub only weights, configuration and tokenizer files are fetched, into `<cache_dir()>/hub`
     unless HF_HOME or HF_HUB_CACHE is set; without `weights` only the small files (for a tokenizer).
@@ -85,8 +85,8 @@ def resolve_model(name: str | Path, revision: str | None = None, *, weights: boo
             return as_safetensors(folder.resolve())
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", wanted.name):
         raise ValueError(
-            f"unknown model {wanted.name!r}; allowed: policy, encoder, an existing folder, or a Hub id "
-            "such as namespace/name, with @revision after it where one is meant."
+            f"unknown model {wanted.name!r}; allowed: {', '.join(MODEL_ASSETS)}, an existing folder, or a "
+            "Hub id such as namespace/name, with @revision after it where one is meant."
         )
     return _fetch_from_hub(wanted, weights)
 

@@ -68,6 +68,13 @@ class ReplyStore:
         with self._guard, self._db:
             self._db.execute(f"INSERT OR {rule} INTO replies VALUES (?, ?, ?)", row)
 
+    def put_many(self, replies: dict[str, object]) -> None:
+        """Store the replies of several keys, all or none; a key that has one keeps it."""
+        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        rows = [(key, json.dumps(reply), now) for key, reply in replies.items()]
+        with self._guard, self._db:
+            self._db.executemany("INSERT OR IGNORE INTO replies VALUES (?, ?, ?)", rows)
+
     def __len__(self) -> int:
         with self._guard:
             return self._db.execute("SELECT COUNT(*) FROM replies").fetchone()[0]

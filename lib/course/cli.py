@@ -1,4 +1,4 @@
-"""The command line: run, list, publish, confirm, report, address, lab, fetch, annotate, bench (`--help`)."""
+"""The command line: run, list, publish, confirm, report, address, lab, fetch, annotate, replies, bench."""
 
 from __future__ import annotations
 
@@ -92,6 +92,16 @@ def _annotate(options: argparse.Namespace) -> int:
     return 0
 
 
+def _replies(options: argparse.Namespace) -> int:
+    from lib.course import annotators, assets
+
+    try:
+        annotators.run(options.jobs, options.model)
+    except (ValueError, assets.AssetError) as error:
+        raise notebooks.RequestError(str(error)) from None
+    return 0
+
+
 def _bench(options: argparse.Namespace) -> int:
     if not (CHECKOUT / "bench" / "__init__.py").exists():
         raise notebooks.RequestError(
@@ -109,6 +119,13 @@ def _bench(options: argparse.Namespace) -> int:
     except ValueError as error:
         raise notebooks.RequestError(str(error)) from None
     return 0
+
+
+def _add_replies_options(replies: argparse.ArgumentParser) -> None:
+    text = "items, gate or annotations (all of them if none is named)"
+    replies.add_argument("jobs", nargs="*", metavar="JOB", help=text)
+    text = "annotator: qwen-0.5b, qwen-1.5b (both if none is named), or another model; several too"
+    replies.add_argument("--model", action="append", default=[], metavar="NAME", help=text)
 
 
 def _add_bench_options(bench: argparse.ArgumentParser) -> None:
@@ -190,6 +207,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     text = "write an annotation page that works offline in a browser"
     _add_page_options(add("annotate", _annotate, text))
+    text = "make the local annotators' replies (hours; what is there is not asked again)"
+    _add_replies_options(add("replies", _replies, text))
     _add_bench_options(add("bench", _bench, "measure speed beside what a reader would use instead"))
     for sub in (run, publishing):
         text = "name, file or number, such as 10_toxicity_meter or 10"

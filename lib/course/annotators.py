@@ -1,0 +1,132 @@
+"""What `python -m lib replies` makes: the items' responses, the gate's tables, the local annotators' replies.
+
+Every job is resumable: what was sampled or answered is on disk after each batch.  The same machine and
+versions give the same files, whether a job was killed or not.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+
+from lib import runtime, tables
+from lib.course import gate, items
+from lib.judge import LocalAnnotator
+from lib.papers.sparse_feedback import protocols
+
+MODELS = ("qwen-0.5b", "qwen-1.5b")
+PAIRS = {
+    "qwen-0.5b": 10,
+    "qwen-1.5b": 4,
+}  # of the ten that five responses make, compared for each prompt
+ANNOTATED = ("train", "tuning", "test")  # parts; the pool is rated by whoever chooses from it
+
+
+def folder() -> Path:
+    """Where the annotators' results are."""
+    return runtime.project_root() / "data" / "results" / "annotators"
+
+
+def sample_items(model: str) -> list[Path]:
+    """The items' prompts and, from every generator, responses (`model` is not asked)."""
+    return [items.write_prompts(), items.generate()]
+
+
+def run_gate(model: str) -> list[Path]:
+    """The gate of a model: gate-test-<model>.csv, gate-tuning-<model>.csv, and its replies."""
+    annotator = LocalAnnotator(model, ask=True)
+    passed, tried = gate.run(annotator)
+    return [
+        tables.write_csv(passed.round(4), folder() / f"gate-test-{annotator.file}.csv"),
+        tables.write_csv(tried.round(4), folder() / f"gate-tuning-{annotator.file}.csv"),
+        annotator.export("gate"),
+    ]
+
+
+def annotate(model: str) -> list[Path]:
+    """A model's ratings and rankings of the items' responses, as replies (`protocols.rate`, `rank`)."""
+    annotator = LocalAnnotator(model, ask=True)
+    protocols.rate(annotator, ratings_table())
+    protocols.rank(annotator, rankings_table(PAIRS.get(model, 10)))
+    return [annotator.export("annotations")]
+
+
+JOBS: dict[str, Callable[[str], list[Path]]] = {
+    "items": sample_items,
+    "gate": run_gate,
+    "annotations": annotate,
+}
+
+
+def run(jobs: list[str], chosen: list[str]) -> list[Path]:
+    """Run jobs (all where none is named) for models (both); return the files that were written.
+
+    Raises ValueError for an unknown job.
+    """
+    if unknown := set(jobs) - set(JOBS):
+        raise ValueError(f"job {min(unknown)!r}; allowed: {', '.join(JOBS)}.")
+    written = []
+    for job in jobs or JOBS:
+        for model in [""] if job == "items" else chosen or MODELS:
+            paths = JOBS[job](model)
+            written += paths
+            for path in paths:
+                print(f"{path.relative_to(runtime.project_root())}", flush=True)
+        if job == "gate":
+            print(gate_markdown())
+    return written
+
+
+def read_gate(part: str = "test") -> pd.DataFrame:
+    """The gate's stored table, every model's rows: part "test", or "tuning" for every way of asking."""
+    if part not in gate.CASES:
+        raise ValueError(f"part is {part!r}; allowed: {', '.join(gate.CASES)}.")
+    stored = [tables.read_csv(path) for path in sorted(folder().glob(f"gate-{part}-*.csv"))]
+    return pd.concat(stored, ignore_index=True) if stored else pd.DataFrame()
+
+
+def gate_markdown() -> str:
+    """The gate's stored test table as Markdown, for docs/annotators.md."""
+
+    def shown(row: dict, name: str) -> str:
+        if pd.isna(row.get(name)):
+            return ""
+        percent = [100 * row[part] for part in (name, f"{name}_low", f"{name}_high")]
+        return "{:.0f} [{:.0f}, {:.0f}]".format(*percent)
+
+    names = {"accuracy": "accuracy, %", "gain": "over the longer, points"}
+    names |= {"first_share": "first place, %", "consistency": "orders agree, %"}
+    names |= {"threshold_accuracy": "with a fitted threshold, %"}
+    heads = ["annotator", "question", "asked", "n", *names.values()]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for row in read_gate().to_dict("records"):
+        cells = [row["model"], row["kind"], row["asked"], str(row["n"])]
+        lines.append("| " + " | ".join([*cells, *(shown(row, name) for name in names)]) + " |")
+    return "\n".join(lines)
+
+
+def ratings_table(*parts: str) -> pd.DataFrame:
+    """The items' responses as `protocols.rate` takes them: instruction, input, response, and names."""
+    names = ["id", "part", "generator", "sample", "instruction", "input", "response"]
+    return items.read_responses(*(parts or ANNOTATED))[names]
+
+
+def rankings_table(pairs: int, *parts: str) -> pd.DataFrame:
+    """`pairs` pairs of responses a prompt as `protocols.rank` takes them, which of them by hash.
+
+    Columns id, part, place1, place2 (among the prompt's responses), instruction, input, response1, response2.
+    """
+    rows = []
+    for key, group in ratings_table(*parts).groupby("id", sort=False):
+        first, texts = group.iloc[0], group["response"].tolist()
+        every = list(itertools.combinations(range(len(texts)), 2))
+        every.sort(key=lambda pair: runtime.content_hash("pair", key, pair))
+        for a, b in every[:pairs]:
+            a, b = (a, b) if int(runtime.content_hash("order", key, a, b), 16) % 2 else (b, a)
+            facts = {"id": key, "part": first["part"], "place1": a, "place2": b}
+            facts |= {"instruction": first["instruction"], "input": first["input"]}
+            rows.append(facts | {"response1": texts[a], "response2": texts[b]})
+    return pd.DataFrame(rows)
