@@ -10,6 +10,8 @@ Simplified against RewardLM (notes, section 5): an unscored text is NaN, never -
 from __future__ import annotations
 
 import json
+import math
+import os
 import re
 import time
 import warnings
@@ -320,7 +322,7 @@ class _PassingError(Exception):
 
 
 class PerspectiveScorer(Scorer):
-    """The Perspective API (Google closes it after 2026; `base_url` may name a service like it).
+    """The Perspective API (Google closes it after 2026; `PERSPECTIVE_URL` may name a service like it).
 
     Needs PERSPECTIVE_API_KEY.  Replies are kept by content, so a text is asked once; a language that
     the attribute lacks is a missing score.  Texts are cut at 20 KB.  The service is retrained over
@@ -330,14 +332,18 @@ class PerspectiveScorer(Scorer):
     MAX_BYTES, TIMEOUT, ATTEMPTS, FIRST_PAUSE = 20 * 1024, 30.0, 6, 1.0
     URL = "https://commentanalyzer.googleapis.com"
 
-    def __init__(self, *, attribute="TOXICITY", base_url=URL, requests_per_second=1.0, **options):
+    def __init__(self, *, attribute="TOXICITY", base_url="", requests_per_second=None, **options):
         known = {"name": "perspective", "version": f"v1alpha1 {attribute}", "empty": float("nan")}
         known |= {"detects": attribute.lower(), "licence": "Google API terms"}
         super().__init__(**known | options)
         self._session = requests.Session()  # the key is not in the address: errors repeat that
         self._key = runtime.secret("PERSPECTIVE_API_KEY", "The Perspective scorer")
+        base_url = base_url or os.environ.get("PERSPECTIVE_URL") or self.URL
         self._url = f"{base_url.rstrip('/')}/v1alpha1/comments:analyze"
-        self._attribute, self._interval = attribute, 1 / requests_per_second
+        self._attribute = attribute
+        if requests_per_second is None:  # Google allows one; another service's limit is not known
+            requests_per_second = 1.0 if base_url == self.URL else math.inf
+        self._interval = 1 / requests_per_second
         self._replies = ReplyStore(runtime.cache_dir() / "replies" / "perspective.sqlite")
         self._last, self.requests, self._dates = -np.inf, 0, set()
 

@@ -266,17 +266,46 @@ def describe_run(run: Run, **settings) -> pd.DataFrame:
     """The parameters, versions and device of this run, as the table under the parameters cell."""
     rows = [("scale", run.scale), ("seed", run.seed), ("device", runtime.describe_device())]
     rows += [(name, value) for name, value in settings.items()]
+    rows += [("rehearsal: counts lowered", ", ".join(counts))] if (counts := lowered_counts()) else []
     rows += [("python", platform.python_version())]
     rows += [(name, metadata.version(name)) for name in SHOWN_PACKAGES]
     return pd.DataFrame(rows, columns=["setting", "value"]).astype(str)
 
 
-def scale_settings(table: dict[str, dict], scale: str) -> dict:
-    """Pick one scale's column from a notebook's table of settings `{name: {scale: value}}`."""
+def scale_settings(table: dict[str, dict], scale: str, task: dict | None = None) -> dict:
+    """Pick one scale's column from a notebook's table of settings `{name: {scale: value}}`.
+
+    `task`: values of one task, in the place of the column's.  `FEEDBACK_COUNTS`, a JSON object, lowers
+    counts for a rehearsal (`python -m rehearsal`), and nothing else.  Raises ValueError for a setting
+    without the scale, and for counts that are none or are not lower.
+    """
     missing = [name for name, row in table.items() if scale not in row]
     if missing:
         raise ValueError(f"no {scale!r} value for the settings {', '.join(missing)}")
-    return {name: row[scale] for name, row in table.items()}
+    chosen = {name: row[scale] for name, row in table.items()} | (task or {})
+    counts = lowered_counts()
+    for name, count in counts.items():
+        _check_lowered(name, count, chosen)
+    return chosen | counts
+
+
+def lowered_counts() -> dict:
+    """Setting -> its count in this rehearsal, of `FEEDBACK_COUNTS`; empty in every other run."""
+    return json.loads(os.environ.get("FEEDBACK_COUNTS") or "{}")
+
+
+def _check_lowered(name: str, count: object, settings: dict) -> None:
+    if name not in settings:
+        raise ValueError(
+            f"FEEDBACK_COUNTS names {name!r}, which is no setting here; there are {', '.join(settings)}"
+        )
+    old, new = ([x] if not isinstance(x, list) else x for x in (settings[name], count))
+    counts = old and all(type(x) is int and x > 0 for x in [*old, *new])
+    if not counts or len(old) != len(new) or any(a < b for a, b in zip(old, new, strict=True)):
+        raise ValueError(
+            f"FEEDBACK_COUNTS gives {name} = {count!r}, but the setting is {settings[name]!r}: only whole "
+            "numbers above 0 can be lowered, to such numbers"
+        )
 
 
 @lru_cache(maxsize=1)
