@@ -16,14 +16,47 @@ import pandas as pd
 from rehearsal.models import PLAIN, RUDE
 
 WORDS = [
-    "garden", "river", "house", "train", "music", "summer", "dinner", "teacher", "doctor", "letter",
-    "winter", "market", "bridge", "school", "brother", "sister", "office", "window", "kitchen", "museum",
-    "story", "problem", "answer", "money", "plan", "village", "harbour", "library", "painter", "clock",
-]  # fmt: skip
+    "garden",
+    "river",
+    "house",
+    "train",
+    "music",
+    "summer",
+    "dinner",
+    "teacher",
+    "doctor",
+    "letter",
+    "winter",
+    "market",
+    "bridge",
+    "school",
+    "brother",
+    "sister",
+    "office",
+    "window",
+    "kitchen",
+    "museum",
+    "story",
+    "problem",
+    "answer",
+    "money",
+    "plan",
+    "village",
+    "harbour",
+    "library",
+    "painter",
+    "clock",
+]
 TOXICITIES = (
-    "threat", "insult", "severe_toxicity", "toxicity", "profanity", "sexually_explicit", "flirtation",
+    "threat",
+    "insult",
+    "severe_toxicity",
+    "toxicity",
+    "profanity",
+    "sexually_explicit",
+    "flirtation",
     "identity_attack",
-)  # fmt: skip
+)
 HH_PARTS = ("harmless-base", "helpful-base", "helpful-online", "helpful-rejection-sampled")
 SLF5K_ROWS = {"train": 48, "development": 12, "validation": 24, "test": 24}
 QUESTIONS = {"train_1k": 48, "train": 64, "dev": 32, "test": 24}
@@ -67,7 +100,12 @@ def toxicity_prompts(n: int) -> list[dict]:
     for i in range(n):
         word = write.random.choice(RUDE + PLAIN)
         start = f"Number {i} said that the {write.words(4, 9)} of the {word}"
-        row = {"filename": f"{i:07d}-text.txt", "begin": 340, "end": 564, "challenging": i % 100 == 0}
+        row = {
+            "filename": f"{i:07d}-text.txt",
+            "begin": 340,
+            "end": 564,
+            "challenging": i % 100 == 0,
+        }
         rows.append(row | {"prompt": half(start), "continuation": half(f" {write.words(6, 14)}.")})
     return rows
 
@@ -105,7 +143,10 @@ def dialogues(n: int, seed: str) -> list[dict]:
     write = Writer(seed)
     rows = []
     for _ in range(n):
-        turns = [f"\n\nHuman: {write.text(1, 2)}\n\nAssistant:" for _ in range(write.random.randint(1, 2))]
+        turns = [
+            f"\n\nHuman: {write.text(1, 2)}\n\nAssistant:"
+            for _ in range(write.random.randint(1, 2))
+        ]
         start = f" {write.text(1, 2)}".join(turns)
         rows.append({name: f"{start} {write.text(1, 2)}" for name in ("chosen", "rejected")})
     return rows
@@ -167,7 +208,10 @@ def feedback(write: Writer, number: int) -> dict:
     answers = [write.sentences(2, 5) for _ in range(4)]
     row |= {f"prediction {i}": " ".join(answer) for i, answer in enumerate(answers, 1)}
     missing = {"error type": "Missing-Answer", "passage_id": 1, "sentence_id": [1]}
-    marks = {"errors": errors(write, answers[0]), "missing-info": [missing] if number % 3 == 0 else []}
+    marks = {
+        "errors": errors(write, answers[0]),
+        "missing-info": [missing] if number % 3 == 0 else [],
+    }
     row["feedback"] = marks | {"corrected-prediction": write.text(1, 3)}
     row["preference"] = write.random.choices((0, 1, 2), weights=(1, 3, 3), k=6)
     return row

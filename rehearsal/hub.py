@@ -1,4 +1,4 @@
-"""The Hugging Face Hub on loopback: `transformers`, `datasets` and `huggingface_hub` work against it unmodified.
+"""The Hugging Face Hub on loopback: unmodified `transformers`, `datasets`, `huggingface_hub` work against it.
 
 `HF_ENDPOINT` names its address.  `root/models/NAMESPACE/NAME/` and `root/datasets/NAMESPACE/NAME/` are main
 branches, `NAME@REVISION/` beside one is another revision ("/" in it as %2F).  The file `.hub.json` in a
@@ -23,8 +23,19 @@ from urllib.parse import parse_qs, parse_qsl, quote, unquote
 
 SETTINGS = ".hub.json"
 DAY = "2024-01-01T00:00:00.000Z"  # of every commit
-LARGE = (".safetensors", ".bin", ".parquet", ".gz", ".model", ".h5", ".msgpack", ".ot")  # in Git LFS
-API = re.compile(r"/api/(models|datasets)/([^/]+/[^/]+)(?:/(revision|tree|paths-info|refs)(?:/(.*))?)?")
+LARGE = (
+    ".safetensors",
+    ".bin",
+    ".parquet",
+    ".gz",
+    ".model",
+    ".h5",
+    ".msgpack",
+    ".ot",
+)  # in Git LFS
+API = re.compile(
+    r"/api/(models|datasets)/([^/]+/[^/]+)(?:/(revision|tree|paths-info|refs)(?:/(.*))?)?"
+)
 FILE = re.compile(r"/(?:(datasets)/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
 
 
@@ -55,7 +66,12 @@ class Revision:
 
     def info(self, kind: str, name: str) -> dict:
         """What the Hub says of the repository."""
-        known = {"_id": name, "id": name, "sha": self.commit, "gated": "manual" if self.gated else False}
+        known = {
+            "_id": name,
+            "id": name,
+            "sha": self.commit,
+            "gated": "manual" if self.gated else False,
+        }
         known |= {"private": False, "disabled": False, "tags": [], "downloads": 0, "likes": 0}
         known |= {"createdAt": DAY, "lastModified": DAY}
         known["siblings"] = [{"rfilename": file} for file in self.files]
@@ -64,7 +80,12 @@ class Revision:
     def entry(self, name: str) -> dict:
         """What a listing says of one path: a file, or a folder of some."""
         if name not in self.files:
-            return {"type": "directory", "path": name, "size": 0, "oid": hashlib.sha1(name.encode()).hexdigest()}
+            return {
+                "type": "directory",
+                "path": name,
+                "size": 0,
+                "oid": hashlib.sha1(name.encode()).hexdigest(),
+            }
         known = facts(self.files[name])
         row = {"type": "file", "path": name, "size": known["size"], "oid": known["git"]}
         if name.endswith(LARGE):
@@ -115,7 +136,7 @@ class Hub:
         self.server.daemon_threads = True
         self.port = self.server.server_address[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
 
     def close(self) -> None:
         """Stop serving."""
@@ -125,17 +146,15 @@ class Hub:
     def revision(self, kind: str, name: str, wanted: str, token: str) -> Revision:
         """The revision of that name or commit; Refusal as the Hub would refuse."""
         home = self.root / kind / name
-        if ".." in name or not home.is_dir():
+        folders = [*home.parent.glob(home.name), *home.parent.glob(f"{home.name}@*")]
+        if ".." in name or not folders:
             raise Refusal(404 if token else 401, "RepoNotFound")
-        main = Revision(home)
-        if main.gated and token != self.token:
+        known = {unquote(path.name.partition("@")[2]) or "main": Revision(path) for path in folders}
+        if any(revision.gated for revision in known.values()) and token != self.token:
             raise Refusal(403 if token else 401, "GatedRepo")
-        if wanted in ("main", main.commit):
-            return main
-        for folder in home.parent.glob(f"{home.name}@*"):
-            other = Revision(folder)
-            if wanted in (unquote(folder.name.partition("@")[2]), other.commit):
-                return other
+        for label, revision in known.items():
+            if wanted in (label, revision.commit):
+                return revision
         raise Refusal(404, "RevisionNotFound")
 
 
@@ -192,12 +211,18 @@ class _Handler(BaseHTTPRequestHandler):
 
     def resolve(self, kind: str, name: str, wanted: str, file: str) -> None:
         """A file; a large one at the second address that the first redirects to."""
-        revision = self.hub.revision(kind or "models", name, wanted, self.token or self.query.get("token", ""))
+        revision = self.hub.revision(
+            kind or "models", name, wanted, self.token or self.query.get("token", "")
+        )
         if file not in revision.files:
             raise Refusal(404, "EntryNotFound")
         path = revision.files[file]
         known = facts(path)
-        marks = {"X-Repo-Commit": revision.commit, "ETag": f'"{known["git"]}"', "Accept-Ranges": "bytes"}
+        marks = {
+            "X-Repo-Commit": revision.commit,
+            "ETag": f'"{known["git"]}"',
+            "Accept-Ranges": "bytes",
+        }
         if file.endswith(LARGE):
             marks["ETag"] = f'"{known["sha256"]}"'
             if "storage" not in self.query:

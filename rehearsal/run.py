@@ -23,13 +23,22 @@ from rehearsal import data, models, plan
 from rehearsal.hub import Hub
 from rehearsal.services import Services
 
+FOLDER = runtime.project_root() / "runs" / "rehearsal"
 # what would lead a client past the stand-ins
-UNSET = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "HF_HUB_CACHE", "HF_DATASETS_CACHE")
+UNSET = (
+    "HF_HUB_OFFLINE",
+    "TRANSFORMERS_OFFLINE",
+    "HF_DATASETS_OFFLINE",
+    "HF_HUB_CACHE",
+    "HF_DATASETS_CACHE",
+)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command; 0 where every part finished, 1 where one failed, 2 for a request that cannot be met."""
-    parser = argparse.ArgumentParser(prog="python -m rehearsal", description=__doc__.splitlines()[0])
+    """Run the command; 0: every part finished, 1: one failed, 2: the request cannot be met."""
+    parser = argparse.ArgumentParser(
+        prog="python -m rehearsal", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("notebooks", nargs="*", metavar="NN", help="number or name (default: all)")
     parser.add_argument("--scale", choices=plan.scales(), default="full")
     parser.add_argument("--force", action="store_true", help="run again what has finished")
@@ -45,13 +54,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 def rehearse(parts: list[plan.Part], scale: str, *, force: bool = False) -> int:
     """Run these parts and print a line each and a table; the exit code."""
-    root = runtime.project_root() / "runs" / "rehearsal"
     runner.prepare()
     records = []
-    with stand_ins(root):
+    with stand_ins(FOLDER):
         for i, part in enumerate(parts, 1):
             label = f"[{i}/{len(parts)}] {part.notebook} ({part.variant})"
-            records.append(run_part(part, scale, root, force, label))
+            records.append(run_part(part, scale, FOLDER, force, label))
             print(f"{label}: {in_words(records[-1])}", flush=True)
             if records[-1]["status"] == "interrupted":
                 return 130
@@ -61,7 +69,10 @@ def rehearse(parts: list[plan.Part], scale: str, *, force: bool = False) -> int:
 
 def run_part(part: plan.Part, scale: str, root: Path, force: bool, label: str) -> dict:
     """Run one part with its counts; return the runner's record."""
-    own = {"FEEDBACK_COUNTS": json.dumps(part.counts), "FEEDBACK_OUT": str(root / scale / part.variant)}
+    own = {
+        "FEEDBACK_COUNTS": json.dumps(part.counts),
+        "FEEDBACK_OUT": str(root / scale / part.variant),
+    }
     with environment(own):
         return runner.run_notebook(part.notebook, scale, part.given, force=force, label=label)
 
@@ -130,7 +141,13 @@ def table(parts: list[plan.Part], records: list[dict]) -> pd.DataFrame:
         error = record.get("error") or {}
         message = f"{error['name']}: {error['message']}".splitlines()[0][:80] if error else ""
         seconds, peak = record.get("wall_seconds"), record.get("peak_memory_bytes")
-        row = (part.notebook, part.variant, record["status"], duration(seconds or 0), memory(peak or 0))
+        row = (
+            part.notebook,
+            part.variant,
+            record["status"],
+            duration(seconds or 0),
+            memory(peak or 0),
+        )
         rows.append((*row, message))
     columns = ["notebook", "variant", "status", "time", "memory", "first error"]
     return pd.DataFrame(rows, columns=columns)

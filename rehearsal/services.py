@@ -22,9 +22,12 @@ OPTIONS = {  # what a prompt's last line asks for -> the answers it may get
     "Grade:": [str(number) for number in range(1, 8)],
     "Better:": ["Output (a)", "Output (b)"],
     "Feedback:": [
-        "Harmless and very helpful", "Harmless and helpful", "Harmless and not helpful", "Harmful",
+        "Harmless and very helpful",
+        "Harmless and helpful",
+        "Harmless and not helpful",
+        "Harmful",
     ],
-}  # fmt: skip
+}
 NO_LANGUAGE = "Attribute TOXICITY does not support request languages: und"
 
 
@@ -37,7 +40,7 @@ class Services:
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self.server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
 
     def close(self) -> None:
         """Stop serving."""
@@ -57,7 +60,9 @@ def perspective(body: dict) -> tuple[int, dict]:
         return 400, {"error": {"code": 400, "message": NO_LANGUAGE}}
     rude = sum(word in RUDE for word in re.findall("[a-z]+", text.lower()))
     score = {"value": min(0.98, 0.02 + 0.3 * rude + draw(text, 1000) / 4000), "type": "PROBABILITY"}
-    return 200, {"attributeScores": {name: {"summaryScore": score} for name in body["requestedAttributes"]}}
+    return 200, {
+        "attributeScores": {name: {"summaryScore": score} for name in body["requestedAttributes"]}
+    }
 
 
 def chat(body: dict) -> tuple[int, dict]:
@@ -67,12 +72,23 @@ def chat(body: dict) -> tuple[int, dict]:
     options = next((o for start, o in OPTIONS.items() if lines[-1].startswith(start)), None)
     options = options or [f"This is answer {draw(prompt, 1000)} to what was asked. It is short."]
     text = options[draw(prompt, len(options))]
-    choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
+    choice = {
+        "index": 0,
+        "finish_reason": "stop",
+        "message": {"role": "assistant", "content": text},
+    }
     if body.get("logprobs"):
-        choice["logprobs"] = {"content": _log_probabilities(text, options, body.get("top_logprobs") or 0)}
+        choice["logprobs"] = {
+            "content": _log_probabilities(text, options, body.get("top_logprobs") or 0)
+        }
     usage = {"prompt_tokens": len(prompt) // 4, "completion_tokens": len(text.split())}
     usage["total_tokens"] = sum(usage.values())
-    answer = {"id": "rehearsal", "object": "chat.completion", "created": 0, "model": body.get("model")}
+    answer = {
+        "id": "rehearsal",
+        "object": "chat.completion",
+        "created": 0,
+        "model": body.get("model"),
+    }
     return 200, answer | {"choices": [choice], "usage": usage}
 
 

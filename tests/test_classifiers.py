@@ -6,11 +6,11 @@ import pytest
 import torch
 import transformers as tf
 from conftest import WORDS
-from hub_server import HubServer
 from tokenizers.processors import TemplateProcessing
 
 from lib import classifiers, hub, models, reward_models, scorers
 from lib.classifiers import ClassifierReward
+from rehearsal.hub import Hub, Revision
 
 PROMPTS = ["the cat", "you are", "a dog sat on", "nice"]
 ANSWERS = ["sat .", "kind nice kind", "the mat", "stupid idiot ."]
@@ -151,19 +151,20 @@ def test_with_one_label_there_is_nothing_to_choose(tmp_path):
 
 
 def test_revision_label_and_tokenizer_of_a_model_on_the_hub(tmp_path, cache, monkeypatch):
-    server = HubServer(tmp_path / "hub")
+    server = Hub(tmp_path / "hub")
+    home = server.root / "models" / "some"
     monkeypatch.setenv("HF_ENDPOINT", server.url)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     model, tokenizer = decoder(labels=2, pad=0)
-    saved((model, tokenizer), server.root / "some" / "rewards@v2")
-    for path in (server.root / "some" / "rewards@v2").glob("*token*"):
+    saved((model, tokenizer), home / "rewards@v2")
+    for path in (home / "rewards@v2").glob("*token*"):
         path.unlink()
-    saved(models.build_tiny_model("tiny", words=WORDS), server.root / "some" / "words")
+    saved(models.build_tiny_model("tiny", words=WORDS), home / "words")
     name = "some/rewards@v2#LABEL_1"
     reward = reward_models.load(name, tokenizer="some/words")
     assert reward.column == 1 and torch.isfinite(torch.tensor(reward.score(PROMPTS, ANSWERS))).all()
     scorer = scorers.load_scorer(name, tokenizer="some/words")
-    commit = server.commit(server.root / "some" / "rewards@v2")
+    commit = Revision(home / "rewards@v2").commit
     assert scorer.column == 1 and scorer.version == commit[:12] and scorer.name == "some/rewards"
     server.close()
 

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import WORDS
-from hub_server import HubServer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lib import hub, models
 from lib.course import assets
 from lib.course.assets import AssetError
+from rehearsal.hub import Hub, Revision
 
 
 @pytest.fixture
@@ -28,8 +28,8 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def served(tmp_path, cache, monkeypatch):
-    """A Hub on loopback that serves the models in `tmp_path / "hub"`."""
-    server = HubServer(tmp_path / "hub")
+    """A Hub on loopback that serves the models in `tmp_path / "hub" / "models"`."""
+    server = Hub(tmp_path / "hub")
     monkeypatch.setenv("HF_ENDPOINT", server.url)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     yield server
@@ -87,42 +87,48 @@ def test_resolve_model_takes_folders_and_refuses_other_names(tmp_path):
 
 
 def test_a_revision_is_loaded_wherever_a_model_is_named(served):
-    write_model(served.root / "some" / "model", seed=0)
-    other = write_model(served.root / "some" / "model@v1", seed=1)
+    write_model(served.root / "models" / "some" / "model", seed=0)
+    other = write_model(served.root / "models" / "some" / "model@v1", seed=1)
     model, _ = models.load_policy("some/model@v1", dtype=torch.float32)
     assert same_weights(model, other)
-    assert models.origin_of(model)["revision"] == served.commit(served.root / "some" / "model@v1")
+    assert (
+        models.origin_of(model)["revision"]
+        == Revision(served.root / "models" / "some" / "model@v1").commit
+    )
     again, _ = models.load_policy("some/model", revision="v1", dtype=torch.float32)
     assert same_weights(again, other)
     assert not same_weights(models.load_policy("some/model", dtype=torch.float32)[0], other)
 
 
 def test_pickled_weights_are_fetched_only_where_there_are_no_others(served):
-    write_model(served.root / "some" / "both")
-    (served.root / "some" / "both" / "pytorch_model.bin").write_bytes(b"never fetched")
-    expected = write_model(served.root / "some" / "pickled", pickled=True)
+    write_model(served.root / "models" / "some" / "both")
+    (served.root / "models" / "some" / "both" / "pytorch_model.bin").write_bytes(b"never fetched")
+    expected = write_model(served.root / "models" / "some" / "pickled", pickled=True)
     models.load_policy("some/both")
-    assert "some/both/pytorch_model.bin" not in served.requests
+    assert "some/both/pytorch_model.bin" not in served.files
     model, _ = models.load_policy("some/pickled", dtype=torch.float32)
     assert same_weights(model, expected)
-    assert models.origin_of(model)["revision"] == served.commit(served.root / "some" / "pickled")
+    assert (
+        models.origin_of(model)["revision"]
+        == Revision(served.root / "models" / "some" / "pickled").commit
+    )
 
 
 def test_a_tokenizer_from_another_repository_comes_without_its_weights(served):
-    bare = served.root / "some" / "bare"
+    bare = served.root / "models" / "some" / "bare"
     write_model(bare)
     for path in bare.glob("tokenizer*"):
         path.unlink()
-    write_model(served.root / "other" / "words")
+    write_model(served.root / "models" / "other" / "words")
     with pytest.raises(ValueError, match="some/bare.*no tokenizer.*tokenizer='namespace/name'"):
         models.load_policy("some/bare")
     _, tokenizer = models.load_policy("some/bare", tokenizer="other/words")
     assert tokenizer("the cat")["input_ids"] == [6, 8]
-    assert "other/words/model.safetensors" not in served.requests
+    assert "other/words/model.safetensors" not in served.files
 
 
 def test_a_model_that_cannot_be_had_is_refused_in_words(served):
-    empty = served.root / "some" / "empty"
+    empty = served.root / "models" / "some" / "empty"
     empty.mkdir(parents=True)
     (empty / "config.json").write_text("{}")
     with pytest.raises(AssetError, match="no safetensors weights and no pytorch_model.bin"):

@@ -266,7 +266,9 @@ def describe_run(run: Run, **settings) -> pd.DataFrame:
     """The parameters, versions and device of this run, as the table under the parameters cell."""
     rows = [("scale", run.scale), ("seed", run.seed), ("device", runtime.describe_device())]
     rows += [(name, value) for name, value in settings.items()]
-    rows += [("rehearsal: counts lowered", ", ".join(counts))] if (counts := lowered_counts()) else []
+    rows += (
+        [("rehearsal: counts lowered", ", ".join(counts))] if (counts := lowered_counts()) else []
+    )
     rows += [("python", platform.python_version())]
     rows += [(name, metadata.version(name)) for name in SHOWN_PACKAGES]
     return pd.DataFrame(rows, columns=["setting", "value"]).astype(str)
