@@ -12,6 +12,7 @@ import inspect
 import json
 import os
 import platform
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -23,7 +24,7 @@ from pathlib import Path
 import pandas as pd
 
 from lib import runtime, tables
-from lib.course import place, show
+from lib.course import assets, place, show
 
 SCALES = ("smoke", "demo", "full")
 VERDICTS = ("same direction", "opposite", "not demonstrated")
@@ -308,6 +309,12 @@ def _check_lowered(name: str, count: object, settings: dict) -> None:
             f"FEEDBACK_COUNTS gives {name} = {count!r}, but the setting is {settings[name]!r}: only whole "
             "numbers above 0 can be lowered, to such numbers"
         )
+
+
+def model_name(name: str) -> str:
+    """A model's name for readers: what an offline asset is ("policy" says nothing), else the name."""
+    known = assets.ASSETS.get(name)
+    return re.split(r" \(|, ", known.what)[0] if known else name
 
 
 @lru_cache(maxsize=1)
