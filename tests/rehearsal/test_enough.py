@@ -1,0 +1,73 @@
+"""At `full` a notebook asks for no more articles than there are; a rehearsal lowers counts and cannot see it."""
+
+import ast
+import json
+import re
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import asset
+
+from lib import data, runtime
+from lib.annotator import Rubric
+from lib.segments import Segmenter
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def wikipedia():
+    asset("wikipedia")
+
+
+def cell(number, text):
+    """The source of the code cell of a notebook that holds this text."""
+    [path] = (ROOT / "notebooks").glob(f"{number}_*.ipynb")
+    cells = nbformat.read(path, as_version=4).cells
+    return next(c.source for c in cells if c.cell_type == "code" and text in c.source)
+
+
+def full_counts(number):
+    """Setting -> value at `full`, of those that are written as a number."""
+    assigned = [
+        n for n in ast.parse(cell(number, "SETTINGS = {")).body if isinstance(n, ast.Assign)
+    ]
+    table = next(n.value for n in assigned if ast.unparse(n.targets[0]) == "SETTINGS")
+    rows = [(k.value, row) for k, row in zip(table.keys, table.values, strict=True)]
+    columns = {
+        name: dict(zip(map(ast.unparse, row.keys), row.values, strict=True))
+        for name, row in rows
+        if isinstance(row, ast.Dict)
+    }
+    values = {name: column.get("'full'") for name, column in columns.items()}
+    return {name: v.value for name, v in values.items() if isinstance(v, ast.Constant)}
+
+
+def names(number, text, **more):
+    """What a cell defines, run at `full` with the modules that it uses."""
+    space = {"SCALE": "full", "SEED": 0, "data": data, "runtime": runtime, "json": json, "re": re}
+    space |= {"np": np, "pd": pd, "Rubric": Rubric, "Segmenter": Segmenter} | more
+    exec(cell(number, text), space)
+    return space
+
+
+def test_22_has_passages_for_training_and_evaluation():
+    counts = full_counts("22")
+    found = names("22", "def passages", chosen=counts)["passages"]()
+    assert len(found) == counts["n_train"] + counts["n_eval"] == 1553
+
+
+def test_40_has_pairs_for_training_and_held_out_loss():
+    counts = full_counts("40")
+    wanted = counts["n_train"] + counts["n_held_out"]
+    assert len(names("40", "def wikipedia_pairs")["wikipedia_pairs"](wanted)) == wanted == 1500
+
+
+def test_44_has_articles_for_each_of_its_parts():
+    counts = full_counts("44")
+    parts = ("reward_articles", "reward_test", "sft_articles", "questions", "n_test")
+    wanted = sum(counts[part] for part in parts)
+    assert len(names("44", "def articles")["articles"]()) >= wanted == 7000
