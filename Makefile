@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 TORCH_INDEX ?= $(shell [ "$$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null && echo https://download.pytorch.org/whl/cpu)
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: setup course smoke test lint lab report publish clean
+.PHONY: setup course smoke test rehearse lint lab report publish clean
 
 setup: $(READY)
 
@@ -35,6 +35,10 @@ lint: setup
 
 test: lint
 	$(BIN)/python -m pytest
+
+rehearse: setup
+	@$(PIP) --editable '.[gpu]'
+	$(BIN)/python -m rehearsal $(NN)
 
 report: setup
 	$(BIN)/python -m lib report --scale $(SCALE)

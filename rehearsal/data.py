@@ -60,7 +60,7 @@ TOXICITIES = (
 HH_PARTS = ("harmless-base", "helpful-base", "helpful-online", "helpful-rejection-sampled")
 SLF5K_ROWS = {"train": 48, "development": 12, "validation": 24, "test": 24}
 QUESTIONS = {"train_1k": 48, "train": 64, "dev": 32, "test": 24}
-FEEDBACK = {"train_feedback": 48, "dev_feedback": 32}
+FEEDBACK = {"train_feedback": 24, "dev_feedback": 32}
 VERBS = ("saw", "lost", "liked", "painted", "sold", "found")
 
 

@@ -1,4 +1,4 @@
-"""At `full` a notebook asks for no more articles than there are; a rehearsal lowers counts and cannot see it."""
+"""At `full` a notebook asks for no more articles than there are, which lowered counts would hide."""
 
 import ast
 import json
