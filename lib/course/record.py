@@ -278,22 +278,29 @@ def describe_run(run: Run, **settings) -> pd.DataFrame:
 def scale_settings(table: dict[str, dict], scale: str, task: dict | None = None) -> dict:
     """Pick one scale's column from a notebook's table of settings `{name: {scale: value}}`.
 
-    `task`: values of one task, in the place of the column's.  `FEEDBACK_COUNTS`, a JSON object, lowers
-    counts for a rehearsal (`python -m rehearsal`), and nothing else.  Raises ValueError for a setting
-    without the scale, and for counts that are none or are not lower.
+    `task`: values of one task, in the place of the column's.  Counts are `lowered` in a rehearsal.
+    Raises ValueError for a setting without the scale.
     """
     missing = [name for name, row in table.items() if scale not in row]
     if missing:
         raise ValueError(f"no {scale!r} value for the settings {', '.join(missing)}")
-    chosen = {name: row[scale] for name, row in table.items()} | (task or {})
+    return lowered({name: row[scale] for name, row in table.items()} | (task or {}))
+
+
+def lowered(settings: dict) -> dict:
+    """The settings with the counts of a rehearsal (`python -m rehearsal`); in every other run as they are.
+
+    `FEEDBACK_COUNTS` holds them as a JSON object.  Raises ValueError for a name that is no setting, and where
+    anything but a whole number, or a list of such, would be lowered.
+    """
     counts = lowered_counts()
     for name, count in counts.items():
-        _check_lowered(name, count, chosen)
-    return chosen | counts
+        _check_lowered(name, count, settings)
+    return settings | counts
 
 
 def lowered_counts() -> dict:
-    """Setting -> its count in this rehearsal, of `FEEDBACK_COUNTS`; empty in every other run."""
+    """Setting -> its count in this rehearsal; empty in every other run."""
     return json.loads(os.environ.get("FEEDBACK_COUNTS") or "{}")
 
 
