@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from lib import runtime
 from rehearsal.models import PLAIN, RUDE
 
 WORDS = [
@@ -161,8 +162,12 @@ def summaries(n: int, seed: str) -> list[dict]:
 
 
 def write_hub(root: Path) -> None:
-    """Write the data sets to `root/datasets/`."""
-    home = root / "datasets"
+    """Write the data sets to `root/datasets/`, in the place of what is there."""
+    with runtime.atomic_folder(root / "datasets") as home:
+        _write_hub(home)
+
+
+def _write_hub(home: Path) -> None:
     write_lines(toxicity_prompts(400), home / "allenai/real-toxicity-prompts/prompts.jsonl")
     for split, n in SLF5K_ROWS.items():
         write_lines(posts(split, n), home / f"JeremyAlain/SLF5K/{split}.jsonl")
@@ -232,11 +237,24 @@ def errors(write: Writer, sentences: list[str]) -> list[dict]:
     return found
 
 
+def write_dialoconan(path: Path) -> None:
+    """DIALOCONAN: a line a turn, hate and counter-speech in turn, dialogue after dialogue."""
+    write = Writer("dialoconan")
+    rows = []
+    for dialogue in range(24):
+        for turn in range(write.random.choice((4, 6))):
+            row = {"text": write.text(1, 2), "TARGET": "OTHER", "dialogue_id": dialogue}
+            rows.append(row | {"turn_id": turn, "type": ("HS", "CN")[turn % 2], "source": "rehearsal"})
+    pd.DataFrame(rows).to_csv(path)
+
+
 def write_released(folder: Path) -> None:
-    """Write `qa_feedback/` as fine-grained RLHF released it."""
-    for make, files in ((question, QUESTIONS), (feedback, FEEDBACK)):
-        for name, n in files.items():
-            write = Writer(name)
-            path = folder / "qa_feedback" / f"{name}.json"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps([make(write, i) for i in range(n)]), encoding="utf-8")
+    """Write `qa_feedback/` and `dialoconan/` as released, in the place of what is there."""
+    with runtime.atomic_folder(folder / "dialoconan") as home:
+        write_dialoconan(home / "DIALOCONAN.csv")
+    with runtime.atomic_folder(folder / "qa_feedback") as home:
+        for make, files in ((question, QUESTIONS), (feedback, FEEDBACK)):
+            for name, n in files.items():
+                write = Writer(name)
+                records = [make(write, i) for i in range(n)]
+                (home / f"{name}.json").write_text(json.dumps(records), encoding="utf-8")

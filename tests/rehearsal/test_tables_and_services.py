@@ -10,6 +10,7 @@ import pytest
 from lib import chat, data, scorers
 from lib.papers.fine_grained import schema
 from lib.papers.ilf.data import SLF5K_SPLITS, load_slf5k
+from lib.papers.rewardlm import load_dialoconan
 from rehearsal import data as tables
 from rehearsal.services import OPTIONS, Services
 
@@ -58,6 +59,11 @@ def test_released_records_pass_their_schema(root):
         records = schema.load_feedback(path, needed=schema.FIELDS)
         kinds = schema.span_table(records)["type"]
         assert len(records) == n and set(kinds) == set(schema.CATEGORIES)
+
+
+def test_dialogues_of_counter_speech_are_read(root):
+    talks = load_dialoconan(root / "released/dialoconan/DIALOCONAN.csv")
+    assert len(talks) == 24 and {turn["role"] for turn in talks[0]} == {"user", "assistant"}
 
 
 def test_schemas_are_those_of_the_real_files(root, real_data):
