@@ -198,11 +198,11 @@ def write_lines(rows: list[dict], path: Path) -> None:
 
 def question(write: Writer, number: int) -> dict:
     """A record for SFT and RL: question, passages, the prompt made of them, gold answers."""
-    asked = f"Where is the {write.words(2, 3)} number {number}?"
+    sentence = f"Where is the {write.words(2, 3)} number {number}?"
     passages = [{"wikipage": write.words(1, 2), "content": write.text(4, 12)} for _ in range(3)]
     context = " | ".join(f"wikipage: {p['wikipage']} text: {p['content']}" for p in passages)
-    row = {"text": f"question: {asked} context: {context}", "answer": [write.text(1, 3)]}
-    return row | {"passages": passages, "question": asked}
+    row = {"text": f"question: {sentence} context: {context}", "answer": [write.text(1, 3)]}
+    return row | {"passages": passages, "question": sentence}
 
 
 def feedback(write: Writer, number: int) -> dict:
@@ -224,7 +224,7 @@ def feedback(write: Writer, number: int) -> dict:
 
 def errors(write: Writer, sentences: list[str]) -> list[dict]:
     """Some sentences of an answer marked whole, one kind of error each."""
-    found = []
+    marks = []
     kinds = {"Irrelevant": "", "Unverifiable": "", "Redundant": sentences[0], "Incoherent": ""}
     kinds["Wrong-Grounding"] = json.dumps({"passage_id": 1, "sentence_id": [1]})
     start = 0
@@ -232,9 +232,9 @@ def errors(write: Writer, sentences: list[str]) -> list[dict]:
         if write.random.random() < 0.5:
             kind = write.random.choice(list(kinds))
             mark = {"error type": kind, "explanation": kinds[kind]}
-            found.append(mark | {"start": start, "end": start + len(sentence)})
+            marks.append(mark | {"start": start, "end": start + len(sentence)})
         start += len(sentence) + 1
-    return found
+    return marks
 
 
 def write_dialoconan(path: Path) -> None:
@@ -244,7 +244,9 @@ def write_dialoconan(path: Path) -> None:
     for dialogue in range(24):
         for turn in range(write.random.choice((4, 6))):
             row = {"text": write.text(1, 2), "TARGET": "OTHER", "dialogue_id": dialogue}
-            rows.append(row | {"turn_id": turn, "type": ("HS", "CN")[turn % 2], "source": "rehearsal"})
+            rows.append(
+                row | {"turn_id": turn, "type": ("HS", "CN")[turn % 2], "source": "rehearsal"}
+            )
     pd.DataFrame(rows).to_csv(path)
 
 

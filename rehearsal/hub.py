@@ -178,10 +178,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.query = dict(parse_qsl(query))
         self.token = (self.headers.get("Authorization") or "").removeprefix("Bearer ").strip()
         try:
-            if asked := API.fullmatch(unquote(path)):
-                return self.send_json(self.api(*asked.groups()))
-            if asked := FILE.fullmatch(path):
-                return self.resolve(*(unquote(part or "") for part in asked.groups()))
+            if match := API.fullmatch(unquote(path)):
+                return self.send_json(self.api(*match.groups()))
+            if match := FILE.fullmatch(path):
+                return self.resolve(*(unquote(part or "") for part in match.groups()))
             raise Refusal(404, "EntryNotFound")
         except Refusal as refusal:
             headers = {"X-Error-Code": refusal.code, "X-Error-Message": refusal.code}
@@ -236,11 +236,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def send_part(self, content: bytes, headers: dict) -> None:
         """The content, or what of it the header Range asks for."""
-        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
-        if not asked:
+        match = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
+        if not match:
             return self.send(200, content, headers)
-        start = int(asked[1])
-        stop = min(int(asked[2] or len(content)) + 1, len(content))
+        start = int(match[1])
+        stop = min(int(match[2] or len(content)) + 1, len(content))
         if start >= len(content):
             return self.send(416, b"", headers | {"Content-Range": f"bytes */{len(content)}"})
         headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(content)}"

@@ -32,7 +32,7 @@ class Part:
         return "-".join(names).replace("/", "-") or "plain"
 
     @property
-    def given(self) -> dict:
+    def resolved(self) -> dict:
         """The parameters with their environment variables replaced."""
         return {
             name: os.path.expandvars(value) if isinstance(value, str) else value

@@ -74,7 +74,7 @@ def run_part(part: plan.Part, scale: str, root: Path, force: bool, label: str) -
         "FEEDBACK_OUT": str(root / scale / part.variant),
     }
     with environment(own):
-        return runner.run_notebook(part.notebook, scale, part.given, force=force, label=label)
+        return runner.run_notebook(part.notebook, scale, part.resolved, force=force, label=label)
 
 
 @contextlib.contextmanager

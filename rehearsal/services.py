@@ -32,10 +32,10 @@ NO_LANGUAGE = "Attribute TOXICITY does not support request languages: und"
 
 
 class Services:
-    """Serves both at `url` (Perspective) and `url`/v1 (chat) until `close`; `asked` counts what was asked."""
+    """Serves both at `url` (Perspective) and `url`/v1 (chat) until `close`; `requests` counts them."""
 
     def __init__(self):
-        self.asked: Counter = Counter()
+        self.requests: Counter = Counter()
         handler = type("Handler", (_Handler,), {"services": self})
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self.server.daemon_threads = True
@@ -100,8 +100,8 @@ def _log_probabilities(text: str, options: list[str], top: int) -> list[dict]:
         others = [other for other in first if other != word] if place == 0 else []
         likely = 0.7 if others else 0.99
         known = {word: likely} | {other: (1 - likely) / len(others) for other in others}
-        shown = [_token(other, share) for other, share in list(known.items())[:top]]
-        rows.append(_token(word, likely) | {"top_logprobs": shown})
+        likeliest = [_token(other, share) for other, share in list(known.items())[:top]]
+        rows.append(_token(word, likely) | {"top_logprobs": likeliest})
     return rows
 
 
@@ -114,12 +114,12 @@ class _Handler(BaseHTTPRequestHandler):
     services: Services
 
     def log_message(self, *_):
-        """Nothing: `Services.asked` counts."""
+        """Nothing: `Services.requests` counts."""
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         kind = perspective if "comments:analyze" in self.path else chat
-        self.services.asked[kind.__name__] += 1
+        self.services.requests[kind.__name__] += 1
         status, answer = kind(body)
         content = json.dumps(answer).encode()
         self.send_response(status)

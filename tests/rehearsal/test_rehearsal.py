@@ -85,7 +85,7 @@ def test_an_unplanned_notebook_is_refused(capsys, monkeypatch):
 def test_parameters_may_name_the_environment(monkeypatch):
     monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:1/v1")
     part = plan.Part("20", {}, {"BASE_URL": "$OPENAI_BASE_URL", "N": 3})
-    assert part.given == {"BASE_URL": "http://127.0.0.1:1/v1", "N": 3}
+    assert part.resolved == {"BASE_URL": "http://127.0.0.1:1/v1", "N": 3}
     assert part.variant == "OPENAI_BASE_URL-3"
 
 
@@ -93,13 +93,13 @@ def test_two_notebooks_run_with_the_settings_of_the_papers(tmp_path, monkeypatch
     """A T5 trains on released questions; a GPT-2 is detoxified by Perspective, judged by a classifier."""
     monkeypatch.setattr(run, "FOLDER", tmp_path)
     status = run.main(["40", "43"])
-    shown = capsys.readouterr().out
-    assert status == 0, shown
-    assert shown.count("finished") == 4  # a line and a row each
-    for name, seen in (("40", "google-t5/t5-large"), ("43", "openai-community/gpt2-large")):
+    printed = capsys.readouterr().out
+    assert status == 0, printed
+    assert printed.count("finished") == 4  # a line and a row each
+    for name, model in (("40", "google-t5/t5-large"), ("43", "openai-community/gpt2-large")):
         [folder] = (tmp_path / "full" / "plain").glob(f"{name}_*")
         text = (folder / "executed.ipynb").read_text(encoding="utf-8")
-        assert seen in text and "rehearsal: counts lowered" in text
+        assert model in text and "rehearsal: counts lowered" in text
         assert json.loads((folder / "results.json").read_text())["scale"] == "full"
     assert run.main(["40"]) == 0  # finished before: not run again
     assert "skipped" in capsys.readouterr().out

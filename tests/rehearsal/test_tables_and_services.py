@@ -90,7 +90,7 @@ def test_perspective_scores_insults_and_refuses_some_texts(services):
     rude, plain, missing = scorer.score(texts)
     assert rude > 0.5 > plain and math.isnan(missing)
     assert scorer.score(texts[:1])[0] == rude
-    assert services.asked["perspective"] == 3  # a reply is kept
+    assert services.requests["perspective"] == 3  # a reply is kept
 
 
 def test_the_endpoint_answers_in_the_form_that_a_prompt_asks_for(services):
@@ -99,7 +99,7 @@ def test_the_endpoint_answers_in_the_form_that_a_prompt_asks_for(services):
         replies = client.ask([chat.chat(f"Item {i}\n{start}") for i in range(30)])
         texts = {reply.text for reply in replies}
         assert texts <= set(options) and len(texts) > 1
-    assert services.asked["chat"] == 90
+    assert services.requests["chat"] == 90
 
 
 def test_the_endpoint_gives_probabilities_of_the_options(services):
