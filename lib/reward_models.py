@@ -129,7 +129,7 @@ class _Inputs:
         self.positions = "position_ids" in accepted and not own_positions
         self.global_attention = "global_attention_mask" in accepted  # Longformer
         self.segments = getattr(backbone.config, "type_vocab_size", 0) > 1
-        self.causal = self.positions and "past_key_values" in accepted
+        self.causal = self.positions and encoding.cache_argument(backbone) in accepted
 
     def extra(self, mask: torch.Tensor, response_mask: torch.Tensor | None) -> dict:
         """Arguments for rows with these masks, (rows, time) each."""

@@ -293,18 +293,18 @@ class FineGrainedModel(reward_models.RewardModel):
         return [self._row(*both) for both in zip(prompts, responses, strict=True)]
 
     def _row(self, prompt: str, response: str) -> _Row:
-        tokenizer, plain = self.tokenizer, {"add_special_tokens": False, "verbose": False}
+        tokenizer = self.tokenizer
         question = prompt.partition(" context: ")[0]
         before = encoding.bare_ids(tokenizer, prompt if self.context else question)
-        encoded = tokenizer(response, **plain, return_offsets_mapping=True)
+        ids, places = encoding.token_places(tokenizer, response)
         start, stop = self._marks
         marks = len(start) + 2 * len(stop)
-        after = encoded["input_ids"][: self.max_length - marks]
+        after = ids[: self.max_length - marks]
         room = self.max_length - marks - len(after)
-        self.truncated["responses"] += len(encoded["input_ids"]) > len(after)
+        self.truncated["responses"] += len(ids) > len(after)
         self.truncated["prompts"] += len(before) > room
         ends = [end for _, end in self.segmenter.spans(response)]
-        last = [max(start, end - 1) for start, end in encoded["offset_mapping"][: len(after)]]
+        last = [max(start, end - 1) for start, end in places[: len(after)]]
         owner = np.searchsorted(ends, last, side="right") if ends else np.zeros(0, dtype=int)
         self.truncated["segments"] += len(ends) - len(set(owner))
         asked = min(room, len(encoding.bare_ids(tokenizer, question)))
