@@ -31,8 +31,9 @@ CUT_OFF = (
 DAILY_LIMIT = re.compile(r"per[ -]?day|daily|\b[RT]PD\b", re.I)
 # What endpoints call a token limit and a filter, in lower case: Mistral, Gemini, Anthropic, Bedrock.
 LIMITS = ("length", "max_tokens", "model_length")
-FILTERS = ("content_filter", "content_filtered", "refusal", "safety", "prohibited_content", "recitation",
-           "blocklist", "spii", "guardrail_intervened")  # fmt: skip
+FILTERS = re.compile(
+    "content_filter(ed)?|refusal|safety|prohibited_content|recitation|blocklist|spii|guardrail_intervened"
+)
 # "Please try again in 1m20.5s", and Gemini's {"retryDelay": "32s"}
 _WAIT = re.compile(
     r"try(?: again)? in ((?:[\d.]+ ?(?:ms|[hms])\w* ?)+)|retryDelay[\"']*: *[\"']*([\d.]+s)", re.I
@@ -117,7 +118,7 @@ def read_answer(raw: object) -> Outcome:
         return Outcome(problem=f"an answer without a message: {_excerpt(raw)}", passing=True)
     if message.get("refusal"):
         return Outcome("", "refusal", f"the model refused: {_excerpt(message['refusal'])}")
-    if reason.lower() in FILTERS:
+    if FILTERS.fullmatch(reason.lower()):
         return Outcome("", reason, "the provider's content filter cut the answer")
     if without_reasoning(text).strip():
         return Outcome(text, reason)

@@ -555,11 +555,10 @@ def train(
 ) -> pd.DataFrame:
     """Train in place on targets (squared error) or pairs (Bradley-Terry); history: step, epoch, loss, ....
 
-    Trains the head and whatever of the backbone requires gradients (`models.set_trainable`; freeze it
-    with `requires_grad_(False)`).  `features`, (rows, width) from `model.features`, trains the head
-    alone, and sets its centre and scale.  `batch_loss(model, feedback, groups, encoded, features)` takes
-    the place of these losses.  With a `folder` the history is on disk and reported as it comes
-    (`training.History`).  Raises ValueError for feedback of both kinds or none, and
+    Trains the head and whatever of the backbone requires gradients (`models.set_trainable`; or freeze it).
+    `features`, (rows, width) from `model.features`, trains the head alone, and sets its centre and scale.
+    `batch_loss(model, feedback, groups, encoded, features)` takes the place of these losses.  `folder` holds
+    the history as it comes (`training.History`).  Raises ValueError for feedback of both kinds or none, and
     FloatingPointError, naming step and batch, where the loss is not finite.
     """
     if batch_loss is None and (feedback.targets is None) == (feedback.pairs is None):

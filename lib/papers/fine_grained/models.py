@@ -494,8 +494,9 @@ def fit(
         wrong, fine = np.nansum(part.labels), np.nansum(1 - part.labels)
         weight = wrong / fine if balance and wrong and fine else 1.0
         loss = functools.partial(_segment_loss, weight=weight)
-    how = {"features": flat, "batch_loss": loss, "folder": folder}
-    history = reward_models.train(model, part, config, **how)
+    history = reward_models.train(
+        model, part, config, features=flat, batch_loss=loss, folder=folder
+    )
     scores = (
         model.score_features(features)
         if features
@@ -556,8 +557,7 @@ def out_of_fold(
         part = subset(feedback, train)
         if _usable(model, part, chosen).any():
             place = None if folder is None else Path(folder) / f"fold-{fold}"
-            how = {"features": chosen, "balance": balance, "folder": place}
-            fit(model, part, config, **how)
+            fit(model, part, config, features=chosen, balance=balance, folder=place)
         if features is None:
             texts = ([side[i] for i in test] for side in (feedback.prompts, feedback.responses))
             scores = model.score_segments(*texts)
