@@ -8,6 +8,7 @@ none of that.  `without_reasoning`, `first_line` and `parse_whole` are what all 
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import dataclass
 
@@ -28,10 +29,28 @@ CUT_OFF = (
     "model max_completion_tokens of a few thousand"
 )
 DAILY_LIMIT = re.compile(r"per[ -]?day|daily|\b[RT]PD\b", re.I)
+# What endpoints call a token limit and a filter, in lower case: Mistral, Gemini, Anthropic, Bedrock.
+LIMITS = ("length", "max_tokens", "model_length")
+FILTERS = re.compile(
+    "content_filter(ed)?|refusal|safety|prohibited_content|recitation|blocklist|spii|guardrail_intervened"
+)
+# "Please try again in 1m20.5s", and Gemini's {"retryDelay": "32s"}
+_WAIT = re.compile(
+    r"try(?: again)? in ((?:[\d.]+ ?(?:ms|[hms])\w* ?)+)|retryDelay[\"']*: *[\"']*([\d.]+s)", re.I
+)
+_SECONDS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600}
 
-
-_TAG = r"(?:(?i:<{slash}(?:think|thinking|thought|reasoning)>)|\[{slash}THINK\])"
-_OPENING, _CLOSING = _TAG.format(slash=""), _TAG.format(slash="/")
+# Reasoning in <think>, <seed:think>, Kimi's triangles, Mistral's [THINK], Cohere's, gpt-oss's and Gemma's.
+_TAG = (
+    r"(?i:<{slash}(?:\w+:)?(?:think|thinking|thoughts?|reasoning)>)|◁{slash}think▷|\[{slash}THINK\]"
+)
+_OPENING = (
+    rf"(?:{_TAG.format(slash='')}|<\|START_THINKING\|>|<\|channel\|>analysis|<\|channel>thought)"
+)
+_CLOSING = (
+    rf"(?:{_TAG.format(slash='/')}|<\|END_THINKING\|>|<\|channel\|>final<\|message\|>|<channel\|>)"
+)
+_FRAME = re.compile(r"\A\s*<\|START_RESPONSE\|>|<\|(?:END_RESPONSE|return|end)\|>\s*\Z")
 _BLOCK = re.compile(f"{_OPENING}.*?{_CLOSING}", re.S)
 _TO_CLOSING = re.compile(f".*{_CLOSING}", re.S)
 _FROM_OPENING = re.compile(f"{_OPENING}.*", re.S)
@@ -43,6 +62,7 @@ def without_reasoning(text: str) -> str:
     Some models are given the opening tag in their prompt: all before a lone closing tag is reasoning.
     """
     answer = _FROM_OPENING.sub("", _TO_CLOSING.sub("", _BLOCK.sub("", text)))
+    answer = _FRAME.sub("", answer)
     return text if answer == text else answer.strip()
 
 
@@ -92,12 +112,13 @@ def read_answer(raw: object) -> Outcome:
     if error := raw.get("error") or choice.get("error"):
         return read_failure(200, error)
     message, reason = choice.get("message"), str(choice.get("finish_reason") or "")
+    reason = "length" if reason.lower() in LIMITS else reason
     text = _content(message.get("content")) if isinstance(message, dict) else None
     if reason == "error" or text is None:
         return Outcome(problem=f"an answer without a message: {_excerpt(raw)}", passing=True)
     if message.get("refusal"):
         return Outcome("", "refusal", f"the model refused: {_excerpt(message['refusal'])}")
-    if reason == "content_filter":
+    if FILTERS.fullmatch(reason.lower()):
         return Outcome("", reason, "the provider's content filter cut the answer")
     if without_reasoning(text).strip():
         return Outcome(text, reason)
@@ -126,16 +147,22 @@ def _whole(text: str) -> str:
 
 def read_failure(status: int, error: object, wait: float | None = None) -> Outcome:
     """What an error means: `error` is the endpoint's own object or text, inside a status of 200 too."""
+    if isinstance(error, list) and error and isinstance(error[0], dict):  # Gemini
+        error = error[0].get("error") or error[0]
     fields = error if isinstance(error, dict) else {"message": error}
-    code = fields.get("code")
-    if status == 200:  # a gateway: the status of the provider behind it, where it says
-        status = code if isinstance(code, int) and 400 <= code < 600 else 502
+    inside = status == 200  # a gateway: the status of the provider behind it, where it says
+    if inside:
+        codes = (str(fields.get(name)) for name in ("code", "status"))
+        status = next((int(x) for x in codes if re.fullmatch("[45][0-9][0-9]", x)), 502)
     words = " ".join(str(fields.get(name) or "") for name in ("code", "type", "message"))
-    detail = fields.get("metadata") or ""
-    broke = 400 <= status < 500 and bool(NO_CREDIT.search(words))
+    detail = fields.get("metadata") or fields.get("details") or ""
+    said = _wait_said(f"{words} {detail}") if status == 429 else None
+    wait = said if wait is None else wait
+    # Gemini says "exceeded your current quota" of a minute's limit too, and then how long to wait
+    broke = (inside or 400 <= status < 500) and bool(NO_CREDIT.search(words)) and said is None
     flagged = status == 403 and bool(re.search("moderation|flagged", f"{words} {detail}", re.I))
     too_long = wait is not None and wait > LONGEST_WAIT
-    daily = status == 429 and bool(DAILY_LIMIT.search(words))
+    daily = status == 429 and bool(DAILY_LIMIT.search(f"{words} {detail}"))
     lasting = broke or daily or too_long or (status in ADVICE and not flagged)
     advice = ADVICE[402] if broke else "a daily limit" if daily else ADVICE.get(status, "")
     advice = f"it asks to wait {wait:.0f} s" if too_long else advice
@@ -145,6 +172,15 @@ def read_failure(status: int, error: object, wait: float | None = None) -> Outco
     return Outcome(
         problem=problem, passing=passing, lasting=lasting, throttled=status == 429, wait=wait
     )
+
+
+def _wait_said(text: str) -> float | None:
+    """Seconds that the words of an error ask to wait; None where they do not."""
+    match = _WAIT.search(text)
+    if not match:
+        return None
+    parts = re.findall(r"(\d+(?:\.\d+)?) ?(ms|[hms])", match[1] or match[2], re.I)
+    return sum(float(number) * _SECONDS[unit.lower()] for number, unit in parts) if parts else None
 
 
 def _excerpt(value: object) -> str:
@@ -175,4 +211,5 @@ def count_tokens(answer: object, side: str) -> int | None:
     """Tokens that an endpoint counted ("prompt", "completion"); None where it did not, or wrote null."""
     usage = answer.get("usage") if isinstance(answer, dict) else None
     count = usage.get(f"{side}_tokens") if isinstance(usage, dict) else None
-    return count if isinstance(count, int) else None
+    counted = type(count) in (int, float) and 0 <= count < math.inf
+    return int(count) if counted else None

@@ -333,10 +333,12 @@ class _Http(openai.DefaultHttpxClient):
         response.headers["x-should-retry"] = "true" if again else "false"
         if again and response.status_code == 200:
             response.status_code = 502  # what the failure inside it is
-        if again and outcome.wait is None:
-            pause = min(LONGEST_PAUSE, run.client.first_pause * 2**failures)
-            pause = f"{1000 * pause * random.uniform(0.5, 1):.0f}"
-            response.headers.setdefault("retry-after-ms", pause)
+        if again and (outcome.wait is None or "retry-after" not in response.headers):
+            pause = outcome.wait  # that the error's own words ask for
+            if pause is None:
+                pause = min(LONGEST_PAUSE, run.client.first_pause * 2**failures)
+                pause *= random.uniform(0.5, 1)
+            response.headers.setdefault("retry-after-ms", f"{1000 * pause:.0f}")
         return response
 
 

@@ -7,7 +7,9 @@ token stands before it once where the tokenizer writes one, even where the chat 
 
 from __future__ import annotations
 
+import functools
 import inspect
+import os
 import unicodedata
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -59,6 +61,30 @@ def encode(
 def bare_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """The text's own tokens, without those that a tokenizer writes around it."""
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def token_places(
+    tokenizer: PreTrainedTokenizerBase, text: str
+) -> tuple[list[int], list[tuple[int, int]]]:
+    """The text's own tokens, and (start, end) of the characters of each.
+
+    A tokenizer that is no fast one does not say where its tokens stand: growing parts are decoded then.
+    Of a letter in several tokens the last one has it, and the others none.  Raises ValueError where decoding
+    does not give the text back (white space at its end aside).
+    """
+    if tokenizer.is_fast:
+        options = {"add_special_tokens": False, "verbose": False}
+        encoded = tokenizer(text, return_offsets_mapping=True, **options)
+        return list(encoded["input_ids"]), list(encoded["offset_mapping"])
+    ids = bare_ids(tokenizer, text)
+    parts = (tokenizer.decode(ids[: n + 1]) for n in range(len(ids)))
+    ends = [len(os.path.commonprefix([part, text])) for part in parts]
+    if ids and text[ends[-1] :].strip():
+        raise ValueError(
+            f"{type(tokenizer).__name__} does not say where its tokens stand in a text, nor gives the text "
+            f"back: {text[ends[-1] :][:40]!r} is lost. Try a model whose tokenizer is a fast one."
+        )
+    return ids, list(zip([0, *ends], ends, strict=False))
 
 
 def start_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -183,12 +209,31 @@ def decoder_inputs(
     mask (rows, cached + time) is 1 at real tokens.  Positions count those alone, so that padding on either
     side changes nothing.
     """
-    inputs = {"input_ids": ids, "attention_mask": mask, "past_key_values": cache}
+    inputs = {"input_ids": ids, "attention_mask": mask, cache_argument(model): cache}
     inputs["use_cache"] = use_cache or cache is not None
-    if "position_ids" in inspect.signature(type(model).forward).parameters:
+    if "position_ids" in accepted(type(model)):
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         inputs["position_ids"] = positions[:, -ids.shape[1] :]
     return inputs
+
+
+@functools.cache
+def accepted(kind: type) -> frozenset[str]:
+    """Names of the arguments that models of this class take."""
+    return frozenset(inspect.signature(kind.forward).parameters)
+
+
+def cache_argument(model: PreTrainedModel) -> str:
+    """What this model calls its cache: "cache" from transformers 5.24 on, "past_key_values" before.
+
+    The old name is still taken, with a warning, until 5.40; signatures and outputs have lost it already.
+    """
+    return "cache" if "cache" in accepted(type(model)) else "past_key_values"
+
+
+def cache_of(output: object) -> object:
+    """The cache in a model's output, None where it has none; for both names see `cache_argument`."""
+    return output.get("cache", output.get("past_key_values"))
 
 
 def token_batches(

@@ -322,7 +322,7 @@ class DecoderState:
     def _forward(self, ids) -> None:
         inputs = encoding.decoder_inputs(self.model, ids, self.mask, self.cache, use_cache=True)
         output = self.model(**inputs, logits_to_keep=1)
-        self.cache = output.past_key_values
+        self.cache = encoding.cache_of(output)
         self.logits = output.logits[:, -1]
 
     def _repeat(self, n: int) -> None:
@@ -368,10 +368,10 @@ class EncoderDecoderState:
             encoder_outputs=BaseModelOutput(self.states),
             attention_mask=self.mask,
             decoder_input_ids=tokens[:, None],
-            past_key_values=self.cache,
             use_cache=True,
+            **{encoding.cache_argument(self.model): self.cache},
         )
-        self.cache = output.past_key_values
+        self.cache = encoding.cache_of(output)
         self.logits = output.logits[:, -1]
 
 

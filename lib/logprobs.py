@@ -136,10 +136,10 @@ def last_states(model: PreTrainedModel, inputs: dict, keep: int) -> tuple[torch.
     head = model.get_output_embeddings()
     if head is None:
         output = model(**inputs)
-        return output.last_hidden_state, getattr(output, "past_key_values", None)
+        return output.last_hidden_state, encoding.cache_of(output)
     if changes_logits(model):
         output = model(**inputs, logits_to_keep=keep)
-        return output.logits, output.past_key_values
+        return output.logits, encoding.cache_of(output)
     seen = []
     hook = head.register_forward_pre_hook(
         lambda _, args: seen.append(args[0]) or (args[0][:, :0],)  # the layer gets no position
@@ -148,7 +148,7 @@ def last_states(model: PreTrainedModel, inputs: dict, keep: int) -> tuple[torch.
         output = model(**inputs)
     finally:
         hook.remove()
-    return seen[0], output.past_key_values
+    return seen[0], encoding.cache_of(output)
 
 
 def changes_logits(model: PreTrainedModel) -> bool:

@@ -42,11 +42,13 @@ from lib import (
     models,
     preferences,
     runtime,
+    training,
 )
 from lib.text import check_texts
 
 POOLINGS = ("mean", "last")
 MAX_LENGTH = 512  # tokens, as in the reference
+HISTORY = ["step", "epoch", "loss", "learning_rate", "grad_norm"]
 KIND, WEIGHTS = "reward model", "reward_model.safetensors"
 OLD_CARD = "reward_model.json"  # of folders that an earlier version wrote
 
@@ -127,7 +129,7 @@ class _Inputs:
         self.positions = "position_ids" in accepted and not own_positions
         self.global_attention = "global_attention_mask" in accepted  # Longformer
         self.segments = getattr(backbone.config, "type_vocab_size", 0) > 1
-        self.causal = self.positions and "past_key_values" in accepted
+        self.causal = self.positions and encoding.cache_argument(backbone) in accepted
 
     def extra(self, mask: torch.Tensor, response_mask: torch.Tensor | None) -> dict:
         """Arguments for rows with these masks, (rows, time) each."""
@@ -549,13 +551,14 @@ def train(
     *,
     features: torch.Tensor | None = None,
     batch_loss: Callable | None = None,
+    folder: Path | str | None = None,
 ) -> pd.DataFrame:
     """Train in place on targets (squared error) or pairs (Bradley-Terry); history: step, epoch, loss, ....
 
-    Trains the head and whatever of the backbone requires gradients (`models.set_trainable`; freeze it
-    with `requires_grad_(False)`).  `features`, (rows, width) from `model.features`, trains the head
-    alone, and sets its centre and scale.  `batch_loss(model, feedback, groups, encoded, features)` takes
-    the place of these losses.  Raises ValueError for feedback of both kinds or none, and
+    Trains the head and whatever of the backbone requires gradients (`models.set_trainable`; or freeze it).
+    `features`, (rows, width) from `model.features`, trains the head alone, and sets its centre and scale.
+    `batch_loss(model, feedback, groups, encoded, features)` takes the place of these losses.  `folder` holds
+    the history as it comes (`training.History`).  Raises ValueError for feedback of both kinds or none, and
     FloatingPointError, naming step and batch, where the loss is not finite.
     """
     if batch_loss is None and (feedback.targets is None) == (feedback.pairs is None):
@@ -570,7 +573,7 @@ def train(
     optimiser, schedule = _optimiser(trained, config, total)
     encoded = None if features is not None else model.encode(feedback.prompts, feedback.responses)
     rng = np.random.default_rng(config.seed)
-    history = []
+    history = training.History("reward model", folder, vars(config), writes=folder is not None)
     bar = runtime.progress(total=total, label="training a reward model", unit="step")
     with models.fast_float32(model):
         for step in range(total):
@@ -583,12 +586,14 @@ def train(
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
             rate = schedule.get_last_lr()[0]
-            history.append((step + 1, (step + 1) / batches, loss.item(), rate, norm.item()))
+            values = (step + 1, (step + 1) / batches, loss.item(), rate, norm.item())
+            history.add(dict(zip(HISTORY, values, strict=True)))
             optimiser.step()
             schedule.step()
             bar.update()
     bar.close()
-    return pd.DataFrame(history, columns=["step", "epoch", "loss", "learning_rate", "grad_norm"])
+    history.close()
+    return pd.DataFrame(history.rows, columns=HISTORY)
 
 
 def _optimiser(trained: list[torch.nn.Parameter], config: TrainConfig, total: int):

@@ -70,9 +70,8 @@ def encode_conversations(
     first = encoding.start_ids(tokenizer) if encoding.writes_start(tokenizer) else []
     for number, messages in enumerate(conversations):
         text, spans = _assistant_spans(tokenizer, messages, number)
-        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        ids = encoded["input_ids"]
-        spoken = [any(a <= start < b for a, b in spans) for start, _ in encoded["offset_mapping"]]
+        ids, places = encoding.token_places(tokenizer, text)
+        spoken = [any(a <= start < b for a, b in spans) for start, _ in places]
         labels = [token if said else NO_LOSS for token, said in zip(ids, spoken, strict=True)]
         said = [token for token in labels if token != NO_LOSS]
         if messages[-1]["role"] == "assistant" and not encoding.is_finished(said, ends):

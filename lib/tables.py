@@ -9,6 +9,7 @@ Simplified: files are read whole.
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import json
 import math
@@ -31,7 +32,10 @@ _WHOLE = re.compile(r"-?(?:0|[1-9]\d{0,17})", re.ASCII)
 
 
 def read_text(path: Path) -> str:
-    """The file's text, line ends untouched, without a byte-order mark; `.gz` is unpacked."""
+    """The file's text, line ends untouched, without a byte-order mark; `.gz` is unpacked.
+
+    UTF-8, or UTF-16 with its mark (what Excel calls Unicode text).
+    """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file. Try the full path; now in {Path.cwd()}.")
     content = path.read_bytes()
@@ -40,8 +44,9 @@ def read_text(path: Path) -> str:
             content = gzip.decompress(content)
         except (OSError, EOFError) as error:
             raise ValueError(f"{path.name} is no whole gzip file ({error}).") from None
+    marked = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:
-        text = content.decode("utf-8").removeprefix("\ufeff")
+        text = content.decode("utf-16" if marked else "utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
         raise ValueError(f"{path.name}, line {line}: not UTF-8. Try to save it as UTF-8.") from None
@@ -51,14 +56,22 @@ def read_text(path: Path) -> str:
 
 
 def text_lines(path: Path) -> list[str]:
-    """Lines ended by LF or CRLF; other separators (U+2028, form feed) belong to the text."""
-    text = read_text(path).removesuffix("\n")
+    """Lines ended by LF or CRLF; other separators (U+2028, form feed) belong to the text.
+
+    Blank lines at the end are none.
+    """
+    text = re.sub(r"(?:\r?\n)+\Z", "", read_text(path))
     return [line.removesuffix("\r") for line in text.split("\n")]
 
 
 def jsonl_records(path: Path) -> Iterator[tuple[int, dict]]:
-    """Records of JSON lines with their line numbers; ValueError names the line that is not JSON."""
+    """Records of JSON lines with their line numbers; ValueError names the line that is not JSON.
+
+    A blank line holds no record.
+    """
     for number, line in enumerate(text_lines(path), 1):
+        if not line.strip():
+            continue
         try:
             yield number, json.loads(line)
         except json.JSONDecodeError as error:
@@ -106,18 +119,33 @@ def csv_records(path: Path, needed: Sequence[str] = ()) -> Iterator[tuple[int, l
     """(physical line on which the record starts, fields); the header comes first.
 
     The separator is the one of `SEPARATORS` under which the first record holds the columns `needed`; failing
-    that, a comma unless only another one parts the first record.  Raises ValueError with file and line.
+    that, a comma unless only another one parts the first record.  A first line `sep=;`, as Excel reads it,
+    says it too.  Columns after the last named one in which nothing stands are left out.  Raises ValueError
+    with file and line.
     """
     text = read_text(path)
-    width = None
-    for line, cells in _split(text, _separator(text, needed, path.name), path.name):
-        width = width or len(cells)
+    stated = re.match(r'"?sep=([,;\t])"?(?=\r?\n)', text)
+    text = (
+        text[stated.end() :] if stated else text
+    )  # leaves a blank line: lines are counted as in the file
+    separator = stated[1] if stated else _separator(text, needed, path.name)
+    records = list(_split(text, separator, path.name))
+    width = len(records[0][1])
+    named = width
+    while named > 1 and not any(_filled(cells[named - 1 : named]) for _, cells in records):
+        named -= 1
+    for line, cells in records:
         if len(cells) != width:
             raise ValueError(
                 f"{path.name}, line {line}: {len(cells)} fields; the header has {width}. "
                 "Try to quote texts that hold commas or line breaks."
             )
-        yield line, cells
+        yield line, cells[:named]
+
+
+def _filled(cells: Sequence[_Cell]) -> bool:
+    """Whether anything stands in these cells; quotes with nothing in them count."""
+    return any(cell or cell.quoted for cell in cells)
 
 
 def _separator(text: str, needed: Sequence[str], name: str) -> str:
@@ -168,7 +196,8 @@ def _split(text: str, separator: str, name: str) -> Iterator[tuple[int, list[_Ce
 def csv_dicts(path: Path, needed: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
     """(line, record) of a CSV with a header that names the columns `needed`, and others if it likes.
 
-    Raises ValueError with file and line for a column that is missing or stands twice, and for no rows.
+    A row of empty cells, such as a spreadsheet leaves where one was cleared, is no record.  Raises ValueError
+    with file and line for a column that is missing or stands twice, and for no rows.
     """
     records = csv_records(path, needed)
     line, header = next(records)
@@ -183,6 +212,8 @@ def csv_dicts(path: Path, needed: Sequence[str]) -> Iterator[tuple[int, dict[str
         )
     row = None
     for line, row in records:
+        if not _filled(row):
+            continue
         yield line, dict(zip(map(str, header), map(str, row), strict=True))
     if row is None:
         raise ValueError(f"{path.name} has a header but no rows; at least one is needed.")

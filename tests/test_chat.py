@@ -292,6 +292,15 @@ def test_retry_after_in_its_forms(scripted, tmp_path, form):
     assert took < 8 and (took > 0.9 or form == "nonsense")
 
 
+def test_a_wait_in_an_errors_words_is_kept_to(scripted, tmp_path):
+    message = "Rate limit reached. Please try again in 1.2s."
+    answers = [(429, {"error": {"message": message}}, {})]
+    one = scripted(lambda body: answers.pop() if answers else completion("6"))
+    started = time.monotonic()
+    assert ask_one(one, tmp_path, first_pause=0.01)[1].text == "6"
+    assert 1.1 < time.monotonic() - started < 8
+
+
 def test_parameters_replace_and_take_back_defaults():
     merged = chat.with_defaults({"max_tokens": 4, "temperature": 0}, {"max_completion_tokens": 900})
     assert merged == {"temperature": 0, "max_completion_tokens": 900}

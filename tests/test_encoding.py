@@ -1,10 +1,12 @@
 """One encoder for every reader of a prompt, one definition of the end, and tokenizers with gaps."""
 
 import copy
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
@@ -12,6 +14,7 @@ from tokenizers.models import BPE, WordLevel
 from tokenizers.pre_tokenizers import Metaspace, Whitespace
 from tokenizers.processors import TemplateProcessing
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import ModelOutput
 
 from lib import (
     data,
@@ -26,6 +29,7 @@ from lib import (
     sft,
 )
 from lib.papers.alt import conditions, critics, labels, loop
+from lib.papers.fine_grained import models as fine_grained
 
 WORDS = [
     "the",
@@ -378,3 +382,86 @@ def test_rows_padded_on_either_side_and_none_at_all():
     ids, mask = encoding.pad_rows([[5], [], [6, 7]], 0, "left")
     assert ids.tolist() == [[0, 5], [0, 0], [6, 7]] and mask.tolist() == [[0, 1], [0, 0], [1, 1]]
     assert encoding.pad_rows([], 0, "right")[0].shape == (0, 0)
+
+
+# --- places --------------------------------------------------------------------------------------
+
+
+def test_places_of_tokens_where_the_tokenizer_does_not_say_them():
+    """Bytes: a letter of two bytes belongs to the second; a fast tokenizer's places are its own."""
+    ids, places = encoding.token_places(transformers.ByT5Tokenizer(), "aü b")
+    assert len(ids) == 5 and places == [(0, 1), (1, 1), (1, 2), (2, 3), (3, 4)]
+    assert encoding.token_places(transformers.ByT5Tokenizer(), "") == ([], [])
+    tokenizer = models.build_tiny_model("tiny")[1]
+    ids, places = encoding.token_places(tokenizer, "the cat saw")
+    told = tokenizer("the cat saw", add_special_tokens=False, return_offsets_mapping=True)
+    assert ids == told["input_ids"] and places == told["offset_mapping"]
+
+
+def test_a_tokenizer_that_loses_text_is_refused_in_words():
+    class Lowered(transformers.ByT5Tokenizer):
+        def decode(self, ids, **options):
+            return super().decode(ids, **options).lower()
+
+    with pytest.raises(ValueError, match="nor gives the text back: 'Cd' is lost"):
+        encoding.token_places(Lowered(), "abCd")
+
+
+def test_byte_tokenizers_learn_conversations_and_judge_segments():
+    tokenizer = transformers.ByT5Tokenizer()
+    talk = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes é"}]
+    (row,) = sft.encode_conversations(tokenizer, [talk])
+    said = [token for token in row["labels"] if token != sft.NO_LOSS]
+    assert tokenizer.decode(said, skip_special_tokens=True).strip() == "yes é"
+    size = dict(vocab_size=384, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4)
+    encoder = transformers.T5EncoderModel(transformers.T5Config(**size)).eval()
+    model = fine_grained.FineGrainedModel(encoder, tokenizer, unit="sentence")
+    (scores,) = model.score_segments(["question: q"], ["Über one two three. Five six seven."])
+    assert scores.shape == (2,)
+
+
+# --- the cache -----------------------------------------------------------------------------------
+
+
+class Renamed(LlamaForCausalLM):
+    """As transformers writes models from 5.24 on: the cache has another name, in and out."""
+
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, cache=None,
+                use_cache=None, logits_to_keep=0):  # fmt: skip
+        how = {"use_cache": use_cache, "logits_to_keep": logits_to_keep}
+        how |= {"attention_mask": attention_mask, "position_ids": position_ids}
+        output = super().forward(input_ids=input_ids, past_key_values=cache, **how)
+        return CausalLMOutputWithLogits(logits=output.logits, cache=output.past_key_values)
+
+
+@dataclass
+class CausalLMOutputWithLogits(ModelOutput):
+    logits: torch.Tensor | None = None
+    cache: object = None
+
+
+def test_a_cache_of_either_name_is_used(monkeypatch):
+    """Sampling and log-probabilities are the same, and the cache saves the tokens that were read."""
+    model, tokenizer = models.build_tiny_model("tiny")
+    renamed = Renamed(model.config).eval()
+    renamed.load_state_dict(model.state_dict())
+    read = []
+    real = LlamaForCausalLM.forward
+
+    def counting(self, *parts, **options):
+        read.append(options["input_ids"].numel())
+        return real(self, *parts, **options)
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", counting)
+    prompts, drawn, counts = ["the cat", "the man saw the"], [], []
+    for one in (model, renamed):
+        read.clear()
+        drawn.append(generation.sample(one, tokenizer, prompts, n=2, seed=1, max_new_tokens=6))
+        counts.append(sum(read))
+    assert drawn[0].response_ids == drawn[1].response_ids and counts[0] == counts[1]
+    scores = [
+        logprobs.token_log_probs(one, drawn[0].prompt_ids, drawn[0].response_ids)
+        for one in (model, renamed)
+    ]
+    for a, b in zip(*scores, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5)

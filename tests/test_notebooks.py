@@ -21,6 +21,7 @@ from lib import data, generation, models, reward_models
 from lib.course import record
 from lib.papers.alt import conditions, critics
 from lib.papers.fine_grained import models as fine_grained
+from lib.papers.fine_grained import schema as qa
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -329,6 +330,37 @@ def test_kept_reward_models_of_41_pay_in_44(tmp_path):
     assert "R1/learned/accuracy" in metrics and "R1/shuffled labels/accuracy" not in metrics
     assert [p.name for p in (folder / "models").iterdir()] == ["dense"]
     models.load_policy(str(folder / "models" / "dense"))
+
+
+@pytest.mark.parametrize("field", ["feedback", "preference"])
+def test_41_trains_what_records_of_one_kind_can_teach(field, tmp_path):
+    """Spans alone teach R1 and R2, comparisons alone the preference model; a line says what is left out."""
+    unneeded = {"feedback": ["preference", *qa.PREDICTIONS[1:]], "preference": ["feedback"]}[field]
+    records = json.loads((ROOT / "data/samples/qa_feedback.json").read_text())
+    records = [{k: v for k, v in r.items() if k not in unneeded} for r in records]
+    begun = {"question": "Begun?", "passages": [], "prediction 1": "Yes.", "prediction 2": "No."}
+    begun |= {"annotation": {field: {"finished": False, "marks": {}}}}
+    (tmp_path / "export.json").write_text(json.dumps([begun, *records]))
+    notebook = ROOT / "notebooks/41_fine_grained_reward_models.ipynb"
+    folder = run_notebook(notebook, tmp_path, "-p", "FEEDBACK_JSON", str(tmp_path / "export.json"))
+    trained = {"feedback": ["R1", "R2"], "preference": ["preference"]}[field]
+    missing = {"R1", "R2", "R3", "preference"} - set(trained)
+    assert sorted(path.name for path in (folder / "models").iterdir()) == trained
+    outputs = [o for c in cells(folder / "executed.ipynb", "code") for o in c.outputs]
+    said = "".join(o.text for o in outputs if o.output_type == "stream")
+    assert set(re.findall("left out here and below: (\\w+)", said)) == missing
+    assert len(re.findall("left out here and below", said)) == len(missing)
+    results = json.loads((folder / "results.json").read_text())
+    named = {name.partition("/")[0] for name in results["metrics"]} - {"dense"}
+    assert named == set(trained)
+    claims = " ".join(claim["claim"] for claim in results["claims"])
+    assert len(results["claims"]) == {"feedback": 4, "preference": 1}[field]
+    assert "R3" not in claims and ("R1" in claims) == ("R1" in trained)
+    figures = {
+        "feedback": {"41_segment_models", "41_dense_reward"},
+        "preference": {"41_sequence_models"},
+    }
+    assert {figure["name"] for figure in results["figures"]} == figures[field]
 
 
 def test_a_kept_policy_of_43_is_the_one_that_was_measured(tmp_path):

@@ -255,6 +255,27 @@ def test_head_learns_and_the_control_does_not(kind):
     assert len(history) == 20 * 5 and history["epoch"].iloc[-1] == 20
 
 
+def test_the_history_stands_on_disk_while_a_reward_model_trains(tmp_path, monkeypatch):
+    """After a step that fails, what was trained so far is there; without a folder nothing is written."""
+    feedback, config = toy_feedback(8, "pairs"), TrainConfig(epochs=2, prompts_per_batch=4)
+    history = reward_models.train(decoder(), feedback, config, folder=tmp_path / "whole")
+    kept = pd.read_csv(tmp_path / "whole" / "history.csv")
+    pd.testing.assert_frame_equal(kept, history)
+    real, steps = reward_models._batch_loss, iter(range(4))
+
+    def fails_at_the_third(*parts):
+        return real(*parts) * (np.nan if next(steps) == 2 else 1)
+
+    with pytest.raises(FloatingPointError, match="step 3 of 4"):
+        reward_models.train(
+            decoder(), feedback, config, batch_loss=fails_at_the_third, folder=tmp_path / "cut"
+        )
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "cut" / "history.csv"), history[:2])
+    monkeypatch.chdir(tmp_path)
+    reward_models.train(decoder(), feedback, config)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cut", "whole"]
+
+
 def test_cached_features_train_the_same_head_as_the_frozen_backbone():
     feedback, found = toy_feedback(8, "pairs"), []
     for cached in (True, False):

@@ -89,6 +89,41 @@ def test_sheets_of_other_places(tmp_path, separator, mark, end):
     assert prompts["prompt"] == ["x, y; z", "NA"] and prompts["category"] == ["007", "null"]
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_what_spreadsheets_leave_in_a_sheet(tmp_path, end):
+    """A line that names the separator, empty columns at the side, cleared rows, Excel's Unicode text."""
+    path = tmp_path / "t.csv"
+    lines = ["sep=;", "prompt;category;;", "a,b;x;;", ";;;", "c;007;;", ";;;"]
+    path.write_bytes(end.join([*lines, ""]).encode("utf-16"))
+    prompts = data.load_prompts(path)
+    assert prompts["prompt"] == ["a,b", "c"] and prompts["category"] == ["x", "007"]
+    assert [line for line, _ in tables.csv_dicts(path, ["prompt"])] == [3, 5]
+    path.write_text(end.join(["prompt,category,", ",x,"]))
+    with pytest.raises(ValueError, match="line 2: prompt is ''"):
+        data.load_prompts(path)
+
+
+def test_empty_texts_and_rows_of_our_own_tables_stay(tmp_path):
+    table = pd.DataFrame({"a": ["", "x"], "b": [None, None], "": ["", ""]}, dtype=object)
+    tables.write_csv(table, tmp_path / "t.csv")
+    back = tables.read_csv(tmp_path / "t.csv")
+    assert list(back) == ["a", "b", ""] and back["a"].tolist() == ["", "x"]
+    assert back["b"].isna().all() and back[""].tolist() == ["", ""]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_blank_lines_hold_no_record(tmp_path, end):
+    (tmp_path / "t.jsonl").write_bytes(
+        end.join(['{"prompt": "a"}', "", '{"prompt": 3}', " "]).encode()
+    )
+    with pytest.raises(ValueError, match="t.jsonl, line 3"):
+        data.load_prompts(tmp_path / "t.jsonl")
+    (tmp_path / "t.jsonl").write_bytes(end.join(['{"prompt": "a"}', "", "  ", ""]).encode())
+    assert data.load_prompts(tmp_path / "t.jsonl")["prompt"] == ["a"]
+    (tmp_path / "t.txt").write_bytes(end.join(["a", "b", "", ""]).encode())
+    assert data.load_prompts(tmp_path / "t.txt")["prompt"] == ["a", "b"]
+
+
 def test_a_lone_carriage_return_without_quotes_is_part_of_the_text(tmp_path):
     (tmp_path / "t.csv").write_bytes(b'prompt,category\n50%\r100%,a\n"x\ry",b\n')
     prompts = data.load_prompts(tmp_path / "t.csv")

@@ -264,6 +264,48 @@ def test_held_out_labels_do_not_reach_their_own_scores(category):
         assert np.allclose(x, y) == (fold == 0)
 
 
+def one_kind(record, field):
+    """The record with feedback or preference alone; with the one answer that spans need."""
+    other = {"feedback": ("preference", *qa.PREDICTIONS[1:]), "preference": ("feedback",)}[field]
+    return {name: value for name, value in record.items() if name not in other}
+
+
+def test_each_model_learns_from_the_records_that_hold_what_it_needs():
+    marked = [one_kind(r, "feedback") for r in OURS[:3]]
+    compared = [one_kind(r, "preference") for r in OURS[3:5]]
+    used = fg.used_for([*marked, *compared, OURS[5]])
+    assert used["R1"] == used["R2"] == [*marked, OURS[5]]
+    assert used["R3"] == [OURS[5]] and used["preference"] == [*compared, OURS[5]]
+    assert fg.used_for(OURS) == dict.fromkeys(("R1", "R2", "R3", "preference"), OURS)
+
+
+def test_a_model_with_too_few_questions_is_left_out_with_a_reason(capsys):
+    feedback = {
+        "R1": fg.from_errors(OURS[:4], "C1"),
+        "R2": fg.from_errors([], "C2"),
+        "R3": fg.from_preferences(OURS[:4], [[0] * 6] * 3 + [None]),
+        "preference": fg.from_preferences([], []),
+    }
+    assert list(fg.with_enough(feedback, 3)) == ["R1"]
+    said = capsys.readouterr().out
+    assert "R1" not in said and all(name in said for name in ("R2", "R3", "preference"))
+    assert "0 questions have that, 3 are needed" in said
+    assert list(fg.with_enough(feedback, 5)) == []  # R1 has four
+
+
+def test_where_the_other_folds_teach_nothing_the_model_stays_untrained(tmp_path):
+    made = records(6)
+    feedback = fg.from_preferences(made, [[1] * 6] * 2 + [None] * 4)
+    folds = np.repeat([0, 0, 1, 1, 2, 2], 4)  # fold 0 has all decided pairs
+    model = model_of("sequence")
+    features = model.features(feedback.prompts, feedback.responses)
+    short = reward_models.TrainConfig(epochs=2, learning_rate=1e-2)
+    how = {"features": features, "folder": tmp_path}
+    scores = np.concatenate(fg.out_of_fold(model, feedback, folds, short, **how))
+    assert (scores[folds == 0] == 0).all() and (scores[folds != 0] != 0).all()
+    assert sorted(p.parent.name for p in tmp_path.glob("*/history.csv")) == ["fold-1", "fold-2"]
+
+
 def test_folds_keep_questions_together_and_subsets_renumber():
     made = records(9)
     feedback = fg.from_preferences(made, [r["preference"] for r in made])

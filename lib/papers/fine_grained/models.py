@@ -37,9 +37,27 @@ UNITS = {"C1": "sub_sentence", "C2": "sentence", "C3": "sequence"}
 REWARDS = {"R1": "C1", "R2": "C2", "R3": "C3"}
 SAME = 0.85  # likeness from which a piece of text says what a passage sentence says
 RELATIONS = 20  # numbers that `_relations` gives for each segment
+LEARNS_FROM = {
+    "R1": "known sub-sentences (from marked error spans)",
+    "R2": "known sentences (from marked error spans)",
+    "R3": "a decided pair (from corrected answers, beside three more answers)",
+    "preference": "a decided comparison of two answers",
+}
 
 
 # --- feedback as training data -------------------------------------------------------------------
+
+
+def used_for(records: Sequence[dict]) -> dict[str, list[dict]]:
+    """Model -> the records it can learn from; a record may hold error spans, comparisons, or both.
+
+    R1 and R2 learn from spans, the preference model from comparisons.  R3's pairs are derived from the
+    corrected answer, for four answers; who compares two answers does not say which is the more complete.
+    """
+    marked = [record for record in records if "feedback" in record]
+    four = [record for record in marked if all(name in record for name in qa.PREDICTIONS)]
+    compared = [record for record in records if "preference" in record]
+    return {"R1": marked, "R2": marked, "R3": four, "preference": compared}
 
 
 def prompt_of(record: dict) -> str:
@@ -85,7 +103,8 @@ def from_errors(records: Sequence[dict], category: str) -> SegmentFeedback:
     prompts, responses = [prompt_of(r) for r in records], [r["prediction 1"] for r in records]
     group = reward_models.number_prompts([r["question"] for r in records])
     row = np.repeat(np.arange(len(records)), [len(segments) for segments in labels])
-    return SegmentFeedback(prompts, responses, group, labels=np.concatenate(labels), row=row)
+    labels = np.concatenate([np.zeros(0), *labels])
+    return SegmentFeedback(prompts, responses, group, labels=labels, row=row)
 
 
 def from_preferences(records: Sequence[dict], verdicts: Sequence[Sequence[int] | None]) -> Feedback:
@@ -116,6 +135,29 @@ def subset(feedback: Feedback, keep: np.ndarray) -> Feedback:
         within = keep[feedback.row]
         part.labels, part.row = feedback.labels[within], number[feedback.row[within]]
     return part
+
+
+def teaches(feedback: Feedback) -> np.ndarray:
+    """(rows,) whether a segment of the row has a known label, or the row stands in a decided pair."""
+    taught = feedback.pairs
+    if taught is None:
+        taught = feedback.row[~np.isnan(feedback.labels)]
+    return np.isin(np.arange(len(feedback.responses)), taught)
+
+
+def with_enough(feedback: dict[str, Feedback], questions: int) -> dict[str, Feedback]:
+    """The models that at least so many questions teach; a printed line says which is left out, and why."""
+    enough = {}
+    for name, rows in feedback.items():
+        count = len(np.unique(rows.group[teaches(rows)]))
+        if count >= questions:
+            enough[name] = rows
+        else:
+            print(
+                f"left out here and below: {name}. It learns from {LEARNS_FROM[name]}; {count} questions "
+                f"have that, {questions} are needed."
+            )
+    return enough
 
 
 def shuffled(feedback: Feedback, seed: int = 0) -> Feedback:
@@ -251,18 +293,18 @@ class FineGrainedModel(reward_models.RewardModel):
         return [self._row(*both) for both in zip(prompts, responses, strict=True)]
 
     def _row(self, prompt: str, response: str) -> _Row:
-        tokenizer, plain = self.tokenizer, {"add_special_tokens": False, "verbose": False}
+        tokenizer = self.tokenizer
         question = prompt.partition(" context: ")[0]
         before = encoding.bare_ids(tokenizer, prompt if self.context else question)
-        encoded = tokenizer(response, **plain, return_offsets_mapping=True)
+        ids, places = encoding.token_places(tokenizer, response)
         start, stop = self._marks
         marks = len(start) + 2 * len(stop)
-        after = encoded["input_ids"][: self.max_length - marks]
+        after = ids[: self.max_length - marks]
         room = self.max_length - marks - len(after)
-        self.truncated["responses"] += len(encoded["input_ids"]) > len(after)
+        self.truncated["responses"] += len(ids) > len(after)
         self.truncated["prompts"] += len(before) > room
         ends = [end for _, end in self.segmenter.spans(response)]
-        last = [max(start, end - 1) for start, end in encoded["offset_mapping"][: len(after)]]
+        last = [max(start, end - 1) for start, end in places[: len(after)]]
         owner = np.searchsorted(ends, last, side="right") if ends else np.zeros(0, dtype=int)
         self.truncated["segments"] += len(ends) - len(set(owner))
         asked = min(room, len(encoding.bare_ids(tokenizer, question)))
@@ -429,20 +471,15 @@ def load_all(folder: Path | str) -> dict[str, FineGrainedModel]:
 def fit(
     model: FineGrainedModel, feedback: Feedback, config: TrainConfig, *,
     features: Sequence[torch.Tensor] | None = None, balance: bool = False,
+    folder: Path | str | None = None,
 ) -> pd.DataFrame:  # fmt: skip
     """Train in place on labels (cross-entropy) or pairs (Bradley-Terry), then fit the normaliser; history.
 
     `features`, one tensor a row from `model.features`, trains the head alone.  `balance` weighs errors and
-    the rest alike in all.  Rows that teach nothing (empty, no known label) are left out; ValueError where
-    none remains.
+    the rest alike in all.  `folder` holds `history.csv` while it trains.  Rows that teach nothing (empty, no
+    known label) are left out; ValueError where none remains.
     """
-    keep = np.array([bool(model.segmenter.spans(text)) for text in feedback.responses])
-    if features is not None and feedback.pairs is not None:
-        keep &= np.array([len(x) == 1 and not bool(x.isnan().any()) for x in features])
-    if feedback.pairs is None:
-        keep &= np.isin(np.arange(len(keep)), feedback.row[~np.isnan(feedback.labels)])
-    else:
-        keep &= np.isin(np.arange(len(keep)), feedback.pairs)
+    keep = _usable(model, feedback, features)
     if not keep.any():
         raise ValueError("no row teaches anything: no known label, or no decided pair.")
     part, flat, loss = subset(feedback, keep), None, None
@@ -457,7 +494,9 @@ def fit(
         wrong, fine = np.nansum(part.labels), np.nansum(1 - part.labels)
         weight = wrong / fine if balance and wrong and fine else 1.0
         loss = functools.partial(_segment_loss, weight=weight)
-    history = reward_models.train(model, part, config, features=flat, batch_loss=loss)
+    history = reward_models.train(
+        model, part, config, features=flat, batch_loss=loss, folder=folder
+    )
     scores = (
         model.score_features(features)
         if features
@@ -465,6 +504,14 @@ def fit(
     )
     model.fit_normaliser(scores)
     return history
+
+
+def _usable(model: FineGrainedModel, feedback: Feedback, features) -> np.ndarray:
+    """(rows,) whether a row teaches something, and has a segment and features to learn it by."""
+    keep = np.array([bool(model.segmenter.spans(text)) for text in feedback.responses], dtype=bool)
+    if features is not None and feedback.pairs is not None:
+        keep &= np.array([len(x) == 1 and not bool(x.isnan().any()) for x in features])
+    return keep & teaches(feedback)
 
 
 def _segment_loss(
@@ -492,8 +539,13 @@ def question_folds(feedback: Feedback, k: int = 5, seed: int = 0) -> np.ndarray:
 def out_of_fold(
     model: FineGrainedModel, feedback: Feedback, folds: np.ndarray, config: TrainConfig, *,
     features: Sequence[torch.Tensor] | None = None, balance: bool = False,
+    folder: Path | str | None = None,
 ) -> list[np.ndarray]:  # fmt: skip
-    """Scores (segments,) of each row by a model trained, from the same start, on the other folds."""
+    """Scores (segments,) of each row by a model trained, from the same start, on the other folds.
+
+    Where the other folds teach nothing, the model stays untrained.  `folder`: a folder for each fold in it
+    holds its `history.csv`.
+    """
     fresh = model.trained_state()
     results = [None] * len(folds)
     for fold in np.unique(folds):
@@ -502,7 +554,10 @@ def out_of_fold(
         chosen = (
             None if features is None else [x for x, k in zip(features, train, strict=True) if k]
         )
-        fit(model, subset(feedback, train), config, features=chosen, balance=balance)
+        part = subset(feedback, train)
+        if _usable(model, part, chosen).any():
+            place = None if folder is None else Path(folder) / f"fold-{fold}"
+            fit(model, part, config, features=chosen, balance=balance, folder=place)
         if features is None:
             texts = ([side[i] for i in test] for side in (feedback.prompts, feedback.responses))
             scores = model.score_segments(*texts)

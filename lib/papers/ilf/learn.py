@@ -86,9 +86,8 @@ def written_refinement(
 
 def shorten(text: str, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> str:
     """The text's first `max_tokens` tokens: cut the post, never the question or answer after it."""
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    offsets = encoded["offset_mapping"]
-    return text if len(offsets) <= max_tokens else text[: offsets[max_tokens - 1][1]]
+    _, places = encoding.token_places(tokenizer, text)
+    return text if len(places) <= max_tokens else text[: places[max_tokens - 1][1]]
 
 
 # --- reward models that answer a question --------------------------------------------------------
