@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 TORCH_INDEX ?= $(shell [ "$$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null && echo https://download.pytorch.org/whl/cpu)
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: setup course smoke test lint lab report publish clean
+.PHONY: setup course smoke test lint lab report site publish clean
 
 setup: $(READY)
 
@@ -39,6 +39,9 @@ test: lint
 report: setup
 	$(BIN)/python -m lib report --scale $(SCALE)
 
+site: setup
+	$(BIN)/python -m lib site
+
 publish: setup
 	$(BIN)/python -m lib publish
 
@@ -46,5 +49,5 @@ lab: setup
 	$(BIN)/python -m lib lab
 
 clean:
-	rm -rf $(VENV) runs .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) runs site .pytest_cache .ruff_cache .hypothesis *.egg-info
 	@echo "Kept: data/cache (downloaded assets). Remove it by hand to free about 0.6 GB."
