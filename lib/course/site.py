@@ -147,10 +147,9 @@ def _finish_links(soup: BeautifulSoup, page: Page, known: dict, root: Path) -> N
 
 
 def _finish_images(soup: BeautifulSoup, page: Page, root: Path) -> set[PurePosixPath]:
-    """Images load when they are reached; returns the files that must come along."""
+    """Images are looked for beside the pages; returns the files that must come along."""
     images = set()
     for image in soup.find_all("img"):
-        image["loading"] = "lazy"
         if not re.match(r"\w+:", image["src"]):
             goal = _goal(page, image["src"], root)
             image["src"] = page.path_to(goal)
@@ -164,8 +163,13 @@ def _finish_tables(soup: BeautifulSoup) -> None:
         del table["border"]
         box = {"class": "wide", "tabindex": "0", "role": "region", "aria-label": "Table"}
         table.wrap(soup.new_tag("div", attrs=box))
-    for style in soup.find_all("style", scoped=True):  # pandas: would hold for the whole page
-        style.decompose()
+
+
+def _drop_foreign_styles(soup: BeautifulSoup) -> None:
+    """Styles that pandas and IPython put into outputs hold for the whole page, and know no dark one."""
+    for style in soup.find_all("style"):
+        if style.has_attr("scoped") or ".output_html" in style.get_text():
+            style.decompose()
 
 
 def _fold_setup(soup: BeautifulSoup) -> None:
@@ -196,11 +200,14 @@ def _fill(page: Page, known: dict, root: Path, exporter: HTMLExporter) -> set[Pu
     _finish_headings(soup, page)
     _finish_links(soup, page, known, root)
     _finish_tables(soup)
+    _drop_foreign_styles(soup)
     _fold_setup(soup)
     images = _finish_images(soup, page, root)
     page.body = str(soup)
     lesson = page.source.suffix == ".ipynb"
     page.label = page.source.stem.replace("_", " ") if lesson else page.title.partition(":")[0]
+    if not page.part:
+        page.label = "About the course"
     return images
 
 
