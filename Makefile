@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 TORCH_INDEX ?= $(shell [ "$$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null && echo https://download.pytorch.org/whl/cpu)
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: setup course smoke test rehearse lint lab report publish clean
+.PHONY: setup course smoke test rehearse lint lab report site publish clean
 
 setup: $(READY)
 
@@ -43,6 +43,9 @@ rehearse: setup
 report: setup
 	$(BIN)/python -m lib report --scale $(SCALE)
 
+site: setup
+	$(BIN)/python -m lib site
+
 publish: setup
 	$(BIN)/python -m lib publish
 
@@ -50,5 +53,5 @@ lab: setup
 	$(BIN)/python -m lib lab
 
 clean:
-	rm -rf $(VENV) runs .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) runs site .pytest_cache .ruff_cache .hypothesis *.egg-info
 	@echo "Kept: data/cache (downloaded assets). Remove it by hand to free about 0.6 GB."

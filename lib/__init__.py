@@ -41,7 +41,8 @@ fast           what is only about speed; everything works, with the same numbers
 
 papers/        what one paper alone needs: rewardlm, sparse_feedback, ilf, fine_grained, alt
 course/        what makes a notebook run: assets, gguf, fetch, record, place, show, notebooks, runner, report,
-               publish, cli; arms, draw, confirm: effects of arms, their figures, the fresh seeds that decide;
+               site, publish, cli;
+               arms, draw, confirm: effects of arms, their figures, the fresh seeds that decide;
                address, install, lab: where it comes from, a hosted Jupyter, JupyterLab;
                items, gate, annotators: what the local annotators judge, how well, their stored replies
 """

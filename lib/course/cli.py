@@ -1,4 +1,4 @@
-"""The command line: run, list, publish, confirm, report, address, lab, fetch, annotate, replies, bench."""
+"""The command line: run, list, publish, confirm, report, site, address, lab, fetch, annotate, ..."""
 
 from __future__ import annotations
 
@@ -42,6 +42,14 @@ def _confirm(options: argparse.Namespace) -> int:
 
 def _report(options: argparse.Namespace) -> int:
     print(f"Report: {report.write_report(options.scale)}")
+    return 0
+
+
+def _site(options: argparse.Namespace) -> int:
+    from lib.course import site
+
+    out = Path(options.out) if options.out else runtime.project_root() / "site"
+    print(f"Site: {site.build(out)}")
     return 0
 
 
@@ -193,6 +201,8 @@ def build_parser() -> argparse.ArgumentParser:
     text = "notebook whose design is committed, such as 42"
     deciding.add_argument("notebooks", nargs="+", metavar="NOTEBOOK", help=text)
     report = add("report", _report, "write the page of results, runs/<scale>/index.html")
+    text = "write the course as a static site; nothing is executed"
+    add("site", _site, text).add_argument("--out", metavar="DIR", help="folder (default site/)")
     where = add("address", _address, "show or set the address of badges and set-up cells")
     where.add_argument(
         "url", nargs="?", metavar="URL", help="https address of a git repository; none"

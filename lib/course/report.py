@@ -6,6 +6,7 @@ import os
 import re
 from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jinja2
 from nbformat import NotebookNode
@@ -13,6 +14,9 @@ from nbformat import NotebookNode
 from lib import runtime
 from lib.course import notebooks
 from lib.course.record import SCALES, VERDICTS
+
+if TYPE_CHECKING:
+    from nbconvert import HTMLExporter
 
 BADGE = re.compile(r"!\[([^]]*)\]\(https?:[^)]*\)")  # an image from the net; its text is kept
 TEMPLATES = Path(__file__).parent
@@ -110,7 +114,7 @@ def _number(value: object) -> str:
     return "–" if value is None else str(value)
 
 
-def _math_to_mathml(text: str) -> str:
+def math_to_mathml(text: str) -> str:
     """Markdown with its formulas as MathML: the page needs no script, and screen readers read it."""
     from latex2mathml.converter import convert
 
@@ -136,23 +140,35 @@ def _link_from_run(link: re.Match, folder: Path) -> str:
     return f"]({here}/{link[1]})"
 
 
-def notebook_html(notebook: NotebookNode, folder: Path) -> str:
-    """An executed notebook as one HTML page for its run's folder: no network needed, fits a phone."""
+def make_exporter(**options) -> HTMLExporter:
+    """nbconvert to HTML with this folder's templates at hand; the options are nbconvert's.
+
+    Its default template drops the figures' alt texts; `classic` and `basic` have them.
+    """
     from nbconvert import HTMLExporter
 
-    for cell in notebook.cells:
-        if cell.cell_type == "markdown":
-            text = LOCAL_LINK.sub(
-                lambda link: _link_from_run(link, folder), BADGE.sub(r"\1", cell.source)
-            )
-            cell.source = _math_to_mathml(text)
-    exporter = HTMLExporter(
-        template_name="classic",  # the default template drops the figures' alt text
+    return HTMLExporter(
         extra_template_basedirs=[str(TEMPLATES)],
         extra_loaders=[jinja2.FileSystemLoader(TEMPLATES)],
-        template_file="executed.html.j2",
+        **options,
     )
-    return exporter.from_notebook_node(notebook, {"metadata": {"name": folder.name}})[0]
+
+
+def export_html(notebook: NotebookNode, title: str, exporter: HTMLExporter) -> str:
+    """A notebook as HTML that needs no network: its formulas are MathML, its badges words."""
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            cell.source = math_to_mathml(BADGE.sub(r"\1", cell.source))
+    return exporter.from_notebook_node(notebook, {"metadata": {"name": title}})[0]
+
+
+def notebook_html(notebook: NotebookNode, folder: Path) -> str:
+    """An executed notebook as one page for its run's folder; fits a phone."""
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            cell.source = LOCAL_LINK.sub(lambda link: _link_from_run(link, folder), cell.source)
+    exporter = make_exporter(template_name="classic", template_file="executed.html.j2")
+    return export_html(notebook, folder.name, exporter)
 
 
 def _refresh_html(folder: Path) -> bool:

@@ -577,7 +577,7 @@ def test_an_executed_notebook_is_a_page_without_network(course):
 
 
 def test_formulas_become_mathml_and_nothing_else_does():
-    convert = report._math_to_mathml
+    convert = report.math_to_mathml
     for text in (r"\$5 and $6", "`$x$`", "```\n$x$\n```", "$ x $", "10$ and 20$", "a$b$5"):
         assert convert(text) == text
     made = convert("so $a * b_1 * c$ and $$x$$")
