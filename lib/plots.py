@@ -201,7 +201,7 @@ def toxicity_distribution(
     return _finish(figure, title)
 
 
-def toxicity_by_k(
+def curve_by_k(
     table: pd.DataFrame,
     *,
     ylabel: str = "expected maximum toxicity",

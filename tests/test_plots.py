@@ -61,7 +61,7 @@ TABLES = {
 }
 FIGURES = {
     "interval": lambda t: plots.interval_plot(t, xlabel="score", reference=0.0),
-    "k": plots.toxicity_by_k,
+    "k": plots.curve_by_k,
     "category": plots.category_heatmap,
     "distribution": plots.toxicity_distribution,
     "bounds": lambda t: plots.bounds_plot(t, xlabel="share above 0.5"),
@@ -118,7 +118,7 @@ def test_conditions_differ_without_colour():
     assert len({s["marker"] for s in styles}) == len({str(s["linestyle"]) for s in styles}) == 8
     greys = [np.dot(to_rgb(s["color"]), [0.3, 0.59, 0.11]) for s in styles]
     assert max(greys) < 0.85  # visible on white
-    lines = plots.toxicity_by_k(TABLES["k"]).axes[0].lines
+    lines = plots.curve_by_k(TABLES["k"]).axes[0].lines
     assert lines[0].get_linestyle() != lines[1].get_linestyle()
     assert lines[0].get_marker() != lines[1].get_marker()
     with pytest.raises(ValueError, match="9 conditions"):
@@ -202,7 +202,7 @@ def test_calibration_sorts_by_prediction_and_draws_the_diagonal():
 
 
 def test_k_can_be_drawn_in_powers_of_two():
-    axes = plots.toxicity_by_k(TABLES["k"].assign(k=lambda t: 2.0 ** t["k"]), log=True).axes[0]
+    axes = plots.curve_by_k(TABLES["k"].assign(k=lambda t: 2.0 ** t["k"]), log=True).axes[0]
     assert axes.get_xscale() == "log"
 
 

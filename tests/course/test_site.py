@@ -16,7 +16,6 @@ from lib.course import address, notebooks, site
 ROOT = Path(__file__).parents[2]
 # Figures whose alt text is still the caption; a notebook leaves this list when it is rewritten.
 ALT_IS_CAPTION = {
-    "00_start_here",
     "10_toxicity_meter",
     "11_fine_tune_and_rlaf",
     "21_ratings_vs_rankings",
