@@ -39,15 +39,34 @@ def _hide_paths(text: str) -> str:
     return text
 
 
-def _clean_outputs(cell: NotebookNode) -> list:
+def _clean_outputs(cell: NotebookNode, styles: set[str]) -> list:
+    """A cell's outputs without warnings and widgets, and without what only makes the file larger.
+
+    That is LaTeX beside HTML, and style sheets that an earlier output brought (`styles`): they hold for the
+    whole page.
+    """
     outputs = []
     for output in cell.outputs:
-        widget = any("widget-view" in kind for kind in output.get("data", {}))
-        if output.get("name") != "stderr" and not widget:
-            if "execution_count" in output:
-                output.execution_count = None
-            outputs.append(nbformat.from_dict(_map_text(output, _hide_paths)))
+        data = output.get("data", {})
+        widget = any("widget-view" in kind for kind in data)
+        if output.get("name") == "stderr" or widget:
+            continue
+        if "execution_count" in output:
+            output.execution_count = None
+        if "text/html" in data:
+            data.pop("text/latex", None)
+            data["text/html"] = _without_known_styles(data["text/html"], styles)
+        outputs.append(nbformat.from_dict(_map_text(output, _hide_paths)))
     return outputs
+
+
+def _without_known_styles(markup: str, styles: set[str]) -> str:
+    def once(match: re.Match) -> str:
+        known = match[0] in styles
+        styles.add(match[0])
+        return "" if known else match[0]
+
+    return re.sub(r"<style.*?</style>", once, markup, flags=re.DOTALL)
 
 
 def clean_notebook(source: NotebookNode, executed: NotebookNode) -> NotebookNode:
@@ -59,10 +78,11 @@ def clean_notebook(source: NotebookNode, executed: NotebookNode) -> NotebookNode
     if [cell.source for cell in ran] != [cell.source for cell in source.cells]:
         raise notebooks.RequestError("it was changed while it ran; publish it again")
     clean = copy.deepcopy(source)
+    styles: set[str] = set()
     for i, (cell, done) in enumerate(zip(clean.cells, ran, strict=True)):
         cell.setdefault("id", runtime.content_hash(i, cell.source)[:8])
         if cell.cell_type == "code":
-            cell.outputs, cell.execution_count = _clean_outputs(done), None
+            cell.outputs, cell.execution_count = _clean_outputs(done, styles), None
     for node in (clean, *clean.cells):
         for key in ("papermill", "widgets", "execution", "ExecuteTime"):
             node.metadata.pop(key, None)
