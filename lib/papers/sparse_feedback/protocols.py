@@ -9,14 +9,17 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
 import pandas as pd
 
 from lib import preferences
 from lib.answers import CUT_OFF, first_line, parse_whole
 from lib.chat import ChatClient, EndpointError, Reply, chat, with_defaults
-from lib.judge import LocalAnnotator
 from lib.questions import DIGITS, Question, both_orders, expected, log_odds
+
+if TYPE_CHECKING:  # it loads torch, which tables of feedback do without
+    from lib.judge import LocalAnnotator
 
 DIMENSIONS = """Judge three things together:
 - Accuracy: does it do what the instruction asks, with facts that hold and fit the input?
@@ -197,7 +200,7 @@ def rate(client: ChatClient | LocalAnnotator, table: pd.DataFrame, **parameters)
     completion_tokens, cached, error.  `usable` keeps the rows with a score.  Raises EndpointError,
     BudgetReached and ValueError.
     """
-    if isinstance(client, LocalAnnotator):
+    if not isinstance(client, ChatClient):
         return rate_locally(client, table, **parameters)
     requests = rating_requests(table, **parameters)
     replies = client.ask(requests, label="rating", on_error="keep")
@@ -223,7 +226,7 @@ def rank(
     a call is missing), status ("ok", else the first call's or the swapped one's), both replies and the
     columns `rate` adds.  Every call is stored by itself: a later run asks for the missing one only.
     """
-    if isinstance(client, LocalAnnotator):
+    if not isinstance(client, ChatClient):
         return rank_locally(client, table, **parameters)
     requests = ranking_requests(table, equal=equal, **parameters)
     replies = client.ask(requests, label="ranking", on_error="keep")
