@@ -341,6 +341,12 @@ def content_hash(*parts: object) -> str:
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's bytes, which are not all read into memory."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def git_commit() -> str:
     """Commit of the checkout, with `+` where files differ from it; `unknown` outside git."""
     try:

@@ -78,8 +78,7 @@ class Arms:
         """b - a of each unit in each seed in which both ran, (seeds, units); of the `rows` that decide."""
         rows = self.deciding() if rows is None else rows
         first, second = (self._means(rows, arm, column) for arm in (a, b))
-        both = first.index.intersection(second.index)
-        return second.loc[both] - first.loc[both]
+        return _over_common_seeds(first, second)
 
     def effect(self, a: str, b: str, column: str, *, minus: Pair | None = None) -> Effect:
         """b - a, minus the same of a control pair where one is given."""
@@ -91,8 +90,7 @@ class Arms:
         if minus is None:
             return difference
         control = self.differences(*minus, column)
-        both = difference.index.intersection(control.index)
-        return difference.loc[both] - control.loc[both]
+        return _over_common_seeds(control, difference)
 
     def level(self, arm: str, column: str) -> Effect:
         """An arm's own mean, with the same kind of interval."""
@@ -171,6 +169,12 @@ class Arms:
         return pd.DataFrame(rows)
 
 
+def _over_common_seeds(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:
+    """second - first, (seeds, units), in the seeds that both have."""
+    both = first.index.intersection(second.index)
+    return second.loc[both] - first.loc[both]
+
+
 def decide(effect: Effect, better: str) -> str:
     """The verdict by `RULE`.  `better`: "higher" or "lower".
 
@@ -178,8 +182,7 @@ def decide(effect: Effect, better: str) -> str:
     """
     if effect.seeds < stats.SEEDS_NEEDED:
         return "not demonstrated"
-    interval = stats.Interval(effect.value, effect.low, effect.high, effect.n)
-    return stats.decide(interval, better=better)
+    return stats.decide(effect, better=better)
 
 
 def is_equal(effect: Effect, smallest: float) -> bool:

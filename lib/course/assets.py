@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import importlib.util
 import io
 import json
@@ -187,9 +186,7 @@ def check_hash(path: Path, sha256: str, otherwise: str) -> None:
 
 def _facts(path: Path) -> dict:
     """Size and SHA-256 of a file."""
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return {"size": file.tell(), "sha256": digest}
+    return {"size": path.stat().st_size, "sha256": runtime.file_hash(path)}
 
 
 # --- pip -----------------------------------------------------------------------------------------

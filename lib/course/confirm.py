@@ -64,7 +64,9 @@ def read_design(path: Path) -> dict:
         design = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise notebooks.RequestError(f"{path}, line {error.lineno}: {error.msg}.") from None
-    if missing := [key for key in NEEDED if not design.get(key) and key != "parameters"]:
+    empty = [key for key in NEEDED if not design.get(key)]
+    missing = [key for key in empty if key != "parameters" or key not in design]
+    if missing:
         raise notebooks.RequestError(
             f"{path} has no {', '.join(missing)}; needed: {', '.join(NEEDED)}."
         )

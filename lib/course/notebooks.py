@@ -11,7 +11,6 @@ from __future__ import annotations
 import ast
 import contextlib
 import difflib
-import hashlib
 import json
 import os
 import warnings
@@ -244,7 +243,7 @@ def _small_data() -> list[list[str]]:
     root = runtime.project_root()
     files = [p for kind in ("samples", "results") for p in (root / "data" / kind).rglob("*")]
     small = [p for p in sorted(files) if p.is_file() and p.stat().st_size <= MAX_DATA_FILE]
-    return [[str(p.relative_to(root)), hashlib.sha256(p.read_bytes()).hexdigest()] for p in small]
+    return [[str(p.relative_to(root)), runtime.file_hash(p)] for p in small]
 
 
 def fingerprint(path: Path, scale: str, parameters: dict) -> str:
@@ -261,8 +260,7 @@ def code_hash(path: Path) -> str:
     notebook = read_notebook(path)
     code = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
     files = [
-        [str(path.relative_to(LIB)), hashlib.sha256(path.read_bytes()).hexdigest()]
-        for path in lib_files(notebook, LIB)
+        [str(path.relative_to(LIB)), runtime.file_hash(path)] for path in lib_files(notebook, LIB)
     ]
     return runtime.content_hash(code, files)
 

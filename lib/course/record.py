@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
-from hashlib import sha256
 from importlib import metadata
 from pathlib import Path
 
@@ -267,9 +266,8 @@ def describe_run(run: Run, **settings) -> pd.DataFrame:
     """The parameters, versions and device of this run, as the table under the parameters cell."""
     rows = [("scale", run.scale), ("seed", run.seed), ("device", runtime.describe_device())]
     rows += [(name, value) for name, value in settings.items()]
-    rows += (
-        [("rehearsal: counts lowered", ", ".join(counts))] if (counts := lowered_counts()) else []
-    )
+    if counts := lowered_counts():
+        rows.append(("rehearsal: counts lowered", ", ".join(counts)))
     rows += [("python", platform.python_version())]
     rows += [(name, metadata.version(name)) for name in SHOWN_PACKAGES]
     return pd.DataFrame(rows, columns=["setting", "value"]).astype(str)
@@ -329,7 +327,7 @@ def lib_version() -> str:
     """Hash of the library's files: results made by another `lib` are not taken for this one's."""
     folder = Path(__file__).parents[1]
     files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.suffix != ".pyc"]
-    hashes = [(str(p.relative_to(folder)), sha256(p.read_bytes()).hexdigest()) for p in files]
+    hashes = [(str(p.relative_to(folder)), runtime.file_hash(p)) for p in files]
     return runtime.content_hash(hashes)[:16]
 
 
