@@ -39,6 +39,7 @@ test: lint
 rehearse: setup
 	@$(PIP) --editable '.[gpu]'
 	$(BIN)/python -m rehearsal $(NN)
+	$(BIN)/python -m rehearsal $(NN) --scale gpu
 
 report: setup
 	$(BIN)/python -m lib report --scale $(SCALE)

@@ -19,6 +19,7 @@ embeddings     texts as vectors of a sentence encoder
 logprobs       log p(response | prompt) of tokens, answers and texts; perplexity; KL of two models
 losses         the formulas: tensors -> tensor
 policy         policy, reference and value on one network
+memory         what a stage holds before it runs, and how many rows fit
 scorers        text -> toxicity: offline scorers, classifiers, Perspective
 stats          intervals, bootstrap, paired differences, verdicts
 plots          every figure as a function of a tidy table

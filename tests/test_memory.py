@@ -1,7 +1,9 @@
 """The memory model: against measured peaks, against known models, and what fits."""
 
+import ast
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +12,7 @@ import pytest
 import torch
 
 from lib import memory, models
+from lib.course import record
 
 PROGRAM = Path(__file__).with_name("memory_peak.py")
 CAN_MEASURE = Path("/proc/self/clear_refs").exists()
@@ -83,3 +86,42 @@ def test_a_table_of_stages_says_what_holds_the_memory():
     )
     assert list(table.index) == ["sampling", "PPO"]
     assert table.columns[-1] == "peak, GB" and all(c.endswith(", GB") for c in table)
+
+
+CARD = 15 * 10**9  # bytes of a 16 GB card that a run gets
+QWEN = "Qwen/Qwen2.5-0.5B-Instruct"
+
+
+def at_gpu(notebook):
+    """What a notebook's settings say at `gpu`, as far as it needs no code of the notebook."""
+    [path] = (Path(__file__).parents[1] / "notebooks").glob(f"{notebook}_*.ipynb")
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    [source] = [s for c in cells if "SETTINGS = {  #" in (s := "".join(c["source"]))]
+    table = re.search(r"^SETTINGS = (\{.*?^\})", source, flags=re.M | re.S)[1]
+    rows = ast.parse(table, mode="eval").body
+    chosen = {}
+    for name, row in zip(rows.keys, rows.values, strict=True):
+        value = ast.unparse(row.elts[record.SCALES.index("gpu")])
+        try:
+            chosen[name.value] = eval(value, {"QWEN": QWEN, "GPT2": "openai-community/gpt2"})
+        except NameError:  # a constant of the notebook
+            continue
+    return chosen
+
+
+@pytest.mark.parametrize("notebook, stage", [
+    ("43", lambda x: memory.ppo(skeleton(x["model"], x["train"], layers=x["layers"]), 16, 24,
+                                x["max_new_tokens"], episodes=x["episodes"])),
+    ("40", lambda x: memory.fine_tuning(skeleton(x["model"], x["train"]), x["batch"],
+                                        x["max_answer"], x["max_prompt"])),
+    ("31", lambda x: memory.fine_tuning(skeleton(x["model"], "top", layers=x["train_layers"]),
+                                        x["batch"], x["post_tokens"] + x["tokens"])),
+    ("30", lambda x: memory.fine_tuning(skeleton(x["model"], "top", layers=x["train_layers"]),
+                                        4, 256 + x["refinement_tokens"])),
+    ("22", lambda x: memory.reward_model(skeleton(x["backbone"], "lora", layers=24).base_model, 5 * 8, 256)),
+    ("51", lambda x: memory.ppo(skeleton(x["model"], x["train"], layers=x["layers"]), 32, 40,
+                                x["max_new_tokens"], episodes=512)),
+])  # fmt: skip
+def test_what_a_notebook_trains_at_gpu_fits_a_card_of_16_gb(notebook, stage):
+    said = stage(at_gpu(notebook))
+    assert said.total < CARD, memory.table(said).to_string()

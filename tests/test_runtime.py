@@ -24,7 +24,7 @@ def run(tmp_path, monkeypatch):
 
 
 def test_start_run_refuses_bad_scale_and_seed():
-    with pytest.raises(ValueError, match="SCALE is 'big'; allowed: smoke, demo, full"):
+    with pytest.raises(ValueError, match="SCALE is 'big'; allowed: smoke, demo, gpu, full"):
         record.start_run("x", scale="big", seed=0)
     for seed in (-1, 1.5, "0", True):
         with pytest.raises(ValueError, match="SEED is"):
@@ -210,8 +210,18 @@ def test_no_function_decides_by_a_stopwatch():
 
 
 def test_scale_settings_names_what_is_missing():
-    with pytest.raises(ValueError, match="no 'full' value for the settings b"):
-        record.scale_settings({"a": {"full": 1}, "b": {"demo": 2}}, "full")
+    with pytest.raises(ValueError, match="b: give a value for each of smoke, demo, gpu, full"):
+        record.scale_settings({"a": (1, 2, 3, 4), "b": (1, 2, 3)}, "full")
+    with pytest.raises(ValueError, match="a: give a value for each of .*, full, paper"):
+        record.scale_settings({"a": (1, 2, 3, 4), "b": (1, 2, 3, 4, "as here")}, "full")
+
+
+def test_scale_settings_are_the_scale_s_column_with_the_paper_s_beside():
+    settings = {"model": ("tiny", "policy", "a", "b", "GPT-2"), "steps": (1, 2, 3, 4, 500)}
+    assert record.scale_settings(settings, "gpu") == {"model": "a", "steps": 3}
+    assert record.scale_settings(settings, "full", {"steps": 7}) == {"model": "b", "steps": 7}
+    table = record.settings_table(settings)
+    assert list(table) == [*record.SCALES, "paper"] and table.paper.steps == 500
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ import pandas as pd
 from lib import runtime, tables
 from lib.course import assets, place, show
 
-SCALES = ("smoke", "demo", "full")
+SCALES = ("smoke", "demo", "gpu", "full")
 VERDICTS = ("same direction", "opposite", "not demonstrated")
 SHOWN_PACKAGES = ("torch", "transformers", "trl", "datasets", "numpy", "pandas")
 
@@ -273,16 +273,28 @@ def describe_run(run: Run, **settings) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["setting", "value"]).astype(str)
 
 
-def scale_settings(table: dict[str, dict], scale: str, task: dict | None = None) -> dict:
-    """Pick one scale's column from a notebook's table of settings `{name: {scale: value}}`.
+def settings_table(settings: dict[str, tuple]) -> pd.DataFrame:
+    """A notebook's settings, one row each, a column a scale, and "paper" where a last value says the paper's.
 
-    `task`: values of one task, in the place of the column's.  Counts are `lowered` in a rehearsal.
-    Raises ValueError for a setting without the scale.
+    Raises ValueError for a setting that has another number of values.
     """
-    missing = [name for name, row in table.items() if scale not in row]
-    if missing:
-        raise ValueError(f"no {scale!r} value for the settings {', '.join(missing)}")
-    return lowered({name: row[scale] for name, row in table.items()} | (task or {}))
+    longest = max(map(len, settings.values()))
+    columns = [*SCALES, "paper"][: max(longest, len(SCALES))]
+    if wrong := [name for name, row in settings.items() if len(row) != len(columns)]:
+        raise ValueError(f"{', '.join(wrong)}: give a value for each of {', '.join(columns)}.")
+    rows = [list(row) for row in settings.values()]
+    table = pd.DataFrame(rows, index=pd.Index(settings, name="setting"), columns=columns)
+    return table.astype(object)
+
+
+def scale_settings(settings: dict[str, tuple], scale: str, task: dict | None = None) -> dict:
+    """One scale's values of a notebook's settings `{name: (smoke, demo, gpu, full)}`.
+
+    `task`: values of one task, in the place of the scale's.  Counts are `lowered` in a rehearsal.
+    """
+    settings_table(settings)  # which checks it
+    column = SCALES.index(scale)
+    return lowered({name: row[column] for name, row in settings.items()} | (task or {}))
 
 
 def lowered(settings: dict) -> dict:

@@ -7,14 +7,15 @@ import pytest
 from lib.course import notebooks, record
 from rehearsal import plan, run
 
+OTHERS = ["of another scale"] * 3
 SETTINGS = {
-    "model": {"full": "a/b"},
-    "models": {"full": ["a/b", "c/d"]},
-    "steps": {"full": 600},
-    "sizes": {"full": [100, 1000]},
-    "rate": {"full": 1e-5},
-    "eight_bit": {"full": True},
-    "warm_up": {"full": 0},
+    "model": (*OTHERS, "a/b"),
+    "models": (*OTHERS, ["a/b", "c/d"]),
+    "steps": (*OTHERS, 600),
+    "sizes": (*OTHERS, [100, 1000]),
+    "rate": (*OTHERS, 1e-5),
+    "eight_bit": (*OTHERS, True),
+    "warm_up": (*OTHERS, 0),
 }
 
 

@@ -646,23 +646,3 @@ def _change_a_word(sentence: str, foreign: Sequence[str], rng):
     else:
         return None
     return f"{sentence[:start]}{new}{sentence[end:]}", (start, start + len(new))
-
-
-# --- the paper's own run --------------------------------------------------------------------------
-
-_RUN = (  # role, model, parameters, trained
-    ("policy", "t5-large", 738e6, True),
-    ("reference", "t5-large after fine-tuning", 738e6, False),
-    ("values", "t5-base", 223e6, True),
-    ("R1, R2, R3", "3 x longformer-base-4096", 3 * 149e6, False),
-)
-
-
-def memory_of_the_run() -> pd.DataFrame:
-    """What the paper's PPO on qa-feedback holds: role, model, parameters, trained, GB without activations.
-
-    16 bytes for each trained parameter (weights, gradients, Adam), 2 for each frozen one.
-    """
-    plan = pd.DataFrame(_RUN, columns=["role", "model", "parameters", "trained"])
-    plan["GB"] = plan.parameters * plan.trained.map({True: 16, False: 2}) / 1e9
-    return plan
