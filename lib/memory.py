@@ -122,18 +122,18 @@ def _inputs(model, rows: int, tokens: int, prompt: int, square: bool = False) ->
 
 def _kept(model: PreTrainedModel, inputs: dict) -> int:
     own = {x.untyped_storage()._cdata for x in [*model.parameters(), *model.buffers()]}
-    kept: dict[int, torch.Tensor] = {}  # by storage: views and copies of a reference are one
+    storages: dict[int, torch.Tensor] = {}  # by storage: views and copies of a reference are one
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()._cdata
         if storage not in own:
-            kept[storage] = tensor
+            storages[storage] = tensor
         return tensor
 
     hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
     with hooks, mock.patch("torch.nn.functional.scaled_dot_product_attention", _attend):
         model.base_model(**inputs)
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    return sum(tensor.untyped_storage().nbytes() for tensor in storages.values())
 
 
 class _Attention(torch.autograd.Function):
@@ -191,14 +191,14 @@ def sampling(model: PreTrainedModel, rows: int, prompt: int, response: int) -> S
     vocabulary = model.get_output_embeddings().weight.shape[0]
     layers = len(models.decoder_layers(model))
     read = (1, prompt) if model.config.is_encoder_decoder else (prompt,)
-    kept = kept_by(skeleton(model.config, model.dtype), rows, *read)
+    states = kept_by(skeleton(model.config, model.dtype), rows, *read)
     return Stage(
         "sampling",
         {
             "weights": bytes_of(model),
             "keys and values": cache_of(model, rows, prompt + response),
             # while the prompts are read; half of what a layer would keep stands at once (measured)
-            "a layer's states": kept // layers // 2,
+            "a layer's states": states // layers // 2,
             "logits": 3 * 4 * rows * vocabulary,  # as they come, filtered, as probabilities
         },
     )
@@ -216,7 +216,7 @@ def reward_model(backbone: PreTrainedModel, rows: int, tokens: int) -> Stage:
     return _training("reward model", backbone, kept_by(backbone, rows, tokens), 0)
 
 
-def _training(name: str, model, kept: int, logits: int) -> Stage:
+def _training(name: str, model, states: int, logits: int) -> Stage:
     trained = bytes_of(model, trained=True)
     return Stage(
         name,
@@ -224,7 +224,7 @@ def _training(name: str, model, kept: int, logits: int) -> Stage:
             "weights": bytes_of(model),
             "gradients": trained // 4 * GRADIENT,
             "Adam": trained // 4 * ADAM,
-            "activations and logits": kept + logits,
+            "activations and logits": states + logits,
         },
     )
 
@@ -245,9 +245,9 @@ def ppo(
     """
     both = [policy, *([value_model] if value_model is not None else [])]
     trained = sum(bytes_of(model, trained=True) for model in both)
-    kept = sum(_kept_of_episode(model, rows, prompt, response) for model in both)
+    states = sum(_kept_of_episode(model, rows, prompt, response) for model in both)
     vocabulary = policy.get_output_embeddings().weight.shape[0]
-    update = kept + LOGIT * rows * response * vocabulary
+    update = states + LOGIT * rows * response * vocabulary
     drawn = sampling(policy, episodes, prompt, response)
     return Stage(
         "PPO",
