@@ -118,7 +118,6 @@ def at_gpu(notebook):
                                         x["batch"], x["post_tokens"] + x["tokens"])),
     ("30", lambda x: memory.fine_tuning(skeleton(x["model"], "top", layers=x["train_layers"]),
                                         4, 256 + x["refinement_tokens"])),
-    ("22", lambda x: memory.reward_model(skeleton(x["backbone"], "lora", layers=24).base_model, 5 * 8, 256)),
     ("51", lambda x: memory.ppo(skeleton(x["model"], x["train"], layers=x["layers"]), 32, 40,
                                 x["max_new_tokens"], episodes=512)),
 ])  # fmt: skip
