@@ -28,12 +28,13 @@ STEP_3 = {
     "icate": "ic", "ative": "", "alize": "al", "iciti": "ic", "ical": "ic", "ful": "", "ness": "",
 }  # fmt: skip
 STEP_4 = (
-    "al ance ence er ic able ible ant ement ment ent ion ou ism ate iti ous ive ize".split()
+    "al", "ance", "ence", "er", "ic", "able", "ible", "ant", "ement", "ment", "ent", "ion", "ou",
+    "ism", "ate", "iti", "ous", "ive", "ize",
 )  # fmt: skip
 IRREGULAR = {"dying": "die", "lying": "lie", "tying": "tie", "news": "news", "skies": "sky"}
-IRREGULAR |= {word: word for word in "innings inning outings outing cannings canning".split()}
 IRREGULAR |= {"innings": "inning", "outings": "outing", "cannings": "canning"}
-IRREGULAR |= {"howe": "howe", "proceed": "proceed", "exceed": "exceed", "succeed": "succeed"}
+IRREGULAR |= {word: word for word in ("inning", "outing", "canning", "howe")}
+IRREGULAR |= {word: word for word in ("proceed", "exceed", "succeed")}
 
 
 def rouge_lsum(texts: Sequence[str], references: Sequence[Sequence[str]]) -> np.ndarray:
