@@ -577,7 +577,12 @@ def train(
     batches = -(-len(groups) // config.prompts_per_batch)
     if folder and validate:
         known = [feedback.targets, feedback.pairs, getattr(feedback, "labels", None)]
-        key = (vars(config), feedback.prompts, feedback.responses, [np.asarray(x).tolist() for x in known])
+        key = (
+            vars(config),
+            feedback.prompts,
+            feedback.responses,
+            [np.asarray(x).tolist() for x in known],
+        )
         training.claim_folder(folder, "reward model", *key)
     run = _Training(model, trained, config, batches, validate, folder)
     encoded = None if features is not None else model.encode(feedback.prompts, feedback.responses)
