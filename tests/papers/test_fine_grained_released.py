@@ -119,7 +119,7 @@ def test_a_long_prompt_loses_its_end_and_never_a_segment(tmp_path):
     assert np.isfinite(np.concatenate(ours.score_segments([long], ANSWERS[:1]))).all()
     assert ours.truncated["prompts"] == 1 and ours.truncated["segments"] == 0
     with pytest.warns(UserWarning, match="segments"):
-        ours.score_segments(PROMPTS[:1], [ANSWERS[0] + " the cat was a king." * 10])
+        ours.score_segments(PROMPTS[:1], [ANSWERS[0] + " A cat was a king." * 10])
 
 
 def test_another_form_is_refused(tmp_path):
