@@ -54,6 +54,10 @@ REWARDS = ("R1", "R2", "R3", "preference")
 EVALUATE = "evaluate"
 DONE = "done.json"
 SPLITS = ("dev", "test")
+PPO = {  # the authors' settings of both arms; a chain's own go first
+    "temperature": 0.7, "top_k": 20, "greedy_held_out": True, "train": "all", "whiten_rewards": True,
+    "decay": True, "adam_eps": 1e-5, "max_grad_norm": 1e9, "stop_kl": 10.0, "stop_kl_times": 5,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,7 @@ class Chain:
     released: dict = field(
         default_factory=dict
     )  # name -> folder of the authors' model: not trained
-    ppo: dict = field(default_factory=dict)  # `PPOConfig` of all arms
+    ppo: dict = field(default_factory=dict)  # `PPOConfig` of all arms, over `PPO`
     arms: dict = field(default_factory=dict)  # name -> rewards, place, and `PPOConfig` of its own
     full: bool = True  # whether SFT-Full is trained
     precision: str = "bf16"  # on CUDA; elsewhere float32
@@ -193,7 +197,7 @@ def key_of(chain: Chain, stage: str) -> str:
     if stage in REWARDS:
         own = [own, chain.encoder, chain.released.get(stage)]
     elif stage in chain.arms:
-        own = [chain.ppo, chain.arms[stage], chain.values]
+        own = [PPO, chain.ppo, chain.arms[stage], chain.values]
     elif stage in SFT:
         own = [chain.sft, chain.policy]
     return runtime.content_hash(stage, data, made, general, own)
@@ -444,13 +448,13 @@ def train_policy(chain: Chain, stage: str, accelerator: Accelerator) -> dict:
     full = [fine_grained.prompt_of(record) for record in [*train, *dev]]
     whole = dict(zip([*prompts, *held_out], full, strict=True))
     loaded = load_reward_models(chain, weights, device)
-    options = {"greedy_held_out": True, "train": "all", "max_new_tokens": chain.max_answer}
+    options = PPO | {"max_new_tokens": chain.max_answer} | chain.ppo | arm
     history = ppo.train_ppo(
         policy,
         tokenizer,
         prompts,
         reward_of(loaded, weights, tokenizer, place=place, whole=whole),
-        ppo.PPOConfig(**options | chain.ppo | arm, seed=chain.seed),
+        ppo.PPOConfig(**options, seed=chain.seed),
         held_out=held_out,
         value_model=value_model,
         folder=home / "work",
@@ -487,7 +491,6 @@ def evaluate(chain: Chain, stage: str = EVALUATE) -> dict:
                 score_answers(chain, policy, tokenizer, records[split], loaded).assign(split=split)
                 for split in SPLITS
             ]
-            runtime.free_memory(policy)
             tables.write_jsonl(pd.concat(rows).assign(arm=name), path)
         parts.append(tables.read_jsonl(path))
     scores = pd.concat(parts, ignore_index=True)
