@@ -292,8 +292,8 @@ def draw(
     mine = prompts[rank * share : (rank + 1) * share]
     noise = noise[rank * share * n :][: len(mine) * n]
     decoding = generation.decoding_of(config)
-    if greedy:
-        decoding["temperature"] = 0.0
+    if greedy:  # of many prompts: as many at a time as a step samples
+        decoding |= {"temperature": 0.0, "rows_per_batch": config.batch}
     return generation.sample(learner.policy, learner.tokenizer, mine, n=n, noise=noise, **decoding)
 
 

@@ -240,7 +240,8 @@ class RewardModel(torch.nn.Module):
 
     def read(self, features: torch.Tensor) -> torch.Tensor:
         """Pooled features (rows, width) -> logits (rows, outputs), float32."""
-        return self.head((features.float() - self.centre) / self.scale)
+        with torch.autocast(features.device.type, enabled=False):  # 16 bits would tie near scores
+            return self.head((features.float() - self.centre) / self.scale)
 
     def fit_scale(self, features: torch.Tensor) -> None:
         """Centre and scale of the features, from training rows; 1 where a feature does not vary."""
