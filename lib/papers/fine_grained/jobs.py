@@ -80,7 +80,7 @@ class Chain:
     ppo: dict = field(default_factory=dict)  # `PPOConfig` of all arms, over `PPO`
     arms: dict = field(default_factory=dict)  # name -> rewards, place, and `PPOConfig` of its own
     full: bool = True  # whether SFT-Full is trained
-    precision: str = "bf16"  # on CUDA; elsewhere float32
+    precision: str = "bf16"  # on GPUs that compute in it; on others, and at "no", float32
     seed: int = 42
 
     def __post_init__(self):
@@ -215,10 +215,15 @@ def fitted_prompts(chain: Chain, tokenizer, records: Sequence[dict]) -> list[str
 
 
 def precision_of(chain: Chain) -> contextlib.AbstractContextManager:
-    """Within: forward passes compute in the chain's precision, on CUDA."""
-    if runtime.get_device().type == "cuda" and chain.precision == "bf16":
+    """Within: forward passes compute in `mixed_precision`."""
+    if mixed_precision(chain) == "bf16":
         return torch.autocast("cuda", torch.bfloat16)
     return contextlib.nullcontext()
+
+
+def mixed_precision(chain: Chain) -> str:
+    """The chain's precision where the GPU computes in it itself, else "no" (a T4 only emulates bf16)."""
+    return chain.precision if runtime.cuda_has_bfloat16() else "no"
 
 
 # --- the first policy ----------------------------------------------------------------------------
@@ -398,8 +403,7 @@ def measure(model: fine_grained.FineGrainedModel, feedback: reward_models.Feedba
 def make_accelerator(chain: Chain) -> Accelerator:
     """The processes of PPO and their precision."""
     cpu = runtime.get_device().type == "cpu"
-    cuda = runtime.get_device().type == "cuda"
-    return Accelerator(cpu=cpu, mixed_precision=chain.precision if cuda else "no")
+    return Accelerator(cpu=cpu, mixed_precision=mixed_precision(chain))
 
 
 def load_reward_models(chain: Chain, names: Sequence[str], device=None) -> dict:
