@@ -13,6 +13,7 @@ from conftest import asset
 
 from lib import data, runtime
 from lib.annotator import Rubric
+from lib.course import record
 from lib.segments import Segmenter
 
 ROOT = Path(__file__).parents[2]
@@ -36,13 +37,8 @@ def full_counts(number):
         n for n in ast.parse(cell(number, "SETTINGS = {")).body if isinstance(n, ast.Assign)
     ]
     table = next(n.value for n in assigned if ast.unparse(n.targets[0]) == "SETTINGS")
-    rows = [(k.value, row) for k, row in zip(table.keys, table.values, strict=True)]
-    columns = {
-        name: dict(zip(map(ast.unparse, row.keys), row.values, strict=True))
-        for name, row in rows
-        if isinstance(row, ast.Dict)
-    }
-    values = {name: column.get("'full'") for name, column in columns.items()}
+    column = record.SCALES.index("full")
+    values = {k.value: row.elts[column] for k, row in zip(table.keys, table.values, strict=True)}
     return {name: v.value for name, v in values.items() if isinstance(v, ast.Constant)}
 
 
