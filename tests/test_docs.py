@@ -118,3 +118,14 @@ def test_the_glossary_is_in_order_and_points_to_notebooks():
     numbers = {path.name[:2] for path in (ROOT / "notebooks").glob("*.ipynb")}
     named = re.findall(r"\[(\d\d(?:, \d\d)*)\]", (ROOT / "docs/glossary.md").read_text())
     assert {number for group in named for number in group.split(", ")} <= numbers
+
+
+def test_the_questions_cover_every_notebook_and_hide_their_answers():
+    text = (ROOT / "docs/questions.md").read_text()
+    asked = set(re.findall(r"^\*\*\[(\d\d)\]", text, flags=re.M))
+    assert asked == {path.name[:2] for path in (ROOT / "notebooks").glob("[0-9]*.ipynb")}
+    assert (
+        text.count("<details>")
+        == text.count("</details>")
+        == len(re.findall(r"^\*\*\[", text, flags=re.M))
+    )
