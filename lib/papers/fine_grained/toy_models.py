@@ -19,7 +19,7 @@ import pandas as pd
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, normalize, pad
 
-from lib import encoding, generation, rewards, runtime
+from lib import encoding, generation, losses, rewards, runtime, stats
 from lib.papers.fine_grained import toy, toy_arms
 from lib.rewards import RewardFunction
 
@@ -49,9 +49,7 @@ def _row(tokenizer, prompt: str, answer: str) -> _Row:
 
 
 @torch.inference_mode()
-def segment_features(
-    policy, tokenizer, prompts: Sequence[str], answers: Sequence[str]
-) -> Features:
+def segment_features(policy, tokenizer, prompts: Sequence[str], answers: Sequence[str]) -> Features:
     """What the policy sees of each segment of each answer: its last token's state, and `_relations`."""
     features: Features = {name: [] for name in toy_arms.PARTS}
     bar = runtime.progress(total=len(answers), label="segment features", unit="text")
@@ -93,9 +91,9 @@ def _batch_features(policy, tokenizer, rows: Sequence[_Row]) -> Features:
 def _relations(probability, like, asked, begin, first, last) -> torch.Tensor:
     """(segments, 7) from (segments, time), (segments, time, time) and places (segments,) in the text.
 
-    `asked` and `begin`: where the asked words and the answer begin; `first`, `last`: of the segment.  Mean and
-    least probability of its tokens; mean and largest likeness to an asked word; the same to a token of the
-    answer before it; log of its length.
+    `asked` and `begin`: where the asked words and the answer begin; `first`, `last`: of the segment.  Mean
+    and least probability of its tokens; mean and largest likeness to an asked word; the same to a token of
+    the answer before it; log of its length.
     """
     time = torch.arange(probability.shape[1])
 
@@ -136,7 +134,7 @@ class MarkedModel:
 
 
 def fit(name: str, features: Sequence[torch.Tensor], scores: Sequence[np.ndarray]) -> MarkedModel:
-    """Learn the marks (segments,) of each answer from its features: cross-entropy and a small weight decay."""
+    """Learn the marks (segments,) of each answer from its features: cross-entropy, small weight decay."""
     inputs = torch.cat(list(features))
     truth = torch.tensor(np.concatenate(scores), dtype=torch.float32)
     centre, scale = inputs.mean(0), inputs.std(0).clamp(min=1e-3)
@@ -210,6 +208,73 @@ def errors(scores: Scores, prompts: Sequence[str], answers: Sequence[str]) -> pd
     return pd.concat(tables, ignore_index=True)
 
 
+def error_rates(
+    scores: Scores, prompts: Sequence[str], answers: Sequence[str], seed: int
+) -> pd.DataFrame:
+    """Mean errors with intervals over answers, indexed by R1, R2, R3 and misjudged (R1 and R2 together)."""
+    table = errors(scores, prompts, answers)
+    groups = dict(list(table.groupby("reward")))
+    groups["misjudged"] = table[table.reward != "R3"]
+    rows = [stats.bootstrap(x.error, clusters=x.answer, seed=seed) for x in groups.values()]
+    return pd.DataFrame([row._asdict() for row in rows], index=list(groups))
+
+
+def credit(
+    samples: generation.Samples, reward: RewardFunction, lam: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(answers, time) rewards, advantages before training (V = 0), and 1 where an answer has a token."""
+    paid, _ = rewards.place_rewards(reward(samples), samples)
+    lengths = torch.tensor([len(ids) for ids in samples.response_ids])
+    mask = (torch.arange(paid.shape[1]) < lengths[:, None]).to(paid)
+    advantages, _ = losses.gae(paid, torch.zeros_like(paid), mask, 1.0, lam)
+    return paid, advantages, mask
+
+
+PLACEMENTS = {"dense": 0.95, "at the end": 1.0}  # where the same sum is paid -> lambda
+
+
+def credit_of_tokens(
+    samples: generation.Samples, number: int, kinds: Mapping[str, RewardFunction]
+) -> pd.DataFrame:
+    """Rewards and advantages of one answer, (rows, tokens), by each kind of reward at each placement."""
+    length, rows = len(samples.response_ids[number]), {}
+    for place, lam in PLACEMENTS.items():
+        for kind, reward in kinds.items():
+            paid, advantages, _ = credit(samples, toy_arms.PLACES[place](reward), lam)
+            rows["reward", place, kind] = paid[number, :length].numpy()
+            rows["advantage", place, kind] = advantages[number, :length].numpy()
+    names = [(what, x, y) for x in PLACEMENTS for what in ("reward", "advantage") for y in kinds]
+    return pd.DataFrame([rows[name] for name in names], index=map(", ".join, names))
+
+
+def agreement(
+    samples: generation.Samples, true: RewardFunction, erring: Mapping[str, RewardFunction]
+) -> pd.DataFrame:
+    """How advantages from erring rewards correlate with the true dense ones, a column a placement.
+
+    Before training (V = 0), over all tokens of the samples.
+    """
+    _, truth, mask = credit(samples, true, PLACEMENTS["dense"])
+    inside, rows = mask > 0, {}
+    for name, reward in erring.items():
+        rows[name] = {}
+        for place, lam in PLACEMENTS.items():
+            _, advantages, _ = credit(samples, toy_arms.PLACES[place](reward), lam)
+            pair = truth[inside].numpy(), advantages[inside].numpy()
+            rows[name][place] = stats.correlation(*pair)
+    return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def one_misjudged(samples: generation.Samples, scores: Scores) -> int:
+    """The number of the first answer of 3 to 5 clauses of which R1 or R2 misjudges one segment, R3 none."""
+    table = errors(scores, samples.prompts, samples.texts)
+    wrong = table[table.error > 0.2].groupby(["answer", "reward"]).size().unstack(fill_value=0)
+    wrong = wrong.reindex(range(len(samples.texts)), columns=[*toy_arms.PARTS], fill_value=0)
+    clauses = toy.panel(samples.prompts, samples.texts).clauses
+    good = (wrong.sum(axis=1) == 1) & (wrong.R3 == 0) & clauses.between(3, 5)
+    return int(np.argmax(good))
+
+
 def describe_answers(
     samples: generation.Samples, true: RewardFunction, paid: RewardFunction, scores: Scores
 ) -> pd.DataFrame:
@@ -223,3 +288,18 @@ def describe_answers(
     wrong = wrong[wrong.reward != "R3"].groupby("answer").error.mean()
     table["paid"] = rewards.totals(paid(samples), samples)
     return table.assign(misjudged=wrong.reindex(range(len(table))).to_numpy())
+
+
+def pooled(table: pd.DataFrame, arms: Sequence[str]) -> pd.DataFrame:
+    """Each question's mean over these arms, a row a seed and question; of seeds in which all of them ran."""
+    rows = table[table.arm.isin(arms)]
+    ran = rows.groupby("seed").arm.nunique()
+    rows = rows[rows.seed.isin(ran.index[ran == len(arms)])]
+    return rows.drop(columns="arm").groupby(["seed", "prompt_index"], as_index=False).mean()
+
+
+def scores_of_questions(table: pd.DataFrame) -> pd.DataFrame:
+    """`toy_arms.scores_of_questions`, and drift: misjudged at the end minus misjudged before training."""
+    before = table[table.step == 0].set_index("prompt_index").misjudged
+    rows = toy_arms.scores_of_questions(table)
+    return rows.assign(drift=rows.misjudged - rows.prompt_index.map(before))
