@@ -275,51 +275,6 @@ def one_misjudged(samples: generation.Samples, scores: Scores) -> int:
     return int(far.argmin())
 
 
-PLACEMENTS = {"dense": 0.95, "at the end": 1.0}  # where the same sum is paid -> lambda
-
-
-def credit_of_tokens(
-    samples: generation.Samples, number: int, kinds: Mapping[str, RewardFunction]
-) -> pd.DataFrame:
-    """Rewards and advantages of one answer, (rows, tokens), by each kind of reward at each placement."""
-    length, rows = len(samples.response_ids[number]), {}
-    for place, lam in PLACEMENTS.items():
-        for kind, reward in kinds.items():
-            paid, advantages, _ = credit(samples, toy_arms.PLACES[place](reward), lam)
-            rows["reward", place, kind] = paid[number, :length].numpy()
-            rows["advantage", place, kind] = advantages[number, :length].numpy()
-    names = [(what, x, y) for x in PLACEMENTS for what in ("reward", "advantage") for y in kinds]
-    return pd.DataFrame([rows[name] for name in names], index=map(", ".join, names))
-
-
-def agreement(
-    samples: generation.Samples, true: RewardFunction, erring: Mapping[str, RewardFunction]
-) -> pd.DataFrame:
-    """How advantages from erring rewards correlate with the true dense ones, a column a placement.
-
-    Before training (V = 0), over all tokens of the samples.
-    """
-    _, truth, mask = credit(samples, true, PLACEMENTS["dense"])
-    inside, rows = mask > 0, {}
-    for name, reward in erring.items():
-        rows[name] = {}
-        for place, lam in PLACEMENTS.items():
-            _, advantages, _ = credit(samples, toy_arms.PLACES[place](reward), lam)
-            pair = truth[inside].numpy(), advantages[inside].numpy()
-            rows[name][place] = stats.correlation(*pair)
-    return pd.DataFrame.from_dict(rows, orient="index")
-
-
-def one_misjudged(samples: generation.Samples, scores: Scores) -> int:
-    """The number of the first answer of 3 to 5 clauses of which R1 or R2 misjudges one segment, R3 none."""
-    table = errors(scores, samples.prompts, samples.texts)
-    wrong = table[table.error > 0.2].groupby(["answer", "reward"]).size().unstack(fill_value=0)
-    wrong = wrong.reindex(range(len(samples.texts)), columns=[*toy_arms.PARTS], fill_value=0)
-    clauses = toy.panel(samples.prompts, samples.texts).clauses
-    good = (wrong.sum(axis=1) == 1) & (wrong.R3 == 0) & clauses.between(3, 5)
-    return int(np.argmax(good))
-
-
 def describe_answers(
     samples: generation.Samples, true: RewardFunction, paid: RewardFunction, scores: Scores
 ) -> pd.DataFrame:
