@@ -22,29 +22,34 @@ from lib.reward_models import Feedback, TrainConfig
 from lib.rewards import RewardFunction
 from lib.segments import Segmenter
 
-LONGEST = {"demo": (80, 50), "full": (300, 150)}  # words of a lead, of three sentences
+LONGEST = {
+    "demo": (80, 50),
+    "gpu": (80, 50),
+    "full": (300, 150),
+}  # words of a lead, of three sentences
 LONGFORMER = "allenai/longformer-base-4096"
-SETTINGS = {  # smoke, demo, full, paper
-    "model": ("tiny", "policy", "HuggingFaceTB/SmolLM2-1.7B", "T5-large, 738M"),
-    "encoder": ("tiny-encoder-decoder", "encoder", LONGFORMER, "Longformer-base, 149M"),
-    "keep_layers": (2, 3, 12, 12),
-    "reward_articles": (10, 240, 2000, "2,853 annotated by people"),
-    "reward_test": (4, 80, 500, 500),
-    "sft_articles": (4, 128, 1000, 1000),
-    "questions": (4, 200, 3000, 3853),
-    "n_test": (4, 48, 500, 948),
-    "samples": (2, 2, 4, 1),
-    "max_new_tokens": (12, 72, 200, 200),
-    "temperature": (0.7, 0.7, 0.7, "0.7, top-k 20"),
-    "train_layers": (1, 4, 24, "all"),
-    "sft_layers": (1, 8, 24, "all"),
-    "sft_rate": (1e-3, 3e-4, 2e-5, 5e-5),
-    "steps": (2, 2, 400, 1250),
-    "prompts": (4, 16, 32, "16, 4 samples each"),
-    "ppo_epochs": (2, 2, 4, 4),
-    "learning_rate": (1e-3, 1e-4, 1e-5, 1e-5),
-    "lam": (0.95, 0.95, 0.95, "0.95 fine-grained, 0.99 holistic"),
-    "kl_coef": (0.05, 0.05, 0.1, "0.3 fine-grained, 0.2 holistic"),
+HUB = "HuggingFaceTB/SmolLM2"
+SETTINGS = {  # smoke, demo, gpu, full, paper
+    "model": ("tiny", "policy", f"{HUB}-360M-Instruct", f"{HUB}-1.7B", "T5-large, 738M"),
+    "encoder": ("tiny-encoder-decoder", "encoder", "encoder", LONGFORMER, "Longformer-base, 149M"),
+    "keep_layers": (2, 3, 3, 12, 12),
+    "reward_articles": (10, 240, 240, 2000, "2,853 annotated by people"),
+    "reward_test": (4, 80, 80, 500, 500),
+    "sft_articles": (4, 128, 256, 1000, 1000),
+    "questions": (4, 200, 400, 3000, 3853),
+    "n_test": (4, 48, 100, 500, 948),
+    "samples": (2, 2, 2, 4, 1),
+    "max_new_tokens": (12, 72, 96, 200, 200),
+    "temperature": (0.7, 0.7, 0.7, 0.7, "0.7, top-k 20"),
+    "train_layers": (1, 4, 8, 24, "all"),
+    "sft_layers": (1, 8, 16, 24, "all"),
+    "sft_rate": (1e-3, 3e-4, 1e-4, 2e-5, 5e-5),
+    "steps": (2, 2, 60, 400, 1250),
+    "prompts": (4, 16, 16, 32, "16, 4 samples each"),
+    "ppo_epochs": (2, 2, 2, 4, 4),
+    "learning_rate": (1e-3, 1e-4, 5e-5, 1e-5, 1e-5),
+    "lam": (0.95, 0.95, 0.95, 0.95, "0.95 fine-grained, 0.99 holistic"),
+    "kl_coef": (0.05, 0.05, 0.05, 0.1, "0.3 fine-grained, 0.2 holistic"),
 }
 ARMS = {  # where the same total is paid
     "dense": lambda reward: reward,
