@@ -14,6 +14,7 @@ from conftest import asset
 from lib import data, runtime
 from lib.annotator import Rubric
 from lib.course import record
+from lib.papers.fine_grained import passages
 from lib.segments import Segmenter
 
 ROOT = Path(__file__).parents[2]
@@ -67,7 +68,5 @@ def test_40_has_pairs_for_training_and_held_out_loss():
 
 
 def test_44_has_articles_for_each_of_its_parts():
-    counts = full_counts("44")
-    parts = ("reward_articles", "reward_test", "sft_articles", "questions", "n_test")
-    wanted = sum(counts[part] for part in parts)
-    assert len(names("44", "def articles")["articles"]()) >= wanted == 7000
+    wanted = sum(passages.SETTINGS[part][3] for part in passages.PARTS)
+    assert len(passages.articles("full")) >= wanted == 7000

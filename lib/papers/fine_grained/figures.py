@@ -1,4 +1,4 @@
-"""Drawings of notebook 42: what each token is paid and credited with, and what PPO clips."""
+"""Drawings of notebooks 42 and 44: what tokens are paid and credited with, PPO's clip, gains by error."""
 
 from __future__ import annotations
 
@@ -58,4 +58,27 @@ def clipped_objective(clip: float = 0.2) -> Figure:
         axes.set(xlabel="ratio: probability now / then", title=f"A = {advantage:+g}: {wanted}")
     figure.axes[0].set_ylabel("objective of this token")
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    return figure
+
+
+def gain_by_error(table: pd.DataFrame, *, title: str, xlabel: str, ylabel: str) -> Figure:
+    """A gain with its interval against the error of the reward model; a line for each kind of error.
+
+    Columns kind, level (written at its point), error, value, low, high; bounds may be NaN.
+    """
+    plots.use_style()
+    figure = Figure(figsize=(plots.WIDTH, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for kind, style in plots.condition_styles(table.kind).items():
+        rows = table[table.kind == kind].sort_values("error")
+        axes.plot(rows.error, rows.value, **style, label=kind)
+        axes.fill_between(rows.error, rows.low, rows.high, color=style["color"], alpha=0.15, lw=0)
+        axes.vlines(rows.error, rows.low, rows.high, color=style["color"], lw=1)
+        for row in rows.itertuples():
+            place = (row.error, row.value)
+            axes.annotate(row.level, place, (4, 6), textcoords="offset points", fontsize=8)
+    axes.axhline(0, color="0.3", lw=1, ls=":")
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.legend()
+    figure.suptitle(title, x=0.01, ha="left")
     return figure

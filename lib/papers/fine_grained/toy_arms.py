@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -27,17 +27,20 @@ PLACES = {  # where the same total is paid
 
 
 def dense_reward(
-    tokenizer, answers: generation.Samples, weights: Sequence[float], errors: float = 0.0
-) -> RewardFunction:
+    tokenizer, answers: generation.Samples, weights: Sequence[float], errors: float = 0.0,
+    scores: Mapping[str, Callable] | None = None,
+) -> RewardFunction:  # fmt: skip
     """R1, R2 and R3 with these weights, each paid at the last token of its segment.
 
     R3 is standardised with mean and deviation of the first policy's `answers`; a part of weight 0 is left
-    out.  `errors`: the share of segments whose score is turned round (`toy.erring`).
+    out.  `errors`: the share of segments whose score is turned round (`toy.erring`).  `scores`: name -> a
+    score in the place of the program's, such as a learned one.
     """
     parts = []
     for (name, (unit, score)), weight in zip(PARTS.items(), weights, strict=True):
         if weight == 0:
             continue
+        score = scores[name] if scores else score
         score = toy.erring(score, name, errors) if errors else score
         part = rewards.SegmentReward(name, toy.Segmenter(unit), score, weight)
         parts.append(part.fitted(answers.prompts, answers.texts) if name == "R3" else part)
