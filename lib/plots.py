@@ -22,6 +22,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
 WIDTH = 7.0  # inches
+MOST_LINES = 5  # seeds that are drawn one by one; more are a tangle, and the band says their range
 STYLE = {
     "font.size": 11,
     "figure.titlesize": 12,
@@ -377,7 +378,7 @@ def learning_curve(
     title: str | None = None,
     reference: float | None = None,
 ) -> Figure:
-    """A quantity over training: a thin line for each seed, the arm's mean, and the range over its seeds.
+    """A quantity over training: the arm's mean, the range over its seeds, and each as a thin line if few.
 
     Columns step, arm, seed, value.  `reference`: a horizontal line, such as the untrained model.
     """
@@ -387,7 +388,8 @@ def learning_curve(
         seeds = seeds.astype(float).sort_index()
         colour, count = style["color"], seeds.shape[1]
         if count > 1:
-            axes.plot(seeds.index, seeds, color=colour, lw=0.6, alpha=0.6)
+            if count <= MOST_LINES:
+                axes.plot(seeds.index, seeds, color=colour, lw=0.6, alpha=0.6)
             low, high = seeds.min(axis=1), seeds.max(axis=1)
             axes.fill_between(seeds.index, low, high, color=colour, alpha=0.15, lw=0)
         every = max(1, len(seeds) // 10)

@@ -79,6 +79,7 @@ class PPOConfig:
     stop_kl: float = math.inf  # nats a sequence (k3).  FG: 10
     stop_kl_times: int = 1  # the run stops at this many steps above stop_kl.  FG: 5
     eval_every: int = 10  # FG: 50
+    greedy_held_out: bool = False  # held-out responses by the likeliest tokens.  FG: True
     checkpoint_every: int = 10
     seed: int = 0  # FG: 42
 
@@ -280,7 +281,9 @@ def check_prompts(prompts: Sequence[str], config: PPOConfig) -> None:
         )
 
 
-def draw(learner: Learner, prompts: Sequence[str], n: int, *key) -> generation.Samples:
+def draw(
+    learner: Learner, prompts: Sequence[str], n: int, *key, greedy: bool = False
+) -> generation.Samples:
     """This process's share of n samples of each prompt; the draws do not depend on the shares."""
     config, rank, world = learner.config, learner.rank, learner.world
     share = math.ceil(len(prompts) / world)
@@ -289,6 +292,8 @@ def draw(learner: Learner, prompts: Sequence[str], n: int, *key) -> generation.S
     mine = prompts[rank * share : (rank + 1) * share]
     noise = noise[rank * share * n :][: len(mine) * n]
     decoding = generation.decoding_of(config)
+    if greedy:  # of many prompts: as many at a time as a step samples
+        decoding |= {"temperature": 0.0, "rows_per_batch": config.batch}
     return generation.sample(learner.policy, learner.tokenizer, mine, n=n, noise=noise, **decoding)
 
 
@@ -626,7 +631,8 @@ class Loop:
             self._save(number)
 
     def _evaluate_held_out(self, step: int) -> float:
-        samples = draw(self.learner, self.held_out, 1, "held out")
+        greedy = self.config.greedy_held_out
+        samples = draw(self.learner, self.held_out, 1, "held out", greedy=greedy)
         totals = []
         if len(samples):
             scores, _ = rewards.place_rewards(self.reward_fn(samples), samples)

@@ -17,6 +17,7 @@ responses), has no rating loss and leaves out long examples.
 from __future__ import annotations
 
 import inspect
+import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -239,7 +240,8 @@ class RewardModel(torch.nn.Module):
 
     def read(self, features: torch.Tensor) -> torch.Tensor:
         """Pooled features (rows, width) -> logits (rows, outputs), float32."""
-        return self.head((features.float() - self.centre) / self.scale)
+        with torch.autocast(features.device.type, enabled=False):  # 16 bits would tie near scores
+            return self.head((features.float() - self.centre) / self.scale)
 
     def fit_scale(self, features: torch.Tensor) -> None:
         """Centre and scale of the features, from training rows; 1 where a feature does not vary."""
@@ -542,6 +544,8 @@ class TrainConfig:
     prompts_per_batch: int = 8
     warmup: float = 0.1  # share of the steps
     seed: int = 0
+    prompts_in_memory: int | None = None  # of a batch, read at once; None: all
+    validate_every: int = 0  # steps; 0: at the end of each epoch
 
 
 def train(
@@ -551,6 +555,7 @@ def train(
     *,
     features: torch.Tensor | None = None,
     batch_loss: Callable | None = None,
+    validate: Callable[[], float] | None = None,
     folder: Path | str | None = None,
 ) -> pd.DataFrame:
     """Train in place on targets (squared error) or pairs (Bradley-Terry); history: step, epoch, loss, ....
@@ -558,8 +563,10 @@ def train(
     Trains the head and whatever of the backbone requires gradients (`models.set_trainable`; or freeze it).
     `features`, (rows, width) from `model.features`, trains the head alone, and sets its centre and scale.
     `batch_loss(model, feedback, groups, encoded, features)` takes the place of these losses.  `folder` holds
-    the history as it comes (`training.History`).  Raises ValueError for feedback of both kinds or none, and
-    FloatingPointError, naming step and batch, where the loss is not finite.
+    the history as it comes (`training.History`).  `validate()`, the higher the better, chooses the weights
+    that the model ends with (column `validation`); with it and a folder, a killed run goes on from its last
+    validation.  Raises ValueError for feedback of both kinds or none, and FloatingPointError, naming step
+    and batch, where the loss is not finite.
     """
     if batch_loss is None and (feedback.targets is None) == (feedback.pairs is None):
         raise ValueError("feedback needs targets or pairs, not both. Train one model on each.")
@@ -569,31 +576,123 @@ def train(
     trained = [p for p in trained if p.requires_grad]
     groups = np.unique(feedback.group)
     batches = -(-len(groups) // config.prompts_per_batch)
-    total = batches * config.epochs
-    optimiser, schedule = _optimiser(trained, config, total)
+    if folder and validate:
+        known = [feedback.targets, feedback.pairs, getattr(feedback, "labels", None)]
+        key = (
+            vars(config),
+            feedback.prompts,
+            feedback.responses,
+            [np.asarray(x).tolist() for x in known],
+        )
+        training.claim_folder(folder, "reward model", *key)
+    run = _Training(model, trained, config, batches, validate, folder)
     encoded = None if features is not None else model.encode(feedback.prompts, feedback.responses)
     rng = np.random.default_rng(config.seed)
-    history = training.History("reward model", folder, vars(config), writes=folder is not None)
-    bar = runtime.progress(total=total, label="training a reward model", unit="step")
     with models.fast_float32(model):
-        for step in range(total):
-            if step % batches == 0:
-                order = rng.permutation(groups)
-            chosen = order[step % batches :: batches]
-            loss = (batch_loss or _batch_loss)(model, feedback, chosen, encoded, features)
-            _check_finite(loss, f"step {step + 1} of {total}, prompts {chosen.tolist()}")
-            optimiser.zero_grad()
-            loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
-            rate = schedule.get_last_lr()[0]
-            values = (step + 1, (step + 1) / batches, loss.item(), rate, norm.item())
-            history.add(dict(zip(HISTORY, values, strict=True)))
-            optimiser.step()
-            schedule.step()
-            bar.update()
-    bar.close()
-    history.close()
-    return pd.DataFrame(history.rows, columns=HISTORY)
+        for epoch in range(config.epochs):
+            order = rng.permutation(groups)
+            for batch in range(batches):
+                if epoch * batches + batch < run.done:  # before this run was killed
+                    continue
+                chosen = order[batch::batches]
+                data = (feedback, chosen, encoded, features)
+                run.step(_backward(model, data, config, batch_loss or _batch_loss), chosen)
+    return run.close()
+
+
+def _backward(model, data: tuple, config: TrainConfig, batch_loss: Callable) -> float:
+    """Gradients of a batch's mean loss, so many prompts at a time as memory holds; the loss."""
+    feedback, chosen, encoded, features = data
+    size = config.prompts_in_memory or len(chosen)
+    parts = [chosen[i : i + size] for i in range(0, len(chosen), size)]
+    counts = [_count_taught(feedback, part) for part in parts]
+    total = 0.0
+    for part, count in zip(parts, counts, strict=True):
+        if count == 0 and len(parts) > 1:  # its mean would be 0 / 0
+            continue
+        share = count / sum(counts) if len(parts) > 1 else 1.0
+        loss = share * batch_loss(model, feedback, part, encoded, features)
+        loss.backward()
+        total += loss.item()
+    return total
+
+
+def _count_taught(feedback: Feedback, groups: np.ndarray) -> int:
+    """Targets, pairs or known labels of some prompts: what their mean loss is a mean over."""
+    if feedback.pairs is not None:
+        return int(np.isin(feedback.group[feedback.pairs[:, 0]], groups).sum())
+    labels = getattr(feedback, "labels", None)
+    if labels is not None:
+        known = feedback.row[~np.isnan(labels)]
+        return int(np.isin(feedback.group[known], groups).sum())
+    return int(np.isin(feedback.group, groups).sum())
+
+
+class _Training:
+    """What stands around the steps of `train`: optimiser, history, the best weights, checkpoints."""
+
+    def __init__(self, model, trained, config, batches, validate, folder):
+        self.model, self.trained, self.validate = model, trained, validate
+        self.batches = batches
+        self.total = batches * config.epochs
+        self.every = config.validate_every or batches
+        self.optimiser, self.schedule = _optimiser(trained, config, self.total)
+        self.optimiser.zero_grad()
+        self.best = training.Best()
+        self.done = 0
+        self.folder = Path(folder) if folder and validate else None
+        checkpoint = training.load_checkpoint(self.folder) if self.folder else None
+        rows = self._restore(checkpoint) if checkpoint else []
+        self.history = training.History(
+            "reward model", folder, vars(config), rows, writes=folder is not None
+        )
+        self.bar = runtime.progress(total=self.total, label="training a reward model", unit="step")
+        self.bar.update(self.done)
+
+    def step(self, loss: float, prompts: np.ndarray) -> None:
+        """Change the weights by the gradients of one batch."""
+        self.done += 1
+        _check_finite(loss, f"step {self.done} of {self.total}, prompts {prompts.tolist()}")
+        norm = torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
+        rate = self.schedule.get_last_lr()[0]
+        values = (self.done, self.done / self.batches, loss, rate, norm.item())
+        row = dict(zip(HISTORY, values, strict=True))
+        self.optimiser.step()
+        self.optimiser.zero_grad()
+        self.schedule.step()
+        validated = self.done % self.every == 0 or self.done == self.total
+        if self.validate and validated:
+            row["validation"] = float(self.validate())
+            self.best.offer(self.done, row["validation"], self.model.trained_state())
+        self.history.add(row)
+        if self.folder and validated:
+            self._save()
+        self.bar.update()
+
+    def _save(self) -> None:
+        state = {"rows": self.history.rows, "best": [self.best.step, self.best.value]}
+        state["schedule"] = self.schedule.last_epoch
+        tensors = {"weights": self.model.trained_state(), "best": self.best.weights}
+        optimiser = self.optimiser.state_dict()
+        training.save_checkpoint(self.folder, self.done, state, tensors, optimiser)
+
+    def _restore(self, checkpoint: training.Checkpoint) -> list[dict]:
+        self.model.load_state_dict(checkpoint.tensors["weights"], strict=False)
+        self.optimiser.load_state_dict(checkpoint.optimizer)
+        self.schedule.last_epoch = checkpoint.state["schedule"]
+        self.schedule._last_lr = [group["lr"] for group in self.optimiser.param_groups]
+        self.done = checkpoint.step
+        self.best = training.Best(*checkpoint.state["best"], checkpoint.tensors["best"])
+        return checkpoint.state["rows"]
+
+    def close(self) -> pd.DataFrame:
+        """The best weights into the model, and the history."""
+        if self.best.step is not None:
+            self.model.load_state_dict(self.best.weights, strict=False)
+        self.bar.close()
+        self.history.close()
+        columns = [*HISTORY, "validation"] if self.validate else HISTORY
+        return pd.DataFrame(self.history.rows, columns=columns)
 
 
 def _optimiser(trained: list[torch.nn.Parameter], config: TrainConfig, total: int):
@@ -604,9 +703,9 @@ def _optimiser(trained: list[torch.nn.Parameter], config: TrainConfig, total: in
     return optimiser, transformers.get_linear_schedule_with_warmup(optimiser, warmup, total)
 
 
-def _check_finite(loss: torch.Tensor, where: str) -> None:
-    if not torch.isfinite(loss):
-        raise FloatingPointError(f"the loss is {loss.item()} at {where}. Lower learning_rate.")
+def _check_finite(loss: float, where: str) -> None:
+    if not math.isfinite(loss):
+        raise FloatingPointError(f"the loss is {loss} at {where}. Lower learning_rate.")
 
 
 def _batch_loss(model, feedback, groups, encoded, features) -> torch.Tensor:

@@ -120,13 +120,15 @@ def train_sft(
     held_out: list[dict] | None = None,
     folder: Path | str | None = None,
     max_length: int = 512,
+    callbacks: Sequence[transformers.TrainerCallback] = (),
     **arguments,
 ) -> pd.DataFrame:
     """Train `model` in place (float32; autocast to 16 bits on CUDA) and return its history (`COLUMNS`).
 
     `rows` come from `encode_completions` or `encode_conversations`; `arguments` are those of
     `transformers.TrainingArguments`, such as learning_rate or num_train_epochs.  Checkpoints go to
-    `folder`, from which a killed run continues; ValueError where it belongs to another run.
+    `folder`, from which a killed run continues; ValueError where it belongs to another run.  `callbacks`
+    are transformers' own, such as one that looks at the model after each epoch.
     A trunk that `models.set_trainable` froze keeps its dtype.
     """
     models.check_policy(model.config)
@@ -149,7 +151,8 @@ def train_sft(
         ):
             trainer = _trainer(model, tokenizer, train, test, output_dir=str(output), **arguments)
             recorder = Recorder("SFT", folder, arguments, _log_row)
-            trainer.add_callback(recorder)
+            for callback in (recorder, *callbacks):
+                trainer.add_callback(callback)
             train_in_float32(model)
             trainer.train(resume_from_checkpoint=last)
     model.eval()

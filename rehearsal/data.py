@@ -210,14 +210,15 @@ def feedback(write: Writer, number: int) -> dict:
     passages = [[write.words(1, 2), *write.sentences(3, 6)] for _ in range(3)]
     row = {"question": f"Why is the {write.words(2, 4)} number {number}?", "passages": passages}
     row["gold"] = write.text(1, 3)
-    answers = [write.sentences(2, 5) for _ in range(4)]
+    facts = passages[0][1:]  # the corrected answer has two of them, the others none to two
+    answers = [write.sentences(2, 4) + write.random.sample(facts, i % 3) for i in range(4)]
     row |= {f"prediction {i}": " ".join(answer) for i, answer in enumerate(answers, 1)}
     missing = {"error type": "Missing-Answer", "passage_id": 1, "sentence_id": [1]}
     marks = {
         "errors": errors(write, answers[0]),
         "missing-info": [missing] if number % 3 == 0 else [],
     }
-    row["feedback"] = marks | {"corrected-prediction": write.text(1, 3)}
+    row["feedback"] = marks | {"corrected-prediction": " ".join(facts[:2])}
     row["preference"] = write.random.choices((0, 1, 2), weights=(1, 3, 3), k=6)
     return row
 

@@ -221,6 +221,13 @@ def test_learning_curve_shows_mean_and_range():
     assert band[:, 1].min() == 0 and band[:, 1].max() == 5
 
 
+def test_many_seeds_are_a_band_without_a_line_each():
+    table = pd.concat([TABLES["curve"].assign(seed=seed) for seed in range(12)])
+    table = table.drop_duplicates(["step", "arm", "seed"])
+    axes = plots.learning_curve(table, ylabel="reward").axes[0]
+    assert len(axes.lines) == table.arm.nunique() == len(axes.collections)
+
+
 def test_dense_rewards_stand_side_by_side_at_their_tokens():
     figure = FIGURES["dense"](TABLES["dense"])
     assert {"A", "lake", "\\n", "R1 (sum +0.00)", "R2 (sum +0.50)"} <= texts(figure)

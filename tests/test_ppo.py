@@ -540,6 +540,24 @@ def test_a_loss_that_is_not_finite_names_step_and_minibatch():
         ppo.update(learner, rollout, advantages + math.inf, returns, 4)
 
 
+def test_held_out_answers_are_greedy_where_asked(monkeypatch):
+    drawn = []
+    real = ppo.generation.sample
+
+    def spy(*arguments, **options):
+        drawn.append((options["temperature"], len(arguments[2])))
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(ppo.generation, "sample", spy)
+    model, tokenizer = models.build_tiny_model("tiny")
+    reward = rewards.from_judge(lambda prompts, texts: np.zeros(len(texts)))
+    options = {"steps": 1, "prompts_per_step": 4, "minibatch_size": 4, "max_new_tokens": 3}
+    for greedy in (False, True):
+        config = ppo.PPOConfig(**options, greedy_held_out=greedy, eval_every=1, temperature=0.7)
+        ppo.train_ppo(model, tokenizer, PROMPTS[:6], reward, config, held_out=PROMPTS[6:8])
+    assert drawn == [(0.7, 2), (0.7, 4), (0.7, 2), (0.0, 2), (0.7, 4), (0.0, 2)]
+
+
 def test_the_policy_ends_with_the_best_held_out_weights():
     model, tokenizer = toy()
     scripted, weights = iter([1.0, 5.0, 2.0]), []

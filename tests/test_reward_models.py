@@ -276,6 +276,55 @@ def test_the_history_stands_on_disk_while_a_reward_model_trains(tmp_path, monkey
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cut", "whole"]
 
 
+@pytest.mark.parametrize("kind", ["targets", "pairs"])
+def test_a_batch_read_in_parts_is_the_same_batch(kind):
+    """Prompts with different numbers of pairs weigh by their pairs, as in one piece."""
+    feedback = toy_feedback(6, kind)
+    if kind == "pairs":
+        keep = np.arange(len(feedback.pairs)) % 3 != 0
+        feedback.pairs = feedback.pairs[keep & (feedback.group[feedback.pairs[:, 0]] != 4)]
+    histories, heads = [], []
+    for size in (None, 1, 2):
+        model = random_head(decoder())
+        config = TrainConfig(epochs=2, prompts_per_batch=3, prompts_in_memory=size)
+        histories.append(reward_models.train(model, feedback, config))
+        heads.append(model.head.weight.detach().clone())
+    for history, head in zip(histories[1:], heads[1:], strict=True):
+        np.testing.assert_allclose(history.loss, histories[0].loss, rtol=1e-4)
+        torch.testing.assert_close(head, heads[0], atol=1e-5, rtol=1e-3)
+
+
+def test_validation_chooses_the_weights_and_a_killed_run_goes_on(tmp_path):
+    feedback, config = toy_feedback(8, "pairs"), TrainConfig(epochs=4, prompts_per_batch=4)
+
+    def trained(folder, values):
+        model, states = decoder(), []
+
+        def validate():
+            if len(states) == len(values):
+                raise KeyboardInterrupt
+            states.append(model.head.weight.detach().clone())
+            return values[len(states) - 1]
+
+        history = reward_models.train(model, feedback, config, validate=validate, folder=folder)
+        return model.head.weight.detach(), states, history
+
+    head, states, whole = trained(tmp_path / "whole", [0.2, 0.9, 0.4, 0.9])
+    torch.testing.assert_close(head, states[1], atol=0, rtol=0)
+    assert whole.validation.dropna().tolist() == [0.2, 0.9, 0.4, 0.9]
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path / "killed", [0.2, 0.9])
+    again, rest, history = trained(tmp_path / "killed", [0.4, 0.9])
+    torch.testing.assert_close(again, head, atol=0, rtol=0)
+    assert len(rest) == 2
+    pd.testing.assert_frame_equal(history, whole)
+    other = TrainConfig(epochs=5, prompts_per_batch=4)
+    with pytest.raises(ValueError, match="other settings"):
+        reward_models.train(
+            decoder(), feedback, other, validate=lambda: 0.0, folder=tmp_path / "killed"
+        )
+
+
 def test_cached_features_train_the_same_head_as_the_frozen_backbone():
     feedback, found = toy_feedback(8, "pairs"), []
     for cached in (True, False):

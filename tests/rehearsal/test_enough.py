@@ -13,6 +13,7 @@ from conftest import asset
 
 from lib import data, runtime
 from lib.annotator import Rubric
+from lib.course import record
 from lib.segments import Segmenter
 
 ROOT = Path(__file__).parents[2]
@@ -36,13 +37,8 @@ def full_counts(number):
         n for n in ast.parse(cell(number, "SETTINGS = {")).body if isinstance(n, ast.Assign)
     ]
     table = next(n.value for n in assigned if ast.unparse(n.targets[0]) == "SETTINGS")
-    rows = [(k.value, row) for k, row in zip(table.keys, table.values, strict=True)]
-    columns = {
-        name: dict(zip(map(ast.unparse, row.keys), row.values, strict=True))
-        for name, row in rows
-        if isinstance(row, ast.Dict)
-    }
-    values = {name: column.get("'full'") for name, column in columns.items()}
+    column = record.SCALES.index("full")
+    values = {k.value: row.elts[column] for k, row in zip(table.keys, table.values, strict=True)}
     return {name: v.value for name, v in values.items() if isinstance(v, ast.Constant)}
 
 
@@ -63,7 +59,11 @@ def test_22_has_passages_for_training_and_evaluation():
 def test_40_has_pairs_for_training_and_held_out_loss():
     counts = full_counts("40")
     wanted = counts["n_train"] + counts["n_held_out"]
-    assert len(names("40", "def wikipedia_pairs")["wikipedia_pairs"](wanted)) == wanted == 1500
+    assert (
+        len(names("40", "def wikipedia_pairs", LARGE=True)["wikipedia_pairs"](wanted))
+        == wanted
+        == 1500
+    )
 
 
 def test_44_has_articles_for_each_of_its_parts():

@@ -16,7 +16,7 @@ import functools
 import json
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -471,13 +471,13 @@ def load_all(folder: Path | str) -> dict[str, FineGrainedModel]:
 def fit(
     model: FineGrainedModel, feedback: Feedback, config: TrainConfig, *,
     features: Sequence[torch.Tensor] | None = None, balance: bool = False,
-    folder: Path | str | None = None,
+    validate: Callable[[], float] | None = None, folder: Path | str | None = None,
 ) -> pd.DataFrame:  # fmt: skip
     """Train in place on labels (cross-entropy) or pairs (Bradley-Terry), then fit the normaliser; history.
 
     `features`, one tensor a row from `model.features`, trains the head alone.  `balance` weighs errors and
-    the rest alike in all.  `folder` holds `history.csv` while it trains.  Rows that teach nothing (empty, no
-    known label) are left out; ValueError where none remains.
+    the rest alike in all.  `validate` and `folder`: as `reward_models.train` takes them.  Rows
+    that teach nothing (empty, no known label) are left out; ValueError where none remains.
     """
     keep = _usable(model, feedback, features)
     if not keep.any():
@@ -495,7 +495,7 @@ def fit(
         weight = wrong / fine if balance and wrong and fine else 1.0
         loss = functools.partial(_segment_loss, weight=weight)
     history = reward_models.train(
-        model, part, config, features=flat, batch_loss=loss, folder=folder
+        model, part, config, features=flat, batch_loss=loss, validate=validate, folder=folder
     )
     scores = (
         model.score_features(features)
