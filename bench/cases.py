@@ -24,7 +24,7 @@ from transformers import (
     pipeline,
 )
 
-from bench import measure
+from bench import measure, trl_rloo
 from lib import (
     chat,
     data,
@@ -36,7 +36,6 @@ from lib import (
     ppo,
     questions,
     reward_models,
-    rloo,
     runtime,
     scorers,
     sft,
@@ -456,7 +455,7 @@ def _episodes(model, config: ppo.PPOConfig, new: float) -> measure.Work:
 
 
 def ppo_benchmark(size: str) -> measure.Benchmark:
-    """`ppo.train_ppo` and `trl.RLOOTrainer` through `rloo.train_rloo`, without and with checkpointing."""
+    """`ppo.train_ppo` and `trl.RLOOTrainer` (`trl_rloo`), without and with checkpointing."""
     fresh, prompts, config = _rl(size)
     checkpointing = {name: True for name in sft.PLAIN if name.endswith("checkpointing")}
 
@@ -479,9 +478,9 @@ def ppo_benchmark(size: str) -> measure.Benchmark:
     dtype = runtime.inference_dtype()
     fastest = "bf16" if dtype == torch.bfloat16 else "float32"
     peers = {
-        "float32": {"TRL, no checkpointing": side(rloo.train_rloo)},
-        "bf16": {"TRL, no checkpointing, bf16": side(rloo.train_rloo, bf16=True)},
-        "defaults": {"TRL, its defaults": side(rloo.train_rloo, bf16=None, **checkpointing)},
+        "float32": {"TRL, no checkpointing": side(trl_rloo.train_rloo)},
+        "bf16": {"TRL, no checkpointing, bf16": side(trl_rloo.train_rloo, bf16=True)},
+        "defaults": {"TRL, its defaults": side(trl_rloo.train_rloo, bf16=None, **checkpointing)},
     }
     sides = {"ours": side(ppo.train_ppo)}
     for name in [fastest] if size == "quick" else peers:

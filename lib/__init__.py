@@ -36,7 +36,7 @@ segments       segments of a response, and the token at which each ends
 rewards        where rewards are paid: on tokens, segments, or whole responses
 training       what stands around a training loop: seeds by key, checkpoints, history, stops
 ppo            PPO in which any token may carry a reward
-rloo           its sequence-level peer
+rloo           PPO's loop without a value function
 annotate       annotation pages that work offline in a browser
 fast           what is only about speed; everything works, with the same numbers, without it
 

@@ -121,6 +121,22 @@ def policy_loss(
     return -masked_mean(surrogate, mask, count)
 
 
+def leave_one_out(totals: torch.Tensor, samples_per_prompt: int) -> torch.Tensor:
+    """Advantages of whole responses, (rows,): A_i = R_i - mean of the R_j of its prompt's other samples.
+
+    RLOO's estimator (Ahmadian et al. 2024, section 3).  `totals`: what each response is paid, (rows,), the
+    samples of a prompt together.  Raises ValueError for fewer than two samples of a prompt.
+    """
+    if samples_per_prompt < 2:
+        raise ValueError(
+            f"samples_per_prompt is {samples_per_prompt}; each sample is compared with the others of its "
+            "prompt: give 2 or more."
+        )
+    groups = totals.view(-1, samples_per_prompt)
+    others = (groups.sum(1, keepdim=True) - groups) / (samples_per_prompt - 1)
+    return (groups - others).view(-1)
+
+
 def clip_fraction(
     log_probs: torch.Tensor,
     old_log_probs: torch.Tensor,

@@ -6,10 +6,10 @@ et al. 2019; fine-grained RLHF, section 2); k3 is logged beside it.  A rollout's
 from the forward pass that trains, dropout is off, and by default tokens are drawn from the distribution
 of the ratios, softmax(logits / temperature); with top-k or top-p the ratios still use the unfiltered one.
 
-`train_ppo` is the algorithm; its five stages are the plain functions below it, from tensors to tensors.
-What stands around a loop (seeds, checkpoints, history) is in `training`.  Random numbers depend on
-(seed, step) only; minibatches take one row from each of `minibatch_size` strata, so any number of
-processes makes the same ones.
+`train_ppo` is the algorithm; its five stages are the plain functions below it, from tensors to tensors
+(`rloo` uses four of them).  What stands around a loop (seeds, checkpoints, history) is in `training`.
+Random numbers depend on (seed, step) only; minibatches take one row from each of `minibatch_size` strata,
+so any number of processes makes the same ones.
 Simplified: data parallel only (`accelerate launch`, one process or DDP).
 """
 
@@ -140,7 +140,7 @@ def train_ppo(
     ValueError for settings that do not fit together, FloatingPointError where a loss is not finite.
     """
     learner = make_learner(policy, tokenizer, config or PPOConfig(), value_model, accelerator)
-    run = _Run(learner, prompts, reward_fn, held_out, folder)
+    run = Loop(learner, prompts, reward_fn, held_out, folder)
     with models.fast_float32(learner.network):
         run.start()
         for step in run.steps():
@@ -365,14 +365,15 @@ def estimate_advantages(
     """Advantages and returns by GAE, each (batch, time); statistics are taken over all processes."""
     config = learner.config
     if config.whiten_rewards:
-        paid = _whiten(learner, paid, mask, shift_mean=False)
+        paid = whiten(learner, paid, mask, shift_mean=False)
     advantages, returns = losses.gae(paid, values, mask, config.gamma, config.lam)
     if config.whiten_advantages:
-        advantages = _whiten(learner, advantages, mask)
+        advantages = whiten(learner, advantages, mask)
     return advantages, returns
 
 
-def _whiten(learner: Learner, values, mask, shift_mean: bool = True) -> torch.Tensor:
+def whiten(learner: Learner, values, mask, shift_mean: bool = True) -> torch.Tensor:
+    """`losses.whiten` with the statistics of all processes' rows, (batch, time)."""
     white = losses.whiten(_gather(learner, values), _gather(learner, mask), shift_mean)
     return white.chunk(learner.world)[learner.rank][:, : values.shape[1]]
 
@@ -390,12 +391,13 @@ def update(
     learner: Learner,
     rollout: Rollout,
     advantages: torch.Tensor,
-    returns: torch.Tensor,
+    returns: torch.Tensor | None,
     step: int,
 ) -> dict[str, float]:
     """Epochs over shuffled minibatches; the means of what `backward` returns, and grad_norm's.
 
-    ratio_error is the first minibatch's alone: nothing has changed yet, so it is 0 up to rounding.
+    Without returns no value function learns.  ratio_error is the first minibatch's alone: nothing has
+    changed yet, so it is 0 up to rounding.
     """
     config, optimizer, accelerator = learner.config, learner.optimizer, learner.accelerator
     share = training.rate_share(step, config.steps, config.warmup_steps, config.decay)
@@ -407,7 +409,8 @@ def update(
             minibatches(config, step, epoch, learner.rank, learner.world)
         ):
             part = rollout.rows(index)
-            means = backward(learner, part, advantages[index], returns[index])
+            expected = None if returns is None else returns[index]
+            means = backward(learner, part, advantages[index], expected)
             norm = accelerator.clip_grad_norm_(trained, config.max_grad_norm)
             rows.append({**means, "grad_norm": float(norm)})
             training.check_finite(
@@ -435,7 +438,7 @@ def backward(
     learner: Learner,
     rollout: Rollout,
     advantages: torch.Tensor,
-    returns: torch.Tensor,
+    returns: torch.Tensor | None,
 ) -> dict[str, float]:
     """Gradients of one minibatch's loss, `forward_rows` rows at a time; its means over all processes."""
     config, accelerator = learner.config, learner.accelerator
@@ -445,9 +448,8 @@ def backward(
     for rows in torch.arange(len(rollout.mask)).split(config.forward_rows):
         few = rollout.rows(rows)
         log_probs, values, _ = evaluate(learner, few.tokens)
-        loss, parts = ppo_loss(
-            log_probs, values, few, advantages[rows], returns[rows], config, count
-        )
+        expected = None if returns is None else returns[rows]
+        loss, parts = ppo_loss(log_probs, values, few, advantages[rows], expected, config, count)
         accelerator.backward(loss * learner.world)  # DDP averages over processes; we want the sum
         sums = {name: sums.get(name, 0.0) + value.detach() for name, value in parts.items()}
     total = accelerator.reduce(torch.stack([*sums.values()]), "sum")
@@ -459,11 +461,11 @@ def ppo_loss(
     values: torch.Tensor,
     old: Rollout,
     advantages: torch.Tensor,
-    returns: torch.Tensor,
+    returns: torch.Tensor | None,
     config: PPOConfig,
     count: torch.Tensor,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Clipped policy loss + clipped value loss, and the parts, each a scalar.
+    """Clipped policy loss + clipped value loss, and the parts, each a scalar; no value loss without returns.
 
     Args:
         log_probs, values: of the network as it is now, (batch, time).
@@ -473,14 +475,15 @@ def ppo_loss(
     """
     mask = old.mask
     policy = losses.policy_loss(log_probs, old.log_probs, advantages, mask, config.clip, count)
-    value = losses.value_loss(values, old.values, returns, mask, config.value_clip, count)
     parts = {
         "policy_loss": policy,
-        "value_loss": value,
         "clip_fraction": losses.clip_fraction(log_probs, old.log_probs, mask, config.clip, count),
         "ratio_error": losses.masked_mean((log_probs - old.log_probs).abs(), mask, count),
     }
-    return policy + value, parts
+    if returns is None:  # DDP wants a gradient, if only of 0, for everything that trains
+        return policy + 0 * losses.masked_mean(values, mask, count), parts
+    value = losses.value_loss(values, old.values, returns, mask, config.value_clip, count)
+    return policy + value, parts | {"value_loss": value}
 
 
 # --- what must hold before training, and what is logged -----------------------------------------
@@ -523,11 +526,11 @@ def describe_step(
     samples: generation.Samples,
     components: dict[str, np.ndarray],
     rollout: Rollout,
-    returns: torch.Tensor,
+    returns: torch.Tensor | None,
 ) -> dict[str, float]:
     """What one step saw, over all processes: reward and reward/<component> (means of row sums), kl (k1)
     and kl_k3 (nats a sequence, before the update), entropy (nats a token), length, finished,
-    explained_variance, and tokens_* by stage.
+    explained_variance (where there are returns), and tokens_* by stage.
 
     A row of the history has these and step (from 1), kl_coef, the means of `update`,
     learning_rate, seconds_* by stage and, at times, held_out_reward.
@@ -549,8 +552,9 @@ def describe_step(
     episodes = pd.DataFrame(gather_object(pd.DataFrame(table).to_dict("records")))
     row = episodes.drop(columns="prompt").mean().to_dict()
     row["entropy"] /= max(row["length"], 1e-9)
-    gathered = [_gather(learner, x) for x in (rollout.values, returns, mask)]
-    row["explained_variance"] = losses.explained_variance(*gathered)
+    if returns is not None:
+        gathered = [_gather(learner, x) for x in (rollout.values, returns, mask)]
+        row["explained_variance"] = losses.explained_variance(*gathered)
     response, whole = episodes["length"].sum(), episodes[["length", "prompt"]].sum().sum()
     tokens = (response, response, whole, whole * learner.config.epochs)
     for stage, count in zip(STAGES, tokens, strict=True):
@@ -561,10 +565,11 @@ def describe_step(
 # --- around the loop -----------------------------------------------------------------------------
 
 
-class _Run:
-    """What `train_ppo` keeps besides the network: history, best weights, beta, stops, checkpoints."""
+class Loop:
+    """What a training keeps besides the network: history, best weights, beta, stops, checkpoints."""
 
-    def __init__(self, learner, prompts, reward_fn, held_out, folder):
+    def __init__(self, learner, prompts, reward_fn, held_out=(), folder=None, what="PPO"):
+        self.what = what
         self.learner = learner
         self.config = learner.config
         self.reward_fn = reward_fn
@@ -579,7 +584,7 @@ class _Run:
         if folder:
             start = [p.flatten()[:4].tolist() for p in learner.weights().values()]
             key = (asdict(self.config), list(prompts), self.held_out, start)
-            self.folder = training.claim_folder(folder, "PPO", *key)
+            self.folder = training.claim_folder(folder, what, *key)
             learner.accelerator.wait_for_everyone()
 
     def start(self) -> None:
@@ -590,14 +595,14 @@ class _Run:
         rows = self._restore(checkpoint) if checkpoint else []
         first = self.learner.accelerator.is_main_process
         settings = asdict(self.config)
-        self.history = training.History("PPO", self.folder, settings, rows, writes=first)
+        self.history = training.History(self.what, self.folder, settings, rows, writes=first)
         if self.held_out and not checkpoint:
             runtime.set_seed(training.seed_for(self.config.seed, "start"))
             self.held_out_start = self._evaluate_held_out(0)
 
     def steps(self):
         """The steps that are left, until one stops the run."""
-        with runtime.progress(total=self.config.steps, label="PPO", unit="step") as bar:
+        with runtime.progress(total=self.config.steps, label=self.what, unit="step") as bar:
             bar.update(len(self.history))
             while len(self.history) < self.config.steps and self.stopped is None:
                 step = len(self.history)
@@ -664,8 +669,11 @@ class _Run:
             self.best = training.Best(state["best_step"], state["best_value"], best)
         return state["history"]
 
-    def close(self) -> pd.DataFrame:
-        """Put the best weights back, where held-out rewards chose them, and return the history."""
+    def close(self, values: bool = True) -> pd.DataFrame:
+        """Put the best weights back, where held-out rewards chose them, and return the history.
+
+        `values`: the value function that was trained stays with the policy.
+        """
         self.history.close()
         history = self.history.frame()
         best = len(history)
@@ -673,7 +681,10 @@ class _Run:
             training.copy_weights(self.best.weights, self.learner.weights())
             best = self.best.step
         shared = self.learner.shared
-        self.learner.policy.value_function = ValueFunction(shared.value_head, shared.value_model)
+        vars(self.learner.policy).pop("value_function", None)
+        if values:
+            trained = ValueFunction(shared.value_head, shared.value_model)
+            self.learner.policy.value_function = trained
         distribution = "softmax(logits / temperature)"
         if self.config.top_k > 0 or self.config.top_p < 1:
             distribution += ", unfiltered, unlike sampling"

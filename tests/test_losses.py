@@ -27,6 +27,14 @@ def check_gradient(function, *inputs):
     assert torch.autograd.gradcheck(function, inputs)
 
 
+def test_leave_one_out_by_hand():
+    totals = torch.tensor([1.0, 2, 6, 5, 5, 5])  # two prompts, three samples each
+    expected = torch.tensor([1 - 4.0, 2 - 3.5, 6 - 1.5, 0, 0, 0])
+    torch.testing.assert_close(losses.leave_one_out(totals, 3), expected)
+    with pytest.raises(ValueError, match="samples_per_prompt is 1"):
+        losses.leave_one_out(totals, 1)
+
+
 # --- masked statistics ---------------------------------------------------------------------------
 
 

@@ -315,3 +315,15 @@ def test_coloured_text_gives_every_token_a_box_of_its_colour():
     assert "".join(texts).startswith("One day a ship↵ came")
     with pytest.raises(ValueError, match="2 tokens and 1 values"):
         plots.coloured_text(["a", "b"], [1.0], title="t", label="nats")
+
+
+def test_drawings_show_every_token_and_where_the_objective_is_flat():
+    table = pd.DataFrame([[0.5, 0, -1.0], [0, 0, 2.0]], index=["paid", "credited"])
+    axes = plots.token_heatmap(table, ["a", "b", "."], title="t", label="l").axes[0]
+    assert [text.get_text() for text in axes.texts] == ["+0.50", "0", "-1.00", "0", "0", "+2.00"]
+    with pytest.raises(ValueError, match="3 columns for 2 tokens"):
+        plots.token_heatmap(table, ["a", "b"], title="t", label="l")
+    for axes, flat in zip(plots.clipped_objective(0.2).axes[:2], (1.2, 0.8), strict=True):
+        ratio, gain = (np.asarray(x, dtype=float) for x in axes.lines[1].get_data())
+        beyond = ratio > flat + 0.01 if flat > 1 else ratio < flat - 0.01
+        assert np.ptp(gain[beyond]) < 1e-6 and np.ptp(gain[~beyond]) > 0.5

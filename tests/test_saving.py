@@ -62,7 +62,8 @@ def train_by(way, model, tokenizer, train):
         config = ppo.PPOConfig(**PPO, train=train)
         ppo.train_ppo(model, tokenizer, PROMPTS, by_length, config)
     else:
-        rloo.train_rloo(model, tokenizer, PROMPTS, by_length, ppo.PPOConfig(**PPO))
+        config = ppo.PPOConfig(**PPO, train=train)
+        rloo.train_rloo(model, tokenizer, PROMPTS, by_length, config)
 
 
 # --- policies ------------------------------------------------------------------------------------

@@ -1,17 +1,18 @@
-"""RewardLM: its result tables and their comparison, its dialogues, and a reward without its known defects."""
+"""RewardLM: its result tables and their comparison, its dialogues, a reward without its known defects, and
+what notebook 11 pays its arms and reads from them."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from lib import data, generation, rewards, scorers, tables
+from lib import data, generation, logprobs, rewards, scorers, sft, tables, text, training
 from lib.course import fetch
-from lib.stats import Interval, bootstrap, paired_difference, proportion
+from lib.stats import Interval, bootstrap, paired_difference, per_prompt_best, proportion
 
 REWARDLM_COLUMNS = ("prompts", "responses", "prompt_score", "response_score")
 REWARDLM_SCORES = ("prompt_score", "response_score", "pro_API_response_score")
@@ -202,3 +203,147 @@ class CleanTextReward:
         return {"clean": -self.scorer.logit(samples.texts)} | rewards.fault_penalties(
             samples, self.penalty
         )
+
+
+# --- notebook 11 ---------------------------------------------------------------------------------
+
+
+def turned_round(reward_fn: rewards.RewardFunction) -> rewards.RewardFunction:
+    """The same rewards with the other sign: a class of RewardLM's library pays P(hate) itself."""
+
+    def wrong_sign(samples: generation.Samples) -> dict[str, np.ndarray]:
+        _, sums = rewards.place_rewards(reward_fn(samples), samples)
+        return {name: -values for name, values in sums.items()}
+
+    return wrong_sign
+
+
+def watched(
+    reward_fn: rewards.RewardFunction, watchers: Mapping[str, scorers.Scorer]
+) -> tuple[rewards.RewardFunction, list[dict[str, float]]]:
+    """`reward_fn` that is watched, and what is seen: the mean scores of each batch it pays, a row a step."""
+    seen: list[dict[str, float]] = []
+
+    def paid(samples: generation.Samples) -> object:
+        scores = {name: scorer.score(samples.texts) for name, scorer in watchers.items()}
+        seen.append({name: float(np.nanmean(values)) for name, values in scores.items()})
+        return reward_fn(samples)
+
+    return paid, seen
+
+
+def with_watched(history: pd.DataFrame, seen: Sequence[Mapping[str, float]]) -> pd.DataFrame:
+    """A training's history with the scores of its own samples, and `nll`, what they cost the reference.
+
+    nll = entropy + KL / length, nats a token: the log of the perplexity of the policy's samples under the
+    reference.  A training that went on from a checkpoint has no scores of the steps before it.
+    """
+    table = history.assign(nll=history["entropy"] + history["kl"] / history["length"])
+    scores = pd.DataFrame(seen, index=table.index[len(table) - len(seen) :])
+    return table.join(scores)
+
+
+def blocks(history: pd.DataFrame, columns: Sequence[str], size: int = 10) -> pd.DataFrame:
+    """Means of some columns over each `size` steps of a training: columns arm, seed, step, and these."""
+    ends = -(-history["step"] // size) * size
+    last = history.groupby(["arm", "seed"])["step"].transform("max")
+    absent = {name: np.nan for name in columns if name not in history}  # fine-tuning has others
+    table = history.assign(step=np.minimum(ends, last), **absent)
+    groups = table.groupby(["arm", "seed", "step"], sort=False)
+    return groups[list(columns)].mean().reset_index()
+
+
+def best_of(pool: pd.DataFrame, k: int, by: str, columns: Sequence[str]) -> pd.DataFrame:
+    """What the best of k samples of each prompt is worth: columns prompt_index, `columns`, kl.
+
+    `pool`: equally many samples of each prompt, a row each; `by`: the column in which the best is highest.
+    Each value is the mean over all choices of k from a prompt's pool (`stats.per_prompt_best`); kl, from
+    the policy that drew them, is log k - (k - 1) / k nats (Stiennon et al. 2020), which ties make smaller.
+    """
+    pool = pool.sort_values("prompt_index", kind="stable")
+    prompts = pool["prompt_index"].unique()
+    sides = {name: pool[name].to_numpy(float).reshape(len(prompts), -1) for name in {by, *columns}}
+    best = {name: per_prompt_best(sides[by], sides[name], k) for name in columns}
+    moved = np.log(k) - (k - 1) / k
+    return pd.DataFrame({"prompt_index": prompts, **best, "kl": moved})
+
+
+def rows_to_imitate(samples: generation.Samples, order: Sequence[int]) -> list[dict]:
+    """Samples as rows for `sft.train_sft`, in this order: the prompt's tokens carry no loss."""
+    rows = []
+    for i in order:
+        before, after = samples.prompt_ids[i], samples.response_ids[i]
+        rows.append({"input_ids": before + after, "labels": [sft.NO_LOSS] * len(before) + after})
+    return rows
+
+
+def own_samples(
+    policy, tokenizer, prompts: Sequence[str], count: int, seed: int, **decoding
+) -> generation.Samples:
+    """`count` samples of a policy, one for each prompt in a random order that begins again."""
+    turns = training.laps(range(count), len(prompts), seed, "own samples")
+    asked = [prompts[i] for i in turns]
+    return generation.sample(policy, tokenizer, asked, seed=seed, label="own samples", **decoding)
+
+
+def measure(
+    policy,
+    reference,
+    tokenizer,
+    prompts: Sequence[str],
+    watchers: Mapping[str, scorers.Scorer],
+    reward_fn: rewards.RewardFunction,
+    **sampling,
+) -> tuple[pd.DataFrame, dict[str, float]]:
+    """Samples of a policy, a row each, and the fluency of all (`text.fluency_panel`).
+
+    Columns: those of `Samples.to_frame`; each watcher's score; paid (`reward_fn`'s total); tokens; nll,
+    mean over tokens under the reference, nats; kl, log p of the policy - log p of the reference, nats.
+    """
+    drawn = generation.sample(policy, tokenizer, prompts, label="measuring", **sampling)
+    read = logprobs.perplexity(reference, tokenizer, drawn.prompt_ids, drawn.response_ids)
+    table = drawn.to_frame().assign(nll=read["nll"].to_numpy(), tokens=read["tokens"].to_numpy())
+    table["kl"] = table["log_prob"] + table["nll"].fillna(0) * table["tokens"]
+    for name, scorer in watchers.items():
+        table[name] = scorer.score(drawn.texts)
+    table["paid"] = rewards.totals(reward_fn(drawn), drawn)
+    return table, text.fluency_panel(drawn.texts)
+
+
+def ways(ends: pd.DataFrame, pools: Sequence[pd.DataFrame], column: str) -> pd.DataFrame:
+    """Ways from the untrained policy, for `plots.paths`: columns arm, step, x (KL, nats), y (`column`).
+
+    `ends`: mean kl and `column` of each trained arm (the index).  `pools`: samples of the untrained policy,
+    a table a seed, as `best_of` takes them; best of n has a point for each n.
+    """
+    start = float(np.mean([pool[column].mean() for pool in pools]))
+    rows = []
+    for arm, end in ends.iterrows():
+        rows += [(arm, 0, 0.0, start), (arm, 1, end["kl"], end[column])]
+    largest = int(pools[0].groupby("prompt_index").size().min())
+    for n in range(1, largest + 1):
+        best = pd.concat([best_of(pool, n, "paid", [column]) for pool in pools])
+        rows.append(("best of n", n, best["kl"].mean(), best[column].mean()))
+    return pd.DataFrame(rows, columns=["arm", "step", "x", "y"])
+
+
+def memory_of_the_runs(steps: int, texts: int) -> pd.DataFrame:
+    """What RewardLM's runs take: least GPU memory, what its logs say, hours of PPO and of the judge.
+
+    A lower bound: weights in 8 or 16 bits, 16 bytes for each trained parameter, and the logits of one
+    forward batch.  `texts`: scored by a service that takes one a second.
+    """
+    logged = [  # model, parameters, vocabulary, trained share, bytes a weight, s a step, GB
+        ("LaMini-GPT-774M", 774e6, 50_258, 0.0038, 2, None, None),
+        ("RedPajama-INCITE-Chat-3B-v1", 2.78e9, 50_432, 0.0038, 1, 176, 30.8),
+        ("falcon-7b-instruct", 6.92e9, 65_024, 0.0093, 1, 354, 37.1),
+    ]
+    rows = []
+    for model, size, vocabulary, share, weight_bytes, per_step, gigabytes in logged:
+        least = weight_bytes * size + 16 * share * size + 16 * 200 * vocabulary * 8
+        row = {"model": model, "parameters": f"{size / 1e9:.2f}B"}
+        row |= {"least GPU memory, GB": least / 1e9, "logged, GB": gigabytes}
+        row |= {"PPO steps": steps, "PPO hours (logged)": per_step and per_step * steps / 3600}
+        row["judge, h an arm"] = texts / 3600
+        rows.append(row)
+    return pd.DataFrame(rows)

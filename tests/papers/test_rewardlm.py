@@ -1,9 +1,12 @@
 """RewardLM: conditions described and compared, with missing scores."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pandas as pd
 import pytest
 
+from lib import models, ppo, sft
 from lib.papers import rewardlm
 
 nan = np.nan
@@ -65,3 +68,76 @@ def test_tables_of_different_models_are_not_paired():
         "x_PT_falcon -> x_FT_falcon", "x_PT_falcon -> x_RL_falcon", "x_FT_falcon -> x_RL_falcon",
     }  # fmt: skip
     assert len(rewardlm.compare_conditions({"mine": one, "yours": one})) == 2
+
+
+# --- notebook 11 ---------------------------------------------------------------------------------
+
+LINES = ["the cat", "a dog", "you are", "the man"]
+CONFIG = ppo.PPOConfig(
+    steps=2, prompts_per_step=4, samples_per_prompt=2, minibatch_size=8, max_new_tokens=4, train="all"
+)  # fmt: skip
+
+
+def lengths(samples):
+    return {"length": np.array([float(len(text)) for text in samples.texts])}
+
+
+def test_a_reward_turned_round_keeps_its_names():
+    samples = SimpleNamespace(texts=["a", "abc"], response_ids=[[1], [1, 2]])
+    turned = rewardlm.turned_round(lengths)(samples)
+    assert {name: row.tolist() for name, row in turned.items()} == {"length": [-1.0, -3.0]}
+
+
+def test_a_training_is_watched_without_being_changed():
+    scorer = SimpleNamespace(score=lambda texts: np.array([nan, *map(len, texts[1:])], dtype=float))
+    histories = []
+    for watchers in ({}, {"letters": scorer}):
+        policy, tokenizer = models.build_tiny_model("tiny")
+        reward, seen = rewardlm.watched(lengths, watchers)
+        history = ppo.train_ppo(policy, tokenizer, LINES, reward, CONFIG)
+        histories.append(rewardlm.with_watched(history, seen))
+    plain, watched = histories
+    assert (plain.reward == watched.reward).all() and watched.letters.notna().all()
+    expected = watched.entropy + watched.kl / watched.length
+    np.testing.assert_allclose(watched.nll, expected)
+    later = rewardlm.with_watched(history, seen[1:])  # as after a checkpoint
+    assert later.letters.isna().tolist() == [True, False]
+
+
+def test_blocks_end_at_the_last_step():
+    history = pd.DataFrame({"arm": "a", "seed": 0, "step": range(1, 6), "x": [1.0, 3, 5, 7, 9]})
+    blocks = rewardlm.blocks(history, ["x", "y"], size=2)
+    assert blocks.step.tolist() == [2, 4, 5] and blocks.x.tolist() == [2, 6, 9]
+    assert blocks.y.isna().all()
+
+
+def test_best_of_and_the_ways_there():
+    pool = pd.DataFrame({"prompt_index": [1, 0, 1, 0], "paid": [1.0, 5, 2, 4]})
+    pool["judge"] = [0.4, 0.1, 0.2, 0.3]
+    best = rewardlm.best_of(pool, 2, "paid", ["judge"])
+    assert best.prompt_index.tolist() == [0, 1] and best.judge.tolist() == [0.1, 0.2]
+    np.testing.assert_allclose(best.kl, np.log(2) - 0.5)
+    ends = pd.DataFrame({"kl": [3.0], "judge": [0.05]}, index=["PPO"])
+    ways = rewardlm.ways(ends, [pool, pool], "judge").set_index(["arm", "step"])
+    np.testing.assert_allclose(ways.loc["PPO"], [[0, 0.25], [3, 0.05]])
+    np.testing.assert_allclose(ways.loc["best of n"], [[0, 0.25], [np.log(2) - 0.5, 0.15]])
+
+
+def test_measured_samples_are_what_the_reference_makes_of_them():
+    policy, tokenizer = models.build_tiny_model("tiny")
+    scorer = SimpleNamespace(score=lambda texts: np.zeros(len(texts)))
+    table, panel = rewardlm.measure(
+        policy, policy, tokenizer, LINES, {"none": scorer}, lengths, n=3, seed=1, max_new_tokens=4
+    )
+    assert len(table) == 12 and panel["mean_words"] > 0 and (table.none == 0).all()
+    np.testing.assert_allclose(table.kl, 0, atol=1e-4)  # the policy is the reference
+    own = rewardlm.own_samples(policy, tokenizer, LINES, 6, seed=1, max_new_tokens=4)
+    assert len(own) == 6 and set(own.prompts[:4]) == set(LINES)
+    (row,) = rewardlm.rows_to_imitate(own, [2])
+    assert row["input_ids"] == own.prompt_ids[2] + own.response_ids[2]
+    assert row["labels"].count(sft.NO_LOSS) == len(own.prompt_ids[2])
+
+
+def test_the_logged_runs_hours():
+    plan = rewardlm.memory_of_the_runs(129, 5549).set_index("model")
+    assert plan["PPO hours (logged)"].round(1).dropna().tolist() == [6.3, 12.7]

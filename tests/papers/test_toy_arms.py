@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lib import generation, ppo, reward_models, rewards
-from lib.papers.fine_grained import figures, toy, toy_arms
+from lib.papers.fine_grained import toy, toy_arms
 
 WEIGHTS = (0.3, 0.5, 0.3)
 QUESTIONS = [question.prompt for question in toy.draw_questions(48, seed=0)]
@@ -141,15 +141,3 @@ def test_the_likelihood_model_scores_by_the_mean_probability_of_an_answers_token
     np.testing.assert_allclose(model.score(prompts, texts), expected, atol=1e-4)
     logits = model(**model.batch([encoded[i] for i in same])).logits[:, 0]
     np.testing.assert_allclose(logits.detach(), expected, atol=1e-4)
-
-
-def test_drawings_show_every_token_and_where_the_objective_is_flat():
-    table = pd.DataFrame([[0.5, 0, -1.0], [0, 0, 2.0]], index=["paid", "credited"])
-    axes = figures.token_heatmap(table, ["a", "b", "."], title="t", label="l").axes[0]
-    assert [text.get_text() for text in axes.texts] == ["+0.50", "0", "-1.00", "0", "0", "+2.00"]
-    with pytest.raises(ValueError, match="3 columns for 2 tokens"):
-        figures.token_heatmap(table, ["a", "b"], title="t", label="l")
-    for axes, flat in zip(figures.clipped_objective(0.2).axes[:2], (1.2, 0.8), strict=True):
-        ratio, gain = (np.asarray(x, dtype=float) for x in axes.lines[1].get_data())
-        beyond = ratio > flat + 0.01 if flat > 1 else ratio < flat - 0.01
-        assert np.ptp(gain[beyond]) < 1e-6 and np.ptp(gain[~beyond]) > 0.5

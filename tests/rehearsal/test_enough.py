@@ -60,11 +60,8 @@ def test_22_has_passages_for_training_and_evaluation():
 def test_40_has_pairs_for_training_and_held_out_loss():
     counts = full_counts("40")
     wanted = counts["n_train"] + counts["n_held_out"]
-    assert (
-        len(names("40", "def wikipedia_pairs", LARGE=True)["wikipedia_pairs"](wanted))
-        == wanted
-        == 1500
-    )
+    pairs = names("40", "def wikipedia_pairs", LARGE=True)["wikipedia_pairs"]
+    assert len(pairs(wanted)) == wanted == 1500
 
 
 def test_44_has_articles_for_each_of_its_parts():
