@@ -119,7 +119,7 @@ def make_model(known: dict, tokenizer) -> transformers.PreTrainedModel:
     model = family(family.config_class(vocab_size=rows, **ids, **sizes))
     if "generation" in known:
         model.generation_config.update(**known["generation"])
-    if "more_rows" in known and model.can_generate():  # the real one was never taught these, and says none of them
+    if "more_rows" in known and model.can_generate():  # the real one never says these
         model.generation_config.suppress_tokens = [*range(len(tokenizer), rows)]
     return model
 
