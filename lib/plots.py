@@ -481,10 +481,14 @@ def token_heatmap(table: pd.DataFrame, tokens: Sequence[str], *, title: str, lab
         colour = "white" if abs(value) > 0.6 * largest else "black"
         text = f"{value:+.2f}" if abs(value) >= 0.005 else "0"
         axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=9)
-    axes.set_xticks(range(len(tokens)), [token.strip() or repr(token)[1:-1] for token in tokens])
+    shown = [token.strip() or repr(token)[1:-1] for token in tokens]
+    turned = (
+        {"rotation": 30, "ha": "left"} if max(map(len, shown)) > 8 else {}
+    )  # side by side they overlap
+    axes.xaxis.tick_top()
+    axes.set_xticks(range(len(tokens)), shown, **turned)
     axes.set_yticks(range(len(table)), table.index)
     axes.grid(False)
-    axes.xaxis.tick_top()
     figure.colorbar(image, ax=axes, label=label)
     figure.suptitle(title, x=0.01, ha="left")
     return figure
