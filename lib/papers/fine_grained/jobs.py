@@ -141,13 +141,13 @@ def run_stage(chain: Chain, stage: str, accelerator: Accelerator | None = None) 
     """Run one stage unless it is finished; what its `done.json` holds."""
     home, key = chain.home(stage), key_of(chain, stage)
     if (home / DONE).exists():
-        done = json.loads((home / DONE).read_text(encoding="utf-8"))
-        if done["key"] != key:
+        made = json.loads((home / DONE).read_text(encoding="utf-8"))
+        if made["key"] != key:
             raise ValueError(
                 f"{home} holds {stage} with other settings or inputs. Give another folder, or delete it "
                 "and what was made from it."
             )
-        return done
+        return made
     make = {"SFT": train_sft, "SFT-Full": train_sft, EVALUATE: evaluate}
     make |= dict.fromkeys(REWARDS, train_reward_model)
     started = time.perf_counter()
