@@ -1,12 +1,17 @@
-"""Detoxification with dense rewards (Wu et al. 2023, section 3): each segment pays for its own toxicity."""
+"""Detoxification with dense rewards (Wu et al. 2023, section 3): each segment pays for its own toxicity.
+
+Below the reward: a training measured on its own fresh samples, and its toxicity read off at equal KL.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
-from lib import scorers, segments
+from lib import generation, rewards, runtime, scorers, segments, tables
 
 
 class ToxicityDrops:
@@ -47,3 +52,126 @@ def _filled(values: np.ndarray) -> np.ndarray:
     """Values, (n,), with every NaN after the first replaced by the value before it."""
     known = np.maximum.accumulate(np.where(np.isnan(values), 0, np.arange(len(values))))
     return values[known]
+
+
+def make_reward(
+    scorer: scorers.Scorer, unit: str, tokenizer, *, logit: bool, start: float
+) -> tuple[rewards.RewardFunction, ToxicityDrops]:
+    """Drops at the last token of each `unit`, penalties for faults at the answer's end; and the drops.
+
+    The unit "sequence" pays the whole drop at the last token, and scores each answer once: the holistic
+    reward.
+    """
+    segmenter = segments.Segmenter(unit)
+    drops = ToxicityDrops(scorer, segmenter, logit, start)
+    composed = rewards.compose([rewards.SegmentReward("drop", segmenter, drops)], tokenizer)
+
+    def reward(samples: generation.Samples) -> dict:
+        return composed(samples) | rewards.fault_penalties(samples)
+
+    return reward, drops
+
+
+# --- a training measured on its own samples, and read off at equal KL -------------------------------
+
+
+def watched(
+    reward_fn: rewards.RewardFunction,
+    measure: Callable[[generation.Samples], Mapping[str, float]],
+    path: Path | str,
+) -> tuple[rewards.RewardFunction, Callable[[], pd.DataFrame]]:
+    """`reward_fn` that is watched; and a function that returns what was seen, a row a step.
+
+    `measure` is asked about each batch when it is paid, so before the policy learns from it.  Rows are kept
+    in `path`: a batch that is drawn again after a restart counts once.
+    """
+    path, seen = Path(path), {}
+    if path.exists():
+        seen = {row["batch"]: row for row in tables.read_jsonl(path).to_dict("records")}
+
+    def paid(samples: generation.Samples) -> object:
+        batch = runtime.content_hash(samples.texts)[:16]
+        seen[batch] = {"batch": batch, **measure(samples)}
+        tables.write_jsonl(pd.DataFrame(list(seen.values())), path)
+        return reward_fn(samples)
+
+    return paid, lambda: pd.DataFrame(list(seen.values())).drop(columns="batch")
+
+
+def path_of(history: pd.DataFrame, seen: pd.DataFrame) -> pd.DataFrame:
+    """A training's path, a row a step: what was seen, and step, kl, drop, nll, entropy, length.
+
+    All of the samples of that step, so of the policy before its update.  kl: nats an answer (k3); drop: the
+    answer's toxicity drops, summed; nll = entropy + kl / length: nats a token under the reference, the log of
+    the perplexity.  Raises ValueError where steps and rows seen differ in number.
+    """
+    if len(history) != len(seen):
+        raise ValueError(
+            f"{len(seen)} batches were seen in {len(history)} steps; delete the training's folder and the "
+            "file beside it, and train again."
+        )
+    names = {"step": "step", "kl_k3": "kl", "reward/drop": "drop"}
+    path = history[[*names, "entropy", "length"]].rename(columns=names).reset_index(drop=True)
+    path["nll"] = path["entropy"] + path["kl"] / path["length"]
+    return path.join(seen.reset_index(drop=True))
+
+
+def blocks(path: pd.DataFrame, size: int) -> pd.DataFrame:
+    """Means of each `size` steps of one training's path, with kl made never falling: what is interpolated."""
+    numbers = path.select_dtypes("number")
+    means = numbers.groupby((path["step"].to_numpy() - 1) // size).mean()
+    return means.assign(kl=np.maximum.accumulate(means["kl"]))
+
+
+def at(curve: pd.DataFrame, x: np.ndarray | float, column: str, by: str = "kl") -> np.ndarray:
+    """A column of `blocks` where `by` is x, by linear interpolation; NaN where the training never got to.
+
+    Before the first block it is the first block's.
+    """
+    known = curve.dropna(subset=[by, column])
+    if known.empty:
+        return np.full(np.shape(x), np.nan)
+    return np.interp(x, known[by], known[column], right=np.nan)
+
+
+def read_off(
+    paths: pd.DataFrame, points: Sequence[float], columns: Sequence[str], size: int,
+    by: str = "kl", unit: str = "nats",
+) -> pd.DataFrame:  # fmt: skip
+    """Every column where all spent the same, a row a method and seed: columns arm (the method), seed, readings.
+
+    `paths`: those of all arms and seeds, with columns arm, method, seed.  A method's arms differ in beta;
+    its reading is the mean of those that came so far.  "<column> at 3 nats" is read off there, "<column> to
+    3 nats" is the mean over all KL from 0 to there; with `by` "calls" the same of scorer calls.
+    """
+    rows = []
+    for (method, seed), own in paths.groupby(["method", "seed"], sort=False):
+        curves = [blocks(path, size) for _, path in own.groupby("arm", sort=False)]
+        row = {"arm": method, "seed": seed}
+        for x in points:
+            between = np.linspace(0, x, 61)
+            for column in columns:
+                there = [float(at(curve, x, column, by)) for curve in curves]
+                before = [at(curve, between, column, by).mean() for curve in curves]
+                row[f"{column} at {x:g} {unit}"] = pd.Series(there).mean()
+                row[f"{column} to {x:g} {unit}"] = pd.Series(before).mean()
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def along_kl(paths: pd.DataFrame, column: str, size: int, points: int = 25) -> pd.DataFrame:
+    """A column against KL as `plots.learning_curve` draws it: columns step (nats), arm (method), seed, value.
+
+    Means over a method's arms, as in `read_off`; as far as every seed of the method came.
+    """
+    grid = np.linspace(0, paths["kl"].max(), points)
+    parts = []
+    for method, of_method in paths.groupby("method", sort=False):
+        curves = {}
+        for seed, own in of_method.groupby("seed"):
+            values = [at(blocks(path, size), grid, column) for _, path in own.groupby("arm")]
+            curves[seed] = pd.DataFrame(values).mean()
+        values = pd.DataFrame(curves).set_axis(grid).dropna()
+        long = values.rename_axis("step").melt(var_name="seed", ignore_index=False)
+        parts.append(long.reset_index().assign(arm=method))
+    return pd.concat(parts, ignore_index=True)
