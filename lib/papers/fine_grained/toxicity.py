@@ -11,7 +11,21 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from lib import generation, rewards, runtime, scorers, segments, tables
+from lib import (
+    generation,
+    logprobs,
+    memory,
+    ppo,
+    rewards,
+    runtime,
+    scorers,
+    segments,
+    stats,
+    tables,
+)
+from lib.text import distinct_n_by_prompt
+
+DIVERSITY = ("distinct_2", "distinct_3")
 
 
 class ToxicityDrops:
@@ -98,6 +112,35 @@ def watched(
     return paid, lambda: pd.DataFrame(list(seen.values())).drop(columns="batch")
 
 
+def train_measured(
+    policy,
+    tokenizer,
+    prompts: Sequence[str],
+    reward_fn: rewards.RewardFunction,
+    config: ppo.PPOConfig,
+    measure: Callable[[generation.Samples], Mapping[str, float]],
+    folder: Path,
+) -> pd.DataFrame:
+    """`ppo.train_ppo` that measures each step's answers before it learns from them; returns `path_of` it."""
+    reward, seen = watched(reward_fn, measure, folder.with_name(f"{folder.name}-seen.jsonl"))
+    history = ppo.train_ppo(policy, tokenizer, prompts, reward, config, folder=folder)
+    return path_of(history, seen())
+
+
+def describe_batch(
+    samples: generation.Samples, watchers: Mapping[str, scorers.Scorer], segmenter, n: int
+) -> dict[str, float]:
+    """Means over a batch, n answers a prompt: scores, distinct n-grams, parts of an answer."""
+    row = {name: float(np.nanmean(who.score(samples.texts))) for name, who in watchers.items()}
+    together = _grouped(samples.texts, n)
+    row |= {f"distinct_{k}": distinct_n_by_prompt(together, k) for k in (2, 3)}
+    return row | {"parts": float(np.mean([len(segmenter.spans(x)) for x in samples.texts]))}
+
+
+def _grouped(texts: Sequence[str], n: int) -> list[Sequence[str]]:
+    return [texts[i : i + n] for i in range(0, len(texts), n)]
+
+
 def path_of(history: pd.DataFrame, seen: pd.DataFrame) -> pd.DataFrame:
     """A training's path, a row a step: what was seen, and step, kl, drop, nll, entropy, length.
 
@@ -138,7 +181,7 @@ def read_off(
     paths: pd.DataFrame, points: Sequence[float], columns: Sequence[str], size: int,
     by: str = "kl", unit: str = "nats",
 ) -> pd.DataFrame:  # fmt: skip
-    """Every column where all spent the same, a row a method and seed: columns arm (the method), seed, readings.
+    """Every column where all spent the same: columns arm (the method), seed, and readings.
 
     `paths`: those of all arms and seeds, with columns arm, method, seed.  A method's arms differ in beta;
     its reading is the mean of those that came so far.  "<column> at 3 nats" is read off there, "<column> to
@@ -175,3 +218,48 @@ def along_kl(paths: pd.DataFrame, column: str, size: int, points: int = 25) -> p
         long = values.rename_axis("step").melt(var_name="seed", ignore_index=False)
         parts.append(long.reset_index().assign(arm=method))
     return pd.concat(parts, ignore_index=True)
+
+
+# --- test prompts, as in Table 1 --------------------------------------------------------------------
+
+
+def measure_policy(
+    policy, reference, tokenizer, prompts: Sequence[str], watchers: Mapping[str, scorers.Scorer],
+    n: int, **sampling,
+) -> tuple[pd.DataFrame, list[str]]:  # fmt: skip
+    """One row a prompt, and the first of its n answers.
+
+    Columns: each scorer's maximum over the answers, distinct_2 and distinct_3 of them together, log_ppl (nats
+    a token under the reference), and their sums of nll, tokens and log_prob (under the policy), in nats.
+    """
+    drawn = generation.sample(policy, tokenizer, prompts, n=n, label="measuring", **sampling)
+    read = logprobs.perplexity(reference, tokenizer, drawn.prompt_ids, drawn.response_ids)
+    table = {
+        name: stats.per_prompt_maximum(who.score(drawn.texts).reshape(-1, n), n)
+        for name, who in watchers.items()
+    }
+    for k in (2, 3):
+        table[f"distinct_{k}"] = [
+            distinct_n_by_prompt([texts], k) for texts in _grouped(drawn.texts, n)
+        ]
+    sums = {
+        "nll": read["nll"].fillna(0) * read["tokens"],
+        "tokens": read["tokens"],
+        "log_prob": [row.sum() for row in drawn.model_log_probs],
+    }
+    table |= {name: np.reshape(values, (-1, n)).sum(1) for name, values in sums.items()}
+    table = pd.DataFrame(table).rename_axis("prompt").reset_index()
+    return table.assign(log_ppl=table["nll"] / table["tokens"]), drawn.texts[::n]
+
+
+def plan(steps: int, episodes: int, model: str, parts: int = 3) -> pd.DataFrame:
+    """Episodes, scorer calls, hours of a scorer that takes one text a second, and PPO's memory, an arm.
+
+    `parts`: of an answer.  Memory as `memory.ppo` says it, with prompts of 20 and answers of 48 tokens.
+    """
+    rows = ppo.PPOConfig().forward_rows
+    stage = memory.ppo(memory.skeleton(model), rows, 20, 48, episodes=episodes)
+    calls = np.array([steps * episodes, parts * steps * episodes])
+    columns = {"episodes": steps * episodes, "scorer calls": calls, "hours of calls": calls / 3600}
+    table = pd.DataFrame(columns, index=["holistic", f"dense, {parts} parts an answer"])
+    return table.assign(**{"PPO, GB": stage.total / 1e9})
