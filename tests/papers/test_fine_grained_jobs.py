@@ -149,18 +149,18 @@ def test_ppo_killed_between_steps_ends_as_one_that_was_not(chain, tmp_path, monk
         return dataclasses.replace(chain, folder=str(folder))
 
     killed = copy("killed")
-    real = ppo._Run.finish_step
+    real = ppo.Loop.finish_step
 
     def dies(run, step, *rest):
         if step == 1:
             raise Killed
         real(run, step, *rest)
 
-    monkeypatch.setattr(ppo._Run, "finish_step", dies)
+    monkeypatch.setattr(ppo.Loop, "finish_step", dies)
     with pytest.raises(Killed):
         jobs.run(killed, ["fine-grained"])
     assert list((killed.home("fine-grained") / "work").glob("checkpoint-*"))
-    monkeypatch.setattr(ppo._Run, "finish_step", real)
+    monkeypatch.setattr(ppo.Loop, "finish_step", real)
     jobs.run(killed, ["fine-grained"])
     columns = ["step", "reward", "kl", "held_out_reward"]
     tables = [pd.read_csv(c.home("fine-grained") / "history.csv") for c in (killed, chain)]
