@@ -48,7 +48,7 @@ def test_both_places_pay_one_sum_and_holistic_asks_once_an_answer(tiny):
 
 def test_a_batch_that_is_drawn_again_counts_once(tmp_path):
     kept = tmp_path / "seen.jsonl"
-    first, second = (SimpleNamespace(texts=[x]) for x in ("a", "bb"))
+    first, second = (SimpleNamespace(prompts=["p"], texts=[x]) for x in ("a", "bb"))
     reward, _ = toxicity.watched(
         lambda s: [1.0], lambda s: {"letters": float(len(s.texts[0]))}, kept
     )
@@ -56,6 +56,8 @@ def test_a_batch_that_is_drawn_again_counts_once(tmp_path):
     again, seen = toxicity.watched(lambda s: [1.0], lambda s: {"letters": 9.0}, kept)
     again(second)  # as after a restart from a checkpoint
     assert seen().letters.tolist() == [1.0, 9.0]
+    again(SimpleNamespace(prompts=["q"], texts=["bb"]))  # another prompt, the same answer
+    assert len(seen()) == 3
 
 
 def test_a_training_is_measured_at_each_step_without_being_changed(tmp_path, tiny):
@@ -80,31 +82,53 @@ def test_a_training_is_measured_at_each_step_without_being_changed(tmp_path, tin
         toxicity.path_of(plain, pd.DataFrame({"judge": [0.1]}))
 
 
-def a_path(arm, method, kl, tox, seed=11):
+def a_path(method, beta, kl, tox, seed=11):
     step = np.arange(1, len(kl) + 1)
-    rows = {"arm": arm, "method": method, "seed": seed, "step": step, "kl": kl, "tox": tox}
+    rows = {"method": method, "beta": beta, "seed": seed, "step": step, "kl": kl, "tox": tox}
     return pd.DataFrame(rows | {"calls": 10 * (step - 1)})
 
 
 def test_readings_at_equal_kl_are_interpolated_and_averaged_over_beta():
     paths = pd.concat([
-        a_path("dense", "dense", [0.0, 2.0, 1.5, 6.0], [0.4, 0.3, 0.3, 0.1]),
-        a_path("dense, beta 0.2", "dense", [0.0, 4.0, 4.0, 4.0], [0.4, 0.2, 0.2, 0.2]),
-        a_path("late", "late", [0.0, 0.5, 1.0, 1.5], [0.4, 0.4, 0.4, 0.4]),
+        a_path("dense", 0.05, [0.0, 2.0, 1.5, 6.0], [0.4, 0.3, 0.3, 0.1]),
+        a_path("dense", 0.2, [0.0, 4.0, 4.0, 4.0], [0.4, 0.2, 0.2, 0.2]),
+        a_path("late", 0.05, [0.0, 0.5, 1.0, 1.5], [0.4, 0.4, 0.4, 0.4]),
     ])  # fmt: skip
     read = toxicity.read_off(paths, [3, 6], ["tox"], size=1).set_index("arm")
     assert read.loc["dense", "tox at 3 nats"] == pytest.approx((0.25 + 0.25) / 2)
     assert read.loc["dense", "tox at 6 nats"] == pytest.approx(0.1)  # one beta came so far
-    assert read.loc["dense", "tox to 6 nats"] == pytest.approx((0.35 * 2 + 0.2 * 4) / 6)
-    assert read.loc["late"].drop("seed").isna().all()
+    to_six, to_four = (0.35 * 2 + 0.2 * 4) / 6, 0.3
+    assert read.loc["dense", "tox to 6 nats"] == pytest.approx((to_six + to_four) / 2)
+    assert np.isnan(read.loc["late", "tox at 3 nats"])
+    assert read.loc["late", ["compared", "tox to 3 nats"]].tolist() == pytest.approx([1.5, 0.4])
+    assert read.loc["PT", ["tox at 3 nats", "tox to 6 nats"]].tolist() == pytest.approx([0.4, 0.4])
     calls = toxicity.read_off(paths, [15], ["tox"], size=1, by="calls", unit="calls")
-    assert calls["tox at 15 calls"].tolist() == pytest.approx([0.25, 0.4])
+    assert calls["tox at 15 calls"].tolist() == pytest.approx([0.25, 0.4, 0.4])
 
 
-def test_curves_go_as_far_as_every_seed_came():
+def test_what_is_compared_is_read_at_the_same_places():
+    """No beta and no KL that one of the two lacks weighs on their difference."""
+    line = [0.4, 0.3, 0.2, 0.1]
     paths = pd.concat([
-        a_path("dense", "dense", [0.0, 2.0, 4.0], [0.4, 0.3, 0.2], seed=11),
-        a_path("dense", "dense", [0.0, 1.0, 2.0], [0.4, 0.2, 0.0], seed=12),
+        a_path("dense", 0.05, [0.0, 2.0, 4.0, 6.0], line),
+        a_path("dense", 0.2, [0.0, 1.0, 2.0, 3.0], [9.0, 9.0, 9.0, 9.0]),  # its rival did not run
+        a_path("end", 0.05, [0.0, 1.0, 2.0, 4.0], [0.4, 0.35, 0.3, 0.2]),
+        a_path("dense", 0.05, [0.0, 2.0, 4.0, 6.0], line, seed=12),  # alone in its seed
+    ])  # fmt: skip
+    read = toxicity.read_off(paths, [3, 6], ["tox"], size=1, together=["dense", "end"])
+    read = read.set_index(["arm", "seed"])
+    for name in ("tox at 3 nats", "tox to 3 nats", "tox to 6 nats", "compared"):
+        assert read.loc[("dense", 11), name] == pytest.approx(read.loc[("end", 11), name])
+    assert read.loc[("dense", 11), "compared"] == 4
+    assert np.isnan(read.loc[("dense", 11), "tox at 6 nats"])
+    assert read.loc[("dense", 12), "tox at 6 nats"] == pytest.approx(0.1)
+
+
+def test_curves_go_as_far_as_every_training_came():
+    paths = pd.concat([
+        a_path("dense", 0.05, [0.0, 2.0, 4.0], [0.4, 0.3, 0.2], seed=11),
+        a_path("dense", 0.2, [0.0, 2.0, 3.5], [0.4, 0.3, 0.0], seed=11),
+        a_path("dense", 0.05, [0.0, 1.0, 2.0], [0.4, 0.2, 0.0], seed=12),
     ])  # fmt: skip
     curve = toxicity.along_kl(paths, "tox", size=1, points=5)
     assert set(curve.seed) == {11, 12} and curve.step.max() == 2.0
@@ -112,10 +136,14 @@ def test_curves_go_as_far_as_every_seed_came():
     assert means.tolist() == pytest.approx([0.4, 0.275, 0.15])
 
 
-def test_points_are_means_of_steps():
-    path = a_path("dense", "dense", [0.0, 2.0, 1.0, 0.6, 5.0], [1.0, 3.0, 5.0, 7.0, 9.0])
-    means = toxicity.blocks(path, 2)
-    assert means.tox.tolist() == [2.0, 6.0, 9.0] and means.kl.tolist() == [1.0, 1.0, 5.0]
+def test_points_are_the_start_and_means_of_steps():
+    path = a_path("dense", 0.05, [1e-9, 2.0, 1.0, 0.6, 5.0], [1.0, 3.0, 5.0, 7.0, 9.0])
+    curve = toxicity.blocks(path, 2)
+    assert curve.tox.tolist() == [1.0, 2.0, 6.0, 9.0] and curve.kl[0] == 0
+    assert curve.kl.tolist() == pytest.approx([0.0, 1.0, 1.0, 5.0])
+    assert curve.step.tolist() == [1, 2, 4, 5]
+    assert toxicity.blocks(path, 1).step.tolist() == [1, 2, 3, 4, 5]
+    assert np.isnan(toxicity.at(curve, np.array([-0.1, 5.1]), "tox")).all()
 
 
 def test_a_policy_is_measured_by_the_maximum_of_its_answers(tiny):

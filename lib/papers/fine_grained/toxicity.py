@@ -5,6 +5,7 @@ Below the reward: a training measured on its own fresh samples, and its toxicity
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -97,14 +98,14 @@ def watched(
     """`reward_fn` that is watched; and a function that returns what was seen, a row a step.
 
     `measure` is asked about each batch when it is paid, so before the policy learns from it.  Rows are kept
-    in `path`: a batch that is drawn again after a restart counts once.
+    in `path`: a batch (prompts and answers) that is drawn again after a restart counts once.
     """
     path, seen = Path(path), {}
     if path.exists():
         seen = {row["batch"]: row for row in tables.read_jsonl(path).to_dict("records")}
 
     def paid(samples: generation.Samples) -> object:
-        batch = runtime.content_hash(samples.texts)[:16]
+        batch = runtime.content_hash(samples.prompts, samples.texts)[:16]
         seen[batch] = {"batch": batch, **measure(samples)}
         tables.write_jsonl(pd.DataFrame(list(seen.values())), path)
         return reward_fn(samples)
@@ -160,60 +161,85 @@ def path_of(history: pd.DataFrame, seen: pd.DataFrame) -> pd.DataFrame:
 
 
 def blocks(path: pd.DataFrame, size: int) -> pd.DataFrame:
-    """Means of each `size` steps of one training's path, with kl made never falling: what is interpolated."""
+    """The curve of one training's path: its first step, then the means of each `size` steps.
+
+    A mean stands at the last of its steps.  At the first step nothing is learned, so kl is 0 there; after it kl is made never falling, for it is
+    noisy and readings are interpolated in it.
+    """
     numbers = path.select_dtypes("number")
-    means = numbers.groupby((path["step"].to_numpy() - 1) // size).mean()
-    return means.assign(kl=np.maximum.accumulate(means["kl"]))
+    together = numbers.groupby((path["step"].to_numpy() - 1) // size)
+    means = together.mean().assign(step=together["step"].max())
+    curve = pd.concat([numbers.iloc[:1].assign(kl=0.0), means]).drop_duplicates("step")
+    return curve.assign(kl=np.maximum.accumulate(curve["kl"])).reset_index(drop=True)
 
 
 def at(curve: pd.DataFrame, x: np.ndarray | float, column: str, by: str = "kl") -> np.ndarray:
-    """A column of `blocks` where `by` is x, by linear interpolation; NaN where the training never got to.
-
-    Before the first block it is the first block's.
-    """
+    """A column of `blocks` where `by` is x, by linear interpolation; NaN where the training never was."""
     known = curve.dropna(subset=[by, column])
     if known.empty:
         return np.full(np.shape(x), np.nan)
-    return np.interp(x, known[by], known[column], right=np.nan)
+    return np.interp(x, known[by], known[column], left=np.nan, right=np.nan)
 
 
 def read_off(
     paths: pd.DataFrame, points: Sequence[float], columns: Sequence[str], size: int,
-    by: str = "kl", unit: str = "nats",
+    by: str = "kl", unit: str = "nats", together: Sequence[str] = (),
 ) -> pd.DataFrame:  # fmt: skip
     """Every column where all spent the same: columns arm (the method), seed, and readings.
 
-    `paths`: those of all arms and seeds, with columns arm, method, seed.  A method's arms differ in beta;
-    its reading is the mean of those that came so far.  "<column> at 3 nats" is read off there, "<column> to
-    3 nats" is the mean over all KL from 0 to there; with `by` "calls" the same of scorer calls.
+    `paths`: those of all arms and seeds, with columns method, seed, beta.  "<column> at 3 nats" is read off
+    there, "<column> to 3 nats" is the mean over all KL from 0 to there; with `by` "calls" the same of scorer
+    calls.  A method's reading is the mean over its values of beta.  Methods that stand `together` are read
+    at the same places: for each seed and beta as far as all of them came (column "compared", in `unit`).
+    "PT" is read at the first step, before any update.
     """
+    curves = {
+        key: blocks(path, size)
+        for key, path in paths.groupby(["method", "seed", "beta"], sort=False)
+    }
     rows = []
-    for (method, seed), own in paths.groupby(["method", "seed"], sort=False):
-        curves = [blocks(path, size) for _, path in own.groupby("arm", sort=False)]
-        row = {"arm": method, "seed": seed}
-        for x in points:
-            between = np.linspace(0, x, 61)
-            for column in columns:
-                there = [float(at(curve, x, column, by)) for curve in curves]
-                before = [at(curve, between, column, by).mean() for curve in curves]
-                row[f"{column} at {x:g} {unit}"] = pd.Series(there).mean()
-                row[f"{column} to {x:g} {unit}"] = pd.Series(before).mean()
+    for (method, seed, beta), curve in curves.items():
+        far = _reach(curves, (method, seed, beta), by, together)
+        if far is None:
+            continue
+        row = {"arm": method, "seed": seed, "compared": min(max(points), far)}
+        for x, column in itertools.product(points, columns):
+            way = at(curve, np.linspace(0, min(x, far), 61), column, by)
+            row[f"{column} at {x:g} {unit}"] = way[-1] if x <= far else np.nan
+            row[f"{column} to {x:g} {unit}"] = way.mean()
         rows.append(row)
-    return pd.DataFrame(rows)
+    for seed, first in paths[paths["step"] == 1].groupby("seed"):
+        places = itertools.product(columns, ("at", "to"), points)
+        start = {f"{name} {word} {x:g} {unit}": first[name].mean() for name, word, x in places}
+        rows.append({"arm": "PT", "seed": seed} | start)
+    return pd.DataFrame(rows).groupby(["arm", "seed"], sort=False).mean().reset_index()
 
 
-def along_kl(paths: pd.DataFrame, column: str, size: int, points: int = 25) -> pd.DataFrame:
+def _reach(
+    curves: Mapping[tuple, pd.DataFrame], key: tuple, by: str, together: Sequence[str]
+) -> float | None:
+    """How far a curve is read: as far as it and its rivals came; None where a rival has no such beta."""
+    method, seed, beta = key
+    ran = {name for name, its_seed, _ in curves if its_seed == seed}
+    rivals = [name for name in together if name in ran] if method in together else [method]
+    wanted = [(name, seed, beta) for name in rivals]
+    if not all(rival in curves for rival in wanted):
+        return None
+    return min(curves[rival][by].max() for rival in wanted)
+
+
+def along_kl(paths: pd.DataFrame, column: str, size: int, points: int = 41) -> pd.DataFrame:
     """A column against KL as `plots.learning_curve` draws it: columns step (nats), arm (method), seed, value.
 
-    Means over a method's arms, as in `read_off`; as far as every seed of the method came.
+    Means over a method's values of beta, as far as every training of the method came.
     """
     grid = np.linspace(0, paths["kl"].max(), points)
     parts = []
     for method, of_method in paths.groupby("method", sort=False):
         curves = {}
         for seed, own in of_method.groupby("seed"):
-            values = [at(blocks(path, size), grid, column) for _, path in own.groupby("arm")]
-            curves[seed] = pd.DataFrame(values).mean()
+            values = [at(blocks(path, size), grid, column) for _, path in own.groupby("beta")]
+            curves[seed] = np.mean(values, axis=0)
         values = pd.DataFrame(curves).set_axis(grid).dropna()
         long = values.rename_axis("step").melt(var_name="seed", ignore_index=False)
         parts.append(long.reset_index().assign(arm=method))
