@@ -163,8 +163,8 @@ def path_of(history: pd.DataFrame, seen: pd.DataFrame) -> pd.DataFrame:
 def blocks(path: pd.DataFrame, size: int) -> pd.DataFrame:
     """The curve of one training's path: its first step, then the means of each `size` steps.
 
-    A mean stands at the last of its steps.  At the first step nothing is learned, so kl is 0 there; after it kl is made never falling, for it is
-    noisy and readings are interpolated in it.
+    A mean stands at the last of its steps.  At the first step nothing is learned, so kl is 0 there; after it
+    kl is made never falling, for it is noisy and readings are interpolated in it.
     """
     numbers = path.select_dtypes("number")
     together = numbers.groupby((path["step"].to_numpy() - 1) // size)
