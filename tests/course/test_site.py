@@ -23,7 +23,6 @@ ALT_IS_CAPTION = {
     "31_learn_from_refinements",
     "40_collect_fine_grained_feedback",
     "41_fine_grained_reward_models",
-    "43_detoxify_with_dense_rewards",
     "51_alt_on_a_real_model",
 }
 
