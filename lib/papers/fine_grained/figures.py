@@ -29,7 +29,7 @@ def marked_text(table: pd.DataFrame, *, title: str, label: str, per_line: int = 
                 boxes.append((line, column, word, piece.value))
                 column += len(word) + 1
         line += 1.6
-    figure = Figure(figsize=(plots.WIDTH + 1, 1.2 + 0.28 * line), layout="constrained")
+    figure = Figure(figsize=(plots.WIDTH, 1.2 + 0.28 * line), layout="constrained")
     axes = figure.subplots()
     colours = matplotlib.colors.LinearSegmentedColormap.from_list("right", SHADES)
     scale = matplotlib.colors.Normalize(-1, 1)
@@ -65,7 +65,8 @@ def roc_curves(table: pd.DataFrame, *, title: str) -> Figure:
             hits, alarms = hits / max(1, hits.iloc[-1]), alarms / max(1, alarms.iloc[-1])
             axes.plot(alarms, hits, color=style["color"], ls=style["linestyle"], label=kind)
         axes.plot([0, 1], [0, 1], color="0.5", lw=1, ls=":")
-        axes.set(xlabel="fine segments called wrong", title=model, aspect="equal")
+        axes.text(0.97, 0.05, model, ha="right", weight="bold")
+        axes.set(xlabel="fine segments called wrong", aspect="equal")
     row[0].set_ylabel("wrong segments found")
     figure.suptitle(title, x=0.01, ha="left")
     figure.legend(*row[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
