@@ -252,18 +252,20 @@ def resampled_plot(table: pd.DataFrame, *, xlabel: str, title: str) -> Figure:
     rows = figure.subplots(len(groups), 1, sharex=True, squeeze=False)[:, 0]
     edges = np.linspace(min(table["mean"].min(), 0), max(table["mean"].max(), 0), 70)
     for axes, group in zip(rows, groups, strict=True):
+        here = {c: table["mean"][(table.group == group) & (table.condition == c)] for c in styles}
+        peak = max(np.histogram(means, edges)[0].max() for means in here.values())
         for i, (condition, style) in enumerate(styles.items()):
-            means = table["mean"][(table["group"] == group) & (table["condition"] == condition)]
+            means = here[condition]
             counts, _ = np.histogram(means, edges)
             axes.stairs(counts, edges, color=style["color"], fill=True, alpha=0.35)
             axes.stairs(counts, edges, color=style["color"], ls=style["linestyle"], label=condition)
             low, high = np.percentile(means, [2.5, 97.5])
-            axes.plot([low, high], [-(12 + 14 * i)] * 2, color=style["color"], lw=4)
+            axes.plot([low, high], [-peak * (0.09 + 0.11 * i)] * 2, color=style["color"], lw=4)
         axes.axvline(0, color="0.3", lw=1, ls=(0, (2, 2)))
         axes.set_title(group, loc="left", fontsize=11)
         axes.set_yticks([])
     rows[-1].set(xlabel=xlabel)
-    figure.suptitle(title, x=0.01, ha="left")
+    figure.suptitle(title[:1].upper() + title[1:], x=0.01, ha="left")
     figure.legend(*rows[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
 
