@@ -482,9 +482,8 @@ def token_heatmap(table: pd.DataFrame, tokens: Sequence[str], *, title: str, lab
         text = f"{value:+.2f}" if abs(value) >= 0.005 else "0"
         axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=9)
     shown = [token.strip() or repr(token)[1:-1] for token in tokens]
-    turned = (
-        {"rotation": 30, "ha": "left"} if max(map(len, shown)) > 8 else {}
-    )  # side by side they overlap
+    long = max(map(len, shown)) > 8  # side by side such labels overlap
+    turned = {"rotation": 30, "ha": "left"} if long else {}
     axes.xaxis.tick_top()
     axes.set_xticks(range(len(tokens)), shown, **turned)
     axes.set_yticks(range(len(table)), table.index)

@@ -30,7 +30,7 @@ class Knows:
 
 def test_a_model_that_is_right_gains_what_a_constant_answer_lacks():
     records = models.constructed_records(passages.articles("smoke"), seed=0)
-    feedback = passages.feedback_for("R1", records)
+    feedback = models.feedback_for("R1", records)
     measured = passages.measure_model("R1", Knows(feedback), records, seed=0)
     share = np.nanmean(feedback.labels)
     assert measured["accuracy"].value == 1

@@ -365,13 +365,7 @@ def feedback_of(chain: Chain, stage: str, file: str) -> reward_models.Feedback:
     """The first records of a feedback file as training data of a reward model."""
     records = qa.load_feedback(chain.path(file))[: chain.records.get(file)]
     records = fine_grained.used_for(records)[stage]
-    if stage in ("R1", "R2"):
-        return fine_grained.from_errors(records, fine_grained.REWARDS[stage])
-    if stage == "R3":
-        verdicts = [fine_grained.verdicts(fine_grained.completeness(r)) for r in records]
-    else:
-        verdicts = [record["preference"] for record in records]
-    return fine_grained.from_preferences(records, verdicts)
+    return fine_grained.feedback_for(stage, records)
 
 
 def measure(model: fine_grained.FineGrainedModel, feedback: reward_models.Feedback) -> dict:
@@ -420,22 +414,11 @@ def reward_of(
 ) -> rewards.RewardFunction:
     """Sum of weighted rewards, each paid where its segment ends, or all at the last token.
 
-    R1 and R2 pay the sign of each segment's score, R3 and the preference model the standardised score of the
-    answer.  `loaded`: name -> model; `weights`: name -> w_k; `whole`: the policy's prompt -> the prompt that
-    the reward models read, where the policy's is cut.
+    `loaded`: name -> model; `weights`: name -> w_k; `whole`: the policy's prompt -> the prompt that the
+    reward models read, where the policy's is cut.
     """
     whole = whole or {}
-
-    def read(score: Callable, prompts: Sequence[str], responses: Sequence[str]):
-        return score([whole.get(prompt, prompt) for prompt in prompts], responses)
-
-    parts = []
-    for name, weight in weights.items():
-        model = loaded[name]
-        signs = name in ("R1", "R2")
-        score = partial(read, model.signs if signs else model.score_segments)
-        scale = {} if signs else {"mean": model.mean, "std": model.std}
-        parts.append(rewards.SegmentReward(name, model.segmenter, score, weight=weight, **scale))
+    parts = fine_grained.segment_rewards(loaded, weights, lambda prompt: whole.get(prompt, prompt))
     return PLACES[place](rewards.compose(parts, tokenizer))
 
 

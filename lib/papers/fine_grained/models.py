@@ -16,7 +16,7 @@ import functools
 import json
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -27,7 +27,7 @@ import torch
 from torch.nn.functional import binary_cross_entropy_with_logits, normalize
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from lib import encoding, models, reward_models, runtime, stats
+from lib import encoding, models, reward_models, rewards, runtime, stats
 from lib.papers.fine_grained import schema as qa
 from lib.reward_models import Feedback, TrainConfig
 from lib.segments import SHORTEST, Segmenter
@@ -122,6 +122,15 @@ def from_preferences(records: Sequence[dict], verdicts: Sequence[Sequence[int] |
         if value
     ]
     return Feedback(prompts, responses, group, pairs=np.array(pairs, dtype=int).reshape(-1, 2))
+
+
+def feedback_for(name: str, records: Sequence[dict]) -> Feedback:
+    """What R1, R2, R3 or the preference model learns from, or is tested on."""
+    if name in ("R1", "R2"):
+        return from_errors(records, REWARDS[name])
+    if name == "R3":
+        return from_preferences(records, [verdicts(completeness(record)) for record in records])
+    return from_preferences(records, [record["preference"] for record in records])
 
 
 def subset(feedback: Feedback, keep: np.ndarray) -> Feedback:
@@ -466,6 +475,29 @@ def load_all(folder: Path | str) -> dict[str, FineGrainedModel]:
 
 
 # --- training ------------------------------------------------------------------------------------
+
+
+def segment_rewards(
+    trained: Mapping[str, FineGrainedModel], weights: Mapping[str, float],
+    shown: Callable[[str], str] = lambda prompt: prompt,
+) -> list[rewards.SegmentReward]:  # fmt: skip
+    """The paper's rewards, each paid where its segment ends: of the models that have a weight, in its order.
+
+    R1 and R2 pay the sign of each segment's score, R3 and the preference model the standardised score of the
+    answer.  `shown`: the policy's prompt -> the prompt that the reward models read.
+    """
+
+    def part(name: str, weight: float) -> rewards.SegmentReward:
+        model, signs = trained[name], name in ("R1", "R2")
+        score = model.signs if signs else model.score_segments
+        scale = {} if signs else {"mean": model.mean, "std": model.std}
+
+        def read(prompts, responses):
+            return score([shown(prompt) for prompt in prompts], responses)
+
+        return rewards.SegmentReward(name, model.segmenter, read, weight, **scale)
+
+    return [part(*item) for item in weights.items()]
 
 
 def fit(

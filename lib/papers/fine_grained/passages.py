@@ -18,7 +18,7 @@ from lib import models as policies
 from lib.annotator import Rubric
 from lib.papers.fine_grained import models
 from lib.papers.fine_grained import schema as qa
-from lib.reward_models import Feedback, TrainConfig
+from lib.reward_models import TrainConfig
 from lib.rewards import RewardFunction
 from lib.segments import Segmenter
 
@@ -114,14 +114,6 @@ def split(pairs: Sequence[tuple[str, str]], counts: Mapping[str, int]) -> Passag
 # --- reward models ---------------------------------------------------------------------------------
 
 
-def feedback_for(name: str, records: Sequence[dict]) -> Feedback:
-    """What R1, R2 or R3 learns from, or is tested on."""
-    if name == "R3":
-        derived = [models.verdicts(models.completeness(record)) for record in records]
-        return models.from_preferences(records, derived)
-    return models.from_errors(records, models.REWARDS[name])
-
-
 def measure_model(
     name: str, model, records: Sequence[dict], seed: int
 ) -> dict[str, stats.Interval]:
@@ -129,7 +121,7 @@ def measure_model(
 
     Intervals over articles.
     """
-    feedback = feedback_for(name, records)
+    feedback = models.feedback_for(name, records)
     scores = model.score_segments(feedback.prompts, feedback.responses)
     if feedback.pairs is not None:
         better, worse = ([scores[i][0] for i in side] for side in feedback.pairs.T)
@@ -157,7 +149,7 @@ def learn(
     config = TrainConfig(1e-2, epochs=40, weight_decay=0.1, prompts_per_batch=32, seed=seed)
     learned, control = {}, {}
     for name, category in models.REWARDS.items():
-        feedback = feedback_for(name, world.records["reward_articles"])
+        feedback = models.feedback_for(name, world.records["reward_articles"])
         unit = models.UNITS[category]
         for kind, trained in (("shuffled", control), ("learned", learned)):
             model = models.FineGrainedModel(backbone, tokenizer, unit=unit, max_length=512)
@@ -176,16 +168,11 @@ def dense_reward(trained: Mapping[str, models.FineGrainedModel], tokenizer) -> R
     The policy's prompt ends in " answer:", which the reward models do not see.
     """
 
-    def part(name: str, model: models.FineGrainedModel) -> rewards.SegmentReward:
-        score = model.score_segments if name == "R3" else model.signs
-        scale = {"mean": model.mean, "std": model.std} if name == "R3" else {}
+    def shown(prompt: str) -> str:
+        return prompt.removesuffix(" answer:")
 
-        def bare(prompts, answers):
-            return score([prompt.removesuffix(" answer:") for prompt in prompts], answers)
-
-        return rewards.SegmentReward(name, model.segmenter, bare, WEIGHTS[name], **scale)
-
-    return rewards.compose([part(*item) for item in trained.items()], tokenizer)
+    weights = {name: WEIGHTS[name] for name in trained}
+    return rewards.compose(models.segment_rewards(trained, weights, shown), tokenizer)
 
 
 # --- training and measuring ------------------------------------------------------------------------

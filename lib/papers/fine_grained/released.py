@@ -23,7 +23,8 @@ from transformers import LongformerModel
 from lib import cards, encoding, hub, models, reward_models, runtime
 from lib.papers.fine_grained import models as fine_grained
 
-UNITS = {"R1": "sub_sentence", "R2": "sentence", "R3": "sequence", "preference": "sequence"}
+UNITS = {name: fine_grained.UNITS[kind] for name, kind in fine_grained.REWARDS.items()}
+UNITS |= {"preference": "sequence"}
 FOLDERS = {"R1": "rel_rm", "R2": "fact_rm", "R3": "comp_rm", "preference": "baseline_rm"}
 LABELS = {"R1": ["Ignore", "NF-ERR", "O"], "R2": ["F-ERR", "Ignore", "O"]}
 RIGHT = "O"
