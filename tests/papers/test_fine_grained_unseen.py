@@ -1,13 +1,18 @@
 """Notebook 41's measures on questions that a model has not seen, and its two figures."""
 
+import json
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
+from lib import reward_models, runtime
 from lib.papers.fine_grained import figures, unseen
 from lib.papers.fine_grained import models as fine_grained
-from lib.reward_models import Feedback
+from lib.papers.fine_grained import schema as qa
+from lib.reward_models import Feedback, TrainConfig
 
 
 def judged(n=200, seed=0, shift=1.0):
@@ -17,8 +22,16 @@ def judged(n=200, seed=0, shift=1.0):
     score = rng.normal(size=n) - shift * wrong
     table = pd.DataFrame({"wrong": wrong, "score": score, "record": np.arange(n) % 40})
     table = table.assign(fold=table.record % 5, segment=np.arange(n), kind="whole", seed=0)
-    table = table.assign(model="R1")
-    return table.assign(margin=unseen.over_threshold(table))
+    return table.assign(model="R1", margin=margins(table))
+
+
+def margins(table):
+    """Scores minus the threshold that is best on the other folds."""
+    limits = {}
+    for fold in table.fold.unique():
+        others = table[table.fold != fold]
+        limits[fold] = unseen.best_threshold(others.wrong.to_numpy(), others.score.to_numpy())
+    return table.score - np.nextafter(table.fold.map(limits), np.inf)
 
 
 def test_auc_counts_pairs_and_half_of_the_ties():
@@ -36,13 +49,56 @@ def test_the_best_threshold_is_the_best_of_all_cuts():
     assert unseen.f1(wrong, score - np.nextafter(best, np.inf)) == max(levels)
 
 
-def test_a_threshold_knows_nothing_of_its_own_fold():
-    table = judged()
-    turned = table.assign(wrong=np.where(table.fold == 2, 1 - table.wrong, table.wrong))
-    again = unseen.over_threshold(turned)
-    here = table.fold == 2
-    np.testing.assert_array_equal(again[here], table.margin[here])
-    assert (again[~here] != table.margin[~here]).any()
+def test_scores_of_two_trainings_are_not_compared():
+    wrong, score = np.array([1.0, 0, 1, 0]), np.array([0.0, 1, 10, 11])
+    assert unseen.auc(wrong, score) == 0.75
+    assert unseen.auc_within(wrong, score, np.array([0, 0, 1, 1])) == 1.0
+    assert unseen.auc_within(wrong, score, np.arange(4) // 3) == pytest.approx(
+        0.5
+    )  # fine: one pair
+    assert np.isnan(unseen.auc_within(np.ones(4), score, np.zeros(4)))
+
+
+@pytest.fixture(scope="module")
+def learned():
+    """A model, its features, and marked records that it learns from, in three folds."""
+    path = runtime.project_root() / "data" / "samples" / "passages.jsonl"
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    records = fine_grained.constructed_records([(x["title"], x["post"]) for x in lines][:15])
+    backbone, words = reward_models.load_backbone("tiny-encoder-decoder")
+    model = fine_grained.FineGrainedModel(backbone.requires_grad_(False), words, unit="sentence")
+    feedback = fine_grained.feedback_for("R2", records)
+    features = model.features(feedback.prompts, feedback.responses)
+    return model, feedback, features, np.arange(15) % 3
+
+
+def test_a_threshold_knows_nothing_of_its_own_fold(learned):
+    model, feedback, features, folds = learned
+    options = {"config": TrainConfig(epochs=3, learning_rate=1e-2), "features": features}
+    before = unseen.thresholds(model, feedback, feedback.labels, folds, **options)
+    inside = folds[feedback.row] == 2
+    labels = np.where(inside, 1 - feedback.labels, feedback.labels)
+    turned = replace(feedback, labels=labels)
+    after = unseen.thresholds(model, turned, labels, folds, **options)
+    assert after[2] == before[2] and after[0] != before[0] and after[1] != before[1]
+    assert not model.head.weight.any()  # the model is given back untrained
+
+
+def test_every_known_segment_has_its_score_and_its_folds_threshold(learned):
+    model, feedback, features, _ = learned
+    config = TrainConfig(epochs=1, learning_rate=1e-2)
+    kinds = ("whole", "balanced")
+    how = {"seeds": [0, 1], "n_folds": 3, "features": features}
+    trainings = list(unseen.runs(lambda: model, feedback, kinds, config, **how))
+    table = unseen.segment_table(feedback, trainings)
+    known = ~np.isnan(feedback.labels)
+    assert len(table) == 4 * known.sum() and (table.score.notna()).all()
+    rows = table[(table.kind == "whole") & (table.seed == 1)]
+    (training,) = [t for t in trainings if (t.kind, t.seed) == ("whole", 1)]
+    np.testing.assert_array_equal(rows.score, np.concatenate(training.scores)[known])
+    limits = rows.fold.map(training.thresholds)
+    assert ((rows.margin < 0) == (rows.score <= limits)).all()
+    assert table[table.kind == "balanced"].margin.isna().all()
 
 
 def test_a_chosen_threshold_gains_nothing_where_scores_know_nothing():
@@ -56,6 +112,19 @@ def test_results_name_every_measure_with_its_records():
     results = unseen.segment_results(judged(), seed=0).set_index("measure")
     assert list(results.index) == list(unseen.MEASURES) and (results.n == 40).all()
     assert results.value["AUC"] > 0.6 and results.low["AUC"] < results.value["AUC"]
+
+
+def test_a_kind_without_thresholds_has_no_measure_of_them():
+    results = unseen.segment_results(judged().assign(margin=np.nan), seed=0)
+    assert set(results.measure) == {m for m in unseen.MEASURES if "threshold" not in m}
+
+
+def test_the_plan_counts_every_fit():
+    records = qa.load_feedback(runtime.project_root() / "data" / "samples" / "qa_feedback.json")
+    settings = {"folds": 3, "seeds": 2, "epochs": 1, "max_length": 100}
+    plan = unseen.plan({"R1": records, "R2": [], "R3": records}, settings).set_index("model")
+    # 4 kinds, 2 seeds, 3 folds; 2 kinds, 2 seeds, 3 pairs of folds; all records
+    assert plan.fits.to_dict() == {"R1": 24 + 12 + 1, "R3": 2 * 2 * 3 + 1}
 
 
 def test_halves_are_compared_on_the_same_segments():
@@ -82,7 +151,7 @@ def test_pairs_are_ordered_beside_the_longer_answer():
         ["q"] * 4, answers, np.zeros(4, int), pairs=np.array([[0, 1], [2, 3], [1, 2]])
     )
     scores = [np.array([x]) for x in (0.0, 1.0, 2.0, 1.0)]
-    trainings = [("whole", 0, None, scores), ("whole", 1, None, scores)]
+    trainings = [unseen.Training("whole", seed, np.zeros(4), scores) for seed in (0, 1)]
     table = unseen.pair_table(feedback, np.array([7, 7, 8, 8]), trainings, seed=0)
     value = table.groupby(["kind", "seed"]).value.apply(list)
     assert value["longer", 0] == [1.0, 0.5, 0.0] and value["whole", 1] == [0.0, 1.0, 0.0]

@@ -7,8 +7,9 @@ for each segment (or pair), kind of training and seed; intervals draw whole reco
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from lib.reward_models import Feedback, TrainConfig
 SEGMENT_KINDS = ("whole", "balanced", "shuffled labels", "shuffled, balanced")
 PAIR_KINDS = ("whole", "shuffled labels")
 HALVES = ("states only", "relations only")
+CUT_KINDS = ("whole", "relations only", "shuffled labels")  # for which thresholds are chosen
 RESAMPLES = 500
 
 
@@ -41,55 +43,98 @@ def one_half(features: Sequence[torch.Tensor], kind: str) -> list[torch.Tensor]:
     return [rows * keep for rows in features]
 
 
-def held_out(
-    model: fine_grained.FineGrainedModel, feedback: Feedback, kind: str, config: TrainConfig, *,
-    folds: np.ndarray, features: Sequence[torch.Tensor] | None = None, folder: Path | None = None,
-) -> list[np.ndarray]:  # fmt: skip
-    """Out-of-fold scores (segments,) of each row; `kind` is one of the kinds above."""
-    labelled = fine_grained.shuffled(feedback, config.seed) if kind.startswith("shuf") else feedback
-    how = {"balance": kind.endswith("balanced"), "folder": folder}
-    how["features"] = None if features is None else one_half(features, kind)
-    return fine_grained.out_of_fold(model, labelled, folds, config, **how)
+@dataclass
+class Training:
+    """What one kind and seed of training says of every row: its fold, its scores (segments,) out of fold.
+
+    `thresholds`: fold -> the score below which a segment of that fold is called wrong; {} for pairs.
+    """
+
+    kind: str
+    seed: int
+    folds: np.ndarray
+    scores: list[np.ndarray]
+    thresholds: dict[int, float] = field(default_factory=dict)
 
 
 def runs(
     build: Callable[[], fine_grained.FineGrainedModel], feedback: Feedback, kinds: Sequence[str],
     config: TrainConfig, *, seeds: Sequence[int], n_folds: int, features=None, folder: Path | None = None,
-):  # fmt: skip
-    """(kind, seed, fold of each row, scores of each row) of every training; `folder` for their histories."""
+) -> Iterator[Training]:  # fmt: skip
+    """Every kind and seed of training; `folder` for their histories."""
     for kind, seed in itertools.product(kinds, seeds):
         folds = fine_grained.question_folds(feedback, n_folds, seed)
+        shuffled = kind.startswith("shuf")
+        labelled = fine_grained.shuffled(feedback, seed) if shuffled else feedback
+        options = {"config": replace(config, seed=seed), "balance": kind.endswith("balanced")}
+        options["features"] = None if features is None else one_half(features, kind)
         place = None if folder is None else folder / f"{kind.replace(' ', '_')}-{seed}"
-        how = {"folds": folds, "features": features, "folder": place}
-        yield (
-            kind,
-            seed,
-            folds,
-            held_out(build(), feedback, kind, replace(config, seed=seed), **how),
-        )
+        scores = fine_grained.out_of_fold(build(), labelled, folds, folder=place, **options)
+        training = Training(kind, seed, folds, scores)
+        if kind in CUT_KINDS and feedback.pairs is None:
+            training.thresholds = thresholds(build(), labelled, feedback.labels, folds, **options)
+        yield training
 
 
-def segment_table(feedback: fine_grained.SegmentFeedback, trainings) -> pd.DataFrame:
-    """A row a known segment, kind and seed: segment, record, fold, wrong (0, 1), score, kind, seed."""
+def thresholds(
+    model: fine_grained.FineGrainedModel, feedback: fine_grained.SegmentFeedback, labels: np.ndarray,
+    folds: np.ndarray, **options,
+) -> dict[int, float]:  # fmt: skip
+    """Fold -> the threshold of largest F1 on the other folds, by models that saw neither of the two.
+
+    For each two folds one model learns from the rest and scores both: the other's scores help to choose the
+    threshold of the one.  `labels` (segments,) people's, also where `feedback` holds shuffled ones.
+    """
+    fresh = model.trained_state()
+    inner: dict[int, list[tuple]] = {fold: [] for fold in np.unique(folds).tolist()}
+    for pair in itertools.combinations(inner, 2):
+        model.load_state_dict(fresh, strict=False)
+        left_out = np.isin(folds, pair)
+        scores = fine_grained.score_the_rest(model, feedback, ~left_out, **options)
+        segments = left_out[feedback.row]
+        table = pd.DataFrame({"fold": folds[feedback.row], "wrong": labels})[segments]
+        table = table.assign(score=np.concatenate(scores)).dropna()
+        for fold, other in (pair, pair[::-1]):
+            inner[fold].append(table[table.fold == other])
+    model.load_state_dict(fresh, strict=False)
+    chosen = {fold: pd.concat(parts) for fold, parts in inner.items()}
+    return {
+        fold: best_threshold(rows.wrong.to_numpy(), rows.score.to_numpy())
+        for fold, rows in chosen.items()
+    }
+
+
+def segment_table(
+    feedback: fine_grained.SegmentFeedback, trainings: Iterable[Training]
+) -> pd.DataFrame:
+    """A row a known segment, kind and seed: segment, record, wrong (0, 1), score, margin, kind, seed, fold.
+
+    `margin`: the score minus its fold's threshold, below 0 where it is called wrong; NaN without one.
+    """
     tables = []
-    for kind, seed, folds, scores in trainings:
-        columns = {"record": feedback.row, "fold": folds[feedback.row], "wrong": feedback.labels}
-        table = pd.DataFrame(
-            columns | {"score": np.concatenate(scores), "kind": kind, "seed": seed}
-        )
+    for training in trainings:
+        fold = training.folds[feedback.row]
+        columns = {"record": feedback.row, "fold": fold, "wrong": feedback.labels}
+        table = pd.DataFrame(columns | {"score": np.concatenate(training.scores)})
+        limits = {f: np.nextafter(limit, np.inf) for f, limit in training.thresholds.items()}
+        table["margin"] = table.score - table.fold.map(limits).astype(float)
+        table = table.assign(kind=training.kind, seed=training.seed)
         tables.append(table.rename_axis("segment").reset_index())
-    return pd.concat(tables).dropna()
+    return pd.concat(tables).dropna(subset="wrong")
 
 
-def pair_table(feedback: Feedback, asked: np.ndarray, trainings, *, seed: int) -> pd.DataFrame:
+def pair_table(
+    feedback: Feedback, asked: np.ndarray, trainings: Iterable[Training], *, seed: int
+) -> pd.DataFrame:
     """A row a pair, kind and seed: value 1 if ordered as people did, 0.5 if equal, or 0; and "longer".
 
     `asked` (rows,): the number of each row's question, by which intervals are drawn.
     """
     lengths = np.array([len(text.split()) for text in feedback.responses], dtype=float)
     arms = {("longer", seed): lengths}
-    for kind, number, _, scores in trainings:
-        arms[kind, number] = np.nan_to_num([row[0] if len(row) else np.nan for row in scores])
+    for training in trainings:
+        scores = [row[0] if len(row) else 0.0 for row in training.scores]
+        arms[training.kind, training.seed] = np.array(scores)
     better, worse = feedback.pairs.T
     tables = []
     for (kind, number), scores in arms.items():
@@ -130,29 +175,33 @@ def best_threshold(wrong: np.ndarray, score: np.ndarray) -> float:
     return float(score[order[np.argmax(2 * hits / (called + wrong.sum()))]])
 
 
-def over_threshold(judged: pd.DataFrame) -> pd.Series:
-    """Each score minus a threshold that is chosen on the other folds' scores of the same training."""
-    margin = pd.Series(np.nan, index=judged.index)
-    for _, rows in judged.groupby(["model", "kind", "seed"]):
-        for fold in rows.fold.unique():
-            others = rows[rows.fold != fold]
-            threshold = best_threshold(others.wrong.to_numpy(), others.score.to_numpy())
-            here = rows.index[rows.fold == fold]
-            margin[here] = judged.score[here] - np.nextafter(threshold, np.inf)
-    return margin
+def auc_within(wrong: np.ndarray, score: np.ndarray, training: np.ndarray) -> float:
+    """AUC over the pairs that one training scored: scores of two trainings have no common scale."""
+    areas, pairs = [], []
+    for number in np.unique(training):
+        mine = training == number
+        areas.append(auc(wrong[mine], score[mine]))
+        pairs.append(wrong[mine].sum() * (1 - wrong[mine]).sum())
+    pairs = np.array(pairs)
+    return float(np.nansum(areas * pairs) / pairs.sum()) if pairs.any() else np.nan
 
 
-MEASURES = {  # name: column of scores, statistic of (wrong, score)
-    "accuracy": ("score", accuracy),
-    "gain in accuracy": ("score", lambda w, s: accuracy(w, s) - max(w.mean(), 1 - w.mean())),
-    "F1": ("score", f1),
-    "gain in F1": ("score", lambda w, s: f1(w, s) - 2 * w.mean() / (1 + w.mean())),
-    "F1, chosen threshold": ("margin", f1),
-    "gain in F1, chosen threshold": (
-        "margin",
-        lambda w, s: f1(w, s) - 2 * w.mean() / (1 + w.mean()),
+def _over_constant(wrong: np.ndarray, score: np.ndarray) -> float:
+    """F1 minus that of calling every segment wrong, 2 q / (1 + q) with the share q of wrong ones."""
+    return f1(wrong, score) - 2 * wrong.mean() / (1 + wrong.mean())
+
+
+MEASURES = {  # name: columns, statistic of them
+    "accuracy": (("wrong", "score"), accuracy),
+    "gain in accuracy": (
+        ("wrong", "score"),
+        lambda w, s: accuracy(w, s) - max(w.mean(), 1 - w.mean()),
     ),
-    "AUC": ("score", auc),
+    "F1": (("wrong", "score"), f1),
+    "gain in F1": (("wrong", "score"), _over_constant),
+    "F1, chosen threshold": (("wrong", "margin"), f1),
+    "gain in F1, chosen threshold": (("wrong", "margin"), _over_constant),
+    "AUC": (("wrong", "score", "training"), auc_within),
 }
 
 
@@ -165,9 +214,12 @@ def segment_results(judged: pd.DataFrame, *, seed: int) -> pd.DataFrame:
     """Every measure of every model and kind: model, kind, measure, value, low, high, n (records)."""
     rows = []
     for (name, kind), table in judged.groupby(["model", "kind"], sort=False):
-        for measure, (column, statistic) in MEASURES.items():
-            pair = table.wrong.to_numpy(), table[column].to_numpy()
-            interval = _interval(pair, statistic, clusters=table.record, seed=seed)
+        table = table.assign(training=table.groupby(["seed", "fold"]).ngroup())
+        for measure, (columns, statistic) in MEASURES.items():
+            if table[[*columns]].isna().any(axis=None):  # a kind whose threshold is not chosen
+                continue
+            values = tuple(table[column].to_numpy() for column in columns)
+            interval = _interval(values, statistic, clusters=table.record, seed=seed)
             rows.append({"model": name, "kind": kind, "measure": measure, **interval._asdict()})
     return pd.DataFrame(rows, columns=["model", "kind", "measure", *stats.Interval._fields])
 
@@ -228,9 +280,10 @@ def gain_of_r3(whole: pd.DataFrame, *, seed: int) -> tuple[stats.Interval, list[
 def plan(records: Mapping[str, Sequence[dict]], settings: Mapping) -> pd.DataFrame:
     """Fits, tokens and hours of each model's training: every kind, seed and fold, and once on all records.
 
-    1.4 tokens a word, 6 operations a parameter and token, a Longformer of 149M, an assumed 50 TFLOP/s.
+    R1 and R2 also learn from all but two folds, for their thresholds.  1.4 tokens a word, 6 operations a
+    parameter and token, a Longformer of 149M, an assumed 50 TFLOP/s.
     """
-    rows, share = [], 1 - 1 / settings["folds"]
+    rows, n_folds = [], settings["folds"]
     for name in filter(records.get, records):
         pairs = name in ("R3", "preference")
         total = 0.0  # tokens of one pass
@@ -239,7 +292,13 @@ def plan(records: Mapping[str, Sequence[dict]], settings: Mapping) -> pd.DataFra
             asked = asked.partition(" context: ")[0] if name == "R1" else asked
             texts = [f"{asked} {record[p]}" for p in qa.PREDICTIONS[: 4 if pairs else 1]]
             total += sum(min(1.4 * len(text.split()), settings["max_length"]) for text in texts)
-        fits = len(PAIR_KINDS if pairs else SEGMENT_KINDS) * settings["seeds"] * settings["folds"]
-        read = total * settings["epochs"] * (fits * share + 1)
+        kinds = PAIR_KINDS if pairs else SEGMENT_KINDS
+        fits = len(kinds) * settings["seeds"] * n_folds
+        passes = fits * (1 - 1 / n_folds) + 1  # the last learns from all records
+        if not pairs:
+            cut = len(set(CUT_KINDS) & set(kinds)) * settings["seeds"] * math.comb(n_folds, 2)
+            fits += cut
+            passes += cut * (1 - 2 / n_folds)
+        read = total * settings["epochs"] * passes
         rows.append((name, fits + 1, read / 1e6, 6 * 149e6 * read / 5e13 / 3600))
     return pd.DataFrame(rows, columns=["model", "fits", "million tokens", "hours"])
