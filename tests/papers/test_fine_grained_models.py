@@ -144,6 +144,9 @@ def test_passages_read_apart_are_not_cut_and_reach_relations_alone():
         torch.testing.assert_close(rows[i], rows[i + 2])
         alone = apart.features(prompts[i : i + 1], [answer])[0]
         torch.testing.assert_close(rows[i], alone, atol=1e-5, rtol=1e-4)
+    read = {}
+    again = [apart.features(prompts, [answer] * 2, read=read) for _ in range(2)]
+    assert read and all(torch.equal(a, b) for a, b in zip(*again, strict=True))
     with pytest.warns(UserWarning, match="cut to 64 tokens: 1 prompts"):
         whole = model_of("sentence", max_length=64).features(prompts[:1], [answer])[0]
     assert whole[0, equal_in_passage - fg.RELATIONS] < 0.9

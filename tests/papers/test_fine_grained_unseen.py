@@ -166,6 +166,30 @@ def test_pairs_are_ordered_beside_the_longer_answer():
     assert easier.value == pytest.approx(1.0) and each == pytest.approx([1.0, 1.0])
 
 
+def test_overlap_counts_runs_of_words_and_sentences():
+    passages = [("Lake", "The lake is old. Cats sat there.")]
+    prompt = qa.prompt("What is old?", passages)
+    row, empty = unseen.overlap_numbers([prompt] * 2, ["the lake is deep", ""])
+    expected = [
+        3 / 4,
+        np.log(4),
+        2 / 3,
+        np.log(3),
+        1 / 2,
+        np.log(2),
+        np.log(2),
+        1 / 4,
+        np.log(5),
+        1,
+    ]
+    np.testing.assert_allclose(row, expected)  # of "question: What is old" it has "is"
+    assert not empty.any()
+    feedback = Feedback([prompt], ["the lake is deep"], np.zeros(1, int))
+    (features,) = unseen.overlap_features(feedback, 30)
+    assert features.shape == (1, 30) and not features[0, 10:].any()
+    np.testing.assert_allclose(features[0, :10], expected, rtol=1e-6)
+
+
 def test_a_marked_text_has_its_rows_and_leaves_the_unknown_grey():
     rows = [("people", "Her workshop burned.", np.nan, "[unknown]"), ("people", "Six.", -1.0, "[wrong]"),
             ("R2", "Her workshop burned.", 0.4, "[0.70]")]  # fmt: skip

@@ -352,22 +352,23 @@ class FineGrainedModel(reward_models.RewardModel):
         """.logits (segments of all rows, 1)."""
         return SequenceClassifierOutput(logits=self.read(torch.cat(self._features(rows))))
 
-    def _features(self, rows: Sequence[_Row]) -> list[torch.Tensor]:
-        """(segments, width) of each row; NaN for a segment without a token."""
+    def _features(self, rows: Sequence[_Row], read: dict | None = None) -> list[torch.Tensor]:
+        """(segments, width) of each row; NaN for a segment without a token.  `read`: as in `features`."""
         inputs = super().batch([(row.context, row.response) for row in rows])
         hidden = self.hidden(**inputs)
         padding = (inputs["attention_mask"].argmax(1)).tolist()
-        read = self._read_apart(rows)
+        read = self._read_apart(rows, {} if read is None else read)
         features = []
         for states, ids, p, row in zip(hidden, inputs["input_ids"], padding, rows, strict=True):
             beside = [read[piece] for piece in row.pieces]
             features.append(_segment_features(states[p:], ids[p:], row, self.relations, beside))
         return features
 
-    def _read_apart(self, rows: Sequence[_Row]) -> dict[tuple[int, ...], torch.Tensor]:
-        """States (tokens, width) of each sentence that rows have beside them, by its token ids."""
-        pieces = list(dict.fromkeys(piece for row in rows for piece in row.pieces))
-        (start, stop), read = self._marks, {}
+    def _read_apart(self, rows: Sequence[_Row], read: dict) -> dict[tuple[int, ...], torch.Tensor]:
+        """`read` with the states (tokens, width) of each sentence that rows have beside them."""
+        wanted = dict.fromkeys(piece for row in rows for piece in row.pieces)
+        pieces = [piece for piece in wanted if piece not in read]
+        start, stop = self._marks
         for places in encoding.token_batches([len(piece) for piece in pieces], 8192):
             inputs = super().batch([([*start, *pieces[i], *stop], []) for i in places])
             padding = inputs["attention_mask"].argmax(1) + len(start)
@@ -377,9 +378,14 @@ class FineGrainedModel(reward_models.RewardModel):
 
     @torch.no_grad()
     def features(
-        self, prompts: Sequence[str], responses: Sequence[str], *, tokens_per_batch: int = 8192
-    ) -> list[torch.Tensor]:
-        """Features (segments, width) of each response on the CPU; warns of what was cut."""
+        self, prompts: Sequence[str], responses: Sequence[str], *, tokens_per_batch: int = 8192,
+        read: dict[tuple[int, ...], torch.Tensor] | None = None,
+    ) -> list[torch.Tensor]:  # fmt: skip
+        """Features (segments, width) of each response on the CPU; warns of what was cut.
+
+        `read`: states of passages' sentences by their token ids, from a model on the same encoder; what is
+        missing in it is put there (for passages read apart).
+        """
         before = dict(self.truncated)
         rows = self.encode(prompts, responses)
         cut = {k: v - before[k] for k, v in self.truncated.items() if v > before[k]}
@@ -393,7 +399,7 @@ class FineGrainedModel(reward_models.RewardModel):
         shared = reward_models.number_prompts(prompts) if self.apart else None
         with models.fast_float32(self):
             for places in encoding.token_batches(lengths, tokens_per_batch, together=shared):
-                features = self._features([rows[i] for i in places])
+                features = self._features([rows[i] for i in places], read)
                 for i, row in zip(places, features, strict=True):
                     results[i] = row.float().cpu()
                 bar.update(len(places))

@@ -17,13 +17,15 @@ import pandas as pd
 import torch
 from scipy.stats import rankdata
 
-from lib import stats
+from lib import stats, text
 from lib.papers.fine_grained import models as fine_grained
 from lib.papers.fine_grained import schema as qa
 from lib.reward_models import Feedback, TrainConfig
+from lib.segments import Segmenter
 
 SEGMENT_KINDS = ("whole", "balanced", "shuffled labels", "shuffled, balanced")
 PAIR_KINDS = ("whole", "shuffled labels")
+OVERLAP = "ten overlap numbers"
 HALVES = ("states only", "relations only")
 CUT_KINDS = ("whole", "relations only", "shuffled labels")  # for which thresholds are chosen
 RESAMPLES = 500
@@ -130,7 +132,7 @@ def pair_table(
 
     `asked` (rows,): the number of each row's question, by which intervals are drawn.
     """
-    lengths = np.array([len(text.split()) for text in feedback.responses], dtype=float)
+    lengths = np.array([len(answer.split()) for answer in feedback.responses], dtype=float)
     arms = {("longer", seed): lengths}
     for training in trainings:
         scores = [row[0] if len(row) else 0.0 for row in training.scores]
@@ -144,6 +146,47 @@ def pair_table(
         )
         tables.append(table.rename_axis("pair").reset_index())
     return pd.concat(tables)
+
+
+# --- a rival that counts words -------------------------------------------------------------------
+
+
+def overlap_numbers(prompts: Sequence[str], responses: Sequence[str]) -> np.ndarray:
+    """(rows, 10) what counting words says of each answer and the passages in its prompt.
+
+    For runs of one, two and three words: the share of the answer's that the passages have, and log(1 + how
+    many).  Passage sentences half of whose words it has, log(1 + count); the share of the question's words
+    in it; log(1 + its words), and the share of its words that differ.
+    """
+    read: dict[
+        str, tuple
+    ] = {}  # of each prompt: question's words, passages' runs, words by sentence
+    rows = []
+    for prompt, response in zip(prompts, responses, strict=True):
+        if prompt not in read:
+            question, _, passages = prompt.partition(" context: ")
+            runs = [set(text.word_ngrams(passages, n)) for n in (1, 2, 3)]
+            sentences = [set(text.words(x)) for x in Segmenter("sentence").texts(passages)]
+            read[prompt] = set(text.words(question)), runs, sentences
+        question, runs, sentences = read[prompt]
+        words = text.words(response)
+        row = []
+        for n, there in enumerate(runs, 1):
+            own = set(text.word_ngrams(response, n))
+            row += [len(own & there) / max(1, len(own)), np.log1p(len(own & there))]
+        distinct = set(words)
+        held = sum(2 * len(sentence & distinct) >= len(sentence) > 0 for sentence in sentences)
+        row += [np.log1p(held), len(question & distinct) / max(1, len(question))]
+        rows.append([*row, np.log1p(len(words)), len(distinct) / max(1, len(words))])
+    return np.array(rows).reshape(-1, 10)
+
+
+def overlap_features(feedback: Feedback, width: int) -> list[torch.Tensor]:
+    """Features (1, width) for `runs`: the ten numbers, and 0 where the encoder's would stand."""
+    features = torch.zeros(len(feedback.responses), width)
+    numbers = overlap_numbers(feedback.prompts, feedback.responses)
+    features[:, : numbers.shape[1]] = torch.as_tensor(numbers)
+    return list(features[:, None])
 
 
 # --- measures of segments ------------------------------------------------------------------------
@@ -291,7 +334,7 @@ def plan(records: Mapping[str, Sequence[dict]], settings: Mapping) -> pd.DataFra
             asked = fine_grained.prompt_of(record)
             asked = asked.partition(" context: ")[0] if name == "R1" else asked
             texts = [f"{asked} {record[p]}" for p in qa.PREDICTIONS[: 4 if pairs else 1]]
-            total += sum(min(1.4 * len(text.split()), settings["max_length"]) for text in texts)
+            total += sum(min(1.4 * len(x.split()), settings["max_length"]) for x in texts)
         kinds = PAIR_KINDS if pairs else SEGMENT_KINDS
         fits = len(kinds) * settings["seeds"] * n_folds
         passes = fits * (1 - 1 / n_folds) + 1  # the last learns from all records
