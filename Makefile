@@ -7,6 +7,8 @@ READY := $(VENV)/.ready
 # Where torch comes from.  On Linux, plain PyPI has the CUDA build only (3 GB of downloads): without an NVIDIA
 # card the CPU build of pytorch.org is tried first.  TORCH_INDEX= takes PyPI's.
 TORCH_INDEX ?= $(shell [ "$$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null && echo https://download.pytorch.org/whl/cpu)
+# Tests at a time: many of them wait for a kernel or a server to start.  WORKERS=1 runs one after the other.
+WORKERS ?= 3
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
 .PHONY: setup course smoke test rehearse lint lab report site publish clean
@@ -34,7 +36,7 @@ lint: setup
 	$(BIN)/nbstripout --verify --keep-output --keep-id --extra-keys 'metadata.widgets metadata.papermill cell.metadata.papermill cell.metadata.execution' $(wildcard notebooks/*.ipynb notebooks/solutions/*.ipynb)
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 rehearse: setup
 	@$(PIP) --editable '.[gpu]'

@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import random
 import re
 import threading
@@ -21,7 +20,6 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import KW_ONLY, dataclass, field, replace
-from functools import lru_cache
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -36,7 +34,7 @@ from lib.answers import (
     read_response,
     without_reasoning,
 )
-from lib.replies import LONGEST_WAIT, ReplyStore
+from lib.replies import LONGEST_WAIT, open_store
 
 OPENAI_URL = "https://api.openai.com/v1"
 LONGEST_PAUSE = 30.0  # seconds between two tries where the server names no time
@@ -122,12 +120,6 @@ def _reply(key: str, record: dict, outcome: Outcome, cached: bool) -> Reply:
     )
 
 
-@lru_cache(maxsize=32)
-def _open_store(path: Path, process: int) -> ReplyStore:
-    """One store a file and process: closing a second handle would drop the first one's locks."""
-    return ReplyStore(path)
-
-
 def _four_bytes_a_token(text: str) -> int:
     return math.ceil(len(text.encode("utf-8")) / 4)
 
@@ -167,8 +159,7 @@ class ChatClient:
     def __post_init__(self):
         self.base_url = self.base_url or _base_url()
         self._check()
-        path = Path(self.cache or runtime.cache_dir() / "replies" / "chat.sqlite").expanduser()
-        self.store = _open_store(path.resolve(), os.getpid())
+        self.store = open_store(self.cache or runtime.cache_dir() / "replies" / "chat.sqlite")
         self._busy = threading.Lock()
 
     def _check(self) -> None:

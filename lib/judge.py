@@ -36,7 +36,7 @@ from lib.questions import (
     rating_question,
     support_question,
 )
-from lib.replies import ReplyStore
+from lib.replies import open_store
 
 CHUNK = 32  # questions that go to the model together; a killed run asks at most these again
 
@@ -98,7 +98,7 @@ class LocalAnnotator:
         self.folder = shipped or runtime.project_root() / "data" / "results" / "annotators"
         self.shipped = read_replies(self.folder, self.file)
         file = f"{self.file}-{runtime.content_hash(self.key)[:8]}.sqlite"
-        self.store = ReplyStore(runtime.cache_dir() / "replies" / file)
+        self.store = open_store(runtime.cache_dir() / "replies" / file)
         self.ask = ask
         self.tokens_per_batch = tokens_per_batch
         self.used: dict[str, dict] = {}  # every reply this object gave, for `export`

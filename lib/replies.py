@@ -29,8 +29,8 @@ class ReplyStore:
     """Replies (JSON values) by key, and claims: a key is bought by one thread or process at a time.
 
     Several processes may use one file.  `put` keeps the first reply of a key.  A claim is a lock on one byte
-    of a file beside the store, which the system frees when its process dies.  Use one store a file and
-    process: closing a second handle would free the first one's locks.
+    of a file beside the store, which the system frees when its process dies.  Claims hold between processes,
+    not between two stores of one process: take the store of a file from `open_store`.
     """
 
     def __init__(self, path: Path | str):
@@ -105,6 +105,22 @@ class ReplyStore:
             self._locks = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         mode = fcntl.LOCK_EX | fcntl.LOCK_NB if take else fcntl.LOCK_UN
         fcntl.lockf(self._locks, mode, 1, int(key[:15], 16))
+
+
+_stores: dict[tuple[Path, int], ReplyStore] = {}
+_opening = threading.Lock()
+
+
+def open_store(path: Path | str) -> ReplyStore:
+    """The one store that this process has of a file, whichever thread asks first.
+
+    A second one would buy what the first is buying, and closing it would free the first one's locks.
+    """
+    name = (Path(path).expanduser().resolve(), os.getpid())
+    with _opening:
+        if name not in _stores:
+            _stores[name] = ReplyStore(name[0])
+        return _stores[name]
 
 
 def retry_after(value: str | None) -> float | None:

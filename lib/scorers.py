@@ -28,7 +28,7 @@ from scipy.special import expit
 
 from lib import classifiers, encoding, hub, models, runtime
 from lib.course import assets
-from lib.replies import LONGEST_WAIT, ReplyStore, retry_after
+from lib.replies import LONGEST_WAIT, open_store, retry_after
 from lib.text import check_texts, is_empty, words
 
 CHUNK = 2048  # texts in work at a time: peak memory does not depend on their number
@@ -344,7 +344,7 @@ class PerspectiveScorer(Scorer):
         if requests_per_second is None:  # Google allows one; another service's limit is not known
             requests_per_second = 1.0 if base_url == self.URL else math.inf
         self._interval = 1 / requests_per_second
-        self._replies = ReplyStore(runtime.cache_dir() / "replies" / "perspective.sqlite")
+        self._replies = open_store(runtime.cache_dir() / "replies" / "perspective.sqlite")
         self._last, self.requests, self._dates = -np.inf, 0, set()
 
     def card(self) -> dict[str, str]:

@@ -18,6 +18,7 @@ from lib.judge import LocalAnnotator
 from lib.papers.ilf import refine
 from lib.papers.sparse_feedback import protocols
 from lib.questions import Question
+from lib.replies import ReplyStore
 
 ROOT = Path(judge.__file__).parents[1]
 WORDS = (  # noqa: SIM905
@@ -90,7 +91,7 @@ def test_questions_asked_together_and_alone_have_the_same_answers(annotator, tmp
     assert together.shape == (10, 7) and np.isnan(together[0, 2:]).all()
     for k, question in enumerate(asked):
         alone = LocalAnnotator("tiny", shipped=tmp_path / "other")
-        alone.store = judge.ReplyStore(tmp_path / f"{k}.sqlite")
+        alone.store = ReplyStore(tmp_path / f"{k}.sqlite")
         np.testing.assert_allclose(
             alone.log_probs([question])[0], together[k][: len(question.options)], atol=2e-4
         )
@@ -189,7 +190,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_table(tmp_path):
     deadline = time.time() + 60
     while time.time() < deadline:
         files = list(store.glob("*.sqlite"))
-        if files and len(judge.ReplyStore(files[0])):
+        if files and len(ReplyStore(files[0])):
             break
         time.sleep(0.05)
     os.kill(killed.pid, signal.SIGKILL)
@@ -214,7 +215,7 @@ def test_the_protocols_take_a_local_annotator_in_the_place_of_a_client(annotator
     found = protocols.rank(annotator, rankings)
     assert found["p_first"].between(0, 1).all() and set(found["model"]) == {"tiny"}
     empty = again(annotator, ask=False)
-    empty.store = judge.ReplyStore(annotator.folder / "none.sqlite")
+    empty.store = ReplyStore(annotator.folder / "none.sqlite")
     with pytest.warns(UserWarning, match="missing"):
         found = protocols.rate(empty, ratings)
     assert found["score"].isna().all() and set(found["status"]) == {"missing"}

@@ -1,6 +1,9 @@
 """Replies that are kept, and Retry-After."""
 
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 from lib import replies, runtime
 
@@ -20,6 +23,28 @@ def test_reply_cache_keeps_the_first_reply_across_instances_and_threads(tmp_path
     assert replies.ReplyStore(path).get(key) == kept
     assert len(caches[2]) == 1
     assert caches[3].get("absent") is None
+
+
+def test_threads_that_ask_at_once_get_one_store(tmp_path, monkeypatch):
+    """Two stores would each claim, and buy, the same reply."""
+    create = replies.ReplyStore.__init__
+
+    def slowly(self, path):
+        time.sleep(0.05)
+        create(self, path)
+
+    monkeypatch.setattr(replies.ReplyStore, "__init__", slowly)
+    paths = [tmp_path / "a.sqlite", tmp_path / "." / "b" / ".." / "a.sqlite"] * 4
+    with ThreadPoolExecutor(len(paths)) as pool:
+        stores = list(pool.map(replies.open_store, paths))
+    assert len(set(map(id, stores))) == 1
+    assert [store.claim("0" * 16) for store in stores] == [True] + [False] * 7
+
+
+def test_no_module_opens_a_store_of_its_own():
+    lib = Path(replies.__file__).parent
+    opened = [p for p in lib.rglob("*.py") if "= ReplyStore(" in p.read_text()]
+    assert opened == [Path(replies.__file__)]
 
 
 def test_retry_after_takes_seconds_and_dates():

@@ -16,7 +16,7 @@ import pandas as pd
 
 from lib import data, generation, models, runtime, tables, training
 from lib.judge import model_key
-from lib.replies import ReplyStore
+from lib.replies import ReplyStore, open_store
 
 PARTS = {"train": 90, "tuning": 30, "test": 34, "pool": 60}
 GENERATORS = {
@@ -125,7 +125,7 @@ def generate(*names: str, store: ReplyStore | None = None) -> Path:
     whole or not at all, so that a killed job gives what one that ran through gives.
     """
     if store is None:
-        store = ReplyStore(runtime.cache_dir() / "replies" / "items.sqlite")
+        store = open_store(runtime.cache_dir() / "replies" / "items.sqlite")
     names = names or tuple(GENERATORS)
     prompts = read_prompts()
     batches = [b for name in names for b in _batches(prompts, name)]

@@ -21,7 +21,6 @@ ALT_IS_CAPTION = {
     "30_refine_with_language_feedback",
     "31_learn_from_refinements",
     "40_collect_fine_grained_feedback",
-    "43_detoxify_with_dense_rewards",
     "51_alt_on_a_real_model",
 }
 
