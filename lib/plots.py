@@ -167,7 +167,7 @@ def bounds_plot(
     axes.barh(y, width, left=table["low"], **look, label="from none to all missing scores counted")
     axes.plot(table["value"], y, ls="", marker="o", color="black", label="share of the scored rows")
     names = [
-        f"{textwrap.fill(str(row.label), 34)}\n{int(row.n_missing):,} of {int(row.n):,} missing"
+        f"{_plain(textwrap.fill(str(row.label), 34))}\n{int(row.n_missing):,} of {int(row.n):,} missing"
         for row in table.itertuples()
     ]
     axes.set_yticks(y, names)
@@ -265,7 +265,7 @@ def category_heatmap(
         _with_n(str(name).replace("_", " "), table[table["category"] == name])
         for name in values.index
     ]
-    axes.set_yticks(range(len(names)), names)
+    axes.set_yticks(range(len(names)), [_plain(name) for name in names])
     figure.colorbar(image, ax=axes, label=label)
     return _finish(figure, title)
 
@@ -286,7 +286,7 @@ def agreement_heatmap(
     image = _cells(axes, table, "{:,.0f}")
     for k in range(len(table)):
         axes.add_patch(Rectangle((k - 0.48, k - 0.48), 0.96, 0.96, fill=False, lw=2.5))
-    axes.set_yticks(range(len(table)), table.index)
+    axes.set_yticks(range(len(table)), [_plain(name) for name in table.index])
     axes.set(xlabel=xlabel, ylabel=ylabel)
     figure.colorbar(image, ax=axes, label=label)
     return _finish(figure, f"{title} (n = {int(table.to_numpy().sum()):,})")
@@ -492,7 +492,7 @@ def token_heatmap(table: pd.DataFrame, tokens: Sequence[str], *, title: str, lab
     turned = {"rotation": 30, "ha": "left"} if long else {}
     axes.xaxis.tick_top()
     axes.set_xticks(range(len(tokens)), shown, **turned)
-    axes.set_yticks(range(len(table)), table.index)
+    axes.set_yticks(range(len(table)), [_plain(name) for name in table.index])
     axes.grid(False)
     figure.colorbar(image, ax=axes, label=label)
     figure.suptitle(title, x=0.01, ha="left")
