@@ -360,10 +360,10 @@ def test_41_trains_what_records_of_one_kind_can_teach(field, tmp_path):
     named = {name.partition("/")[0] for name in results["metrics"]} - {"dense"}
     assert named == set(trained)
     claims = " ".join(claim["claim"] for claim in results["claims"])
-    assert len(results["claims"]) == {"feedback": 4, "preference": 1}[field]
+    assert len(results["claims"]) == {"feedback": 6, "preference": 1}[field]
     assert "R3" not in claims and ("R1" in claims) == ("R1" in trained)
     figures = {
-        "feedback": {"41_segment_models", "41_dense_reward"},
+        "feedback": {"41_segment_models", "41_marks", "41_dense_reward"},
         "preference": {"41_sequence_models"},
     }
     assert {figure["name"] for figure in results["figures"]} == figures[field]

@@ -1,5 +1,5 @@
-"""RewardLM: its result tables and their comparison, its dialogues, a reward without its known defects, and
-what notebook 11 pays its arms and reads from them."""
+"""RewardLM: its result tables and their comparison, its dialogues, a reward without its known defects; two
+figures of notebook 10; what notebook 11 pays its arms and reads from them."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from matplotlib.figure import Figure
 
-from lib import data, generation, logprobs, rewards, scorers, sft, tables, text, training
+from lib import data, generation, logprobs, plots, rewards, scorers, sft, tables, text, training
 from lib.course import fetch
 from lib.stats import Interval, bootstrap, paired_difference, per_prompt_best, proportion
 
@@ -41,6 +42,17 @@ def read_rewardlm_csv(path: str | Path) -> pd.DataFrame:
         table[column] = [score for score, _ in read]
         table[f"{column}_missing"] = [why for _, why in read]
     return table
+
+
+def read_tables(paths: Sequence[str]) -> dict[str, pd.DataFrame]:
+    """Result tables of RewardLM by their files' names without .csv; ValueError where two have one name."""
+    results: dict[str, pd.DataFrame] = {}
+    for path in paths:
+        stem = path.replace("\\", "/").rsplit("/", 1)[-1].removesuffix(".csv")
+        if stem in results:
+            raise ValueError(f"two files of RESULTS_CSVS are named {stem}.csv; rename one")
+        results[stem] = read_rewardlm_csv(path)
+    return results
 
 
 def load_dialoconan(path: str | Path) -> list[list[dict[str, str]]]:
@@ -124,6 +136,26 @@ def describe_condition(table: pd.DataFrame, threshold: float = 0.5, seed: int = 
     return intervals
 
 
+def missing_bounds(
+    levels: Mapping[str, Mapping[str, Interval]], threshold: float = 0.5
+) -> pd.DataFrame:
+    """What missing scores leave open, for `plots.bounds_plot`: a row a table and scorer.
+
+    `levels`: what `describe_condition` says of each table.
+    """
+    rows = []
+    for stem, intervals in levels.items():
+        for scorer in SCORE_COLUMNS:
+            key = f"{scorer}_gt_{threshold:g}/"
+            if f"{key}n" not in intervals:
+                continue
+            sides = {"value": "share_scored", "low": "share_low", "high": "share_high"}
+            sides |= {"n": "n", "n_missing": "n_missing"}
+            row = {side: intervals[key + name].value for side, name in sides.items()}
+            rows.append({"label": f"{stem} ({scorer})"} | row)
+    return pd.DataFrame(rows)
+
+
 def compare_conditions(
     tables: dict[str, pd.DataFrame], threshold: float = 0.5, seed: int = 0
 ) -> pd.DataFrame:
@@ -203,6 +235,68 @@ class CleanTextReward:
         return {"clean": -self.scorer.logit(samples.texts)} | rewards.fault_penalties(
             samples, self.penalty
         )
+
+
+# --- notebook 10 ---------------------------------------------------------------------------------
+
+
+def resampled_plot(table: pd.DataFrame, *, xlabel: str, title: str) -> Figure:
+    """What a bootstrap interval is made of: a histogram of resampled means, its middle 95 % as a bar below.
+
+    Columns group (a row of axes each), condition (a histogram each), mean (one resample each).
+    """
+    plots.use_style()
+    groups = list(dict.fromkeys(table["group"]))
+    styles = plots.condition_styles(table["condition"])
+    figure = Figure(figsize=(plots.WIDTH, 1.2 + 1.7 * len(groups)), layout="constrained")
+    rows = figure.subplots(len(groups), 1, sharex=True, squeeze=False)[:, 0]
+    edges = np.linspace(min(table["mean"].min(), 0), max(table["mean"].max(), 0), 70)
+    for axes, group in zip(rows, groups, strict=True):
+        here = {c: table["mean"][(table.group == group) & (table.condition == c)] for c in styles}
+        peak = max(np.histogram(means, edges)[0].max() for means in here.values())
+        for i, (condition, style) in enumerate(styles.items()):
+            means = here[condition]
+            counts, _ = np.histogram(means, edges)
+            axes.stairs(counts, edges, color=style["color"], fill=True, alpha=0.35)
+            axes.stairs(counts, edges, color=style["color"], ls=style["linestyle"], label=condition)
+            low, high = np.percentile(means, [2.5, 97.5])
+            axes.plot([low, high], [-peak * (0.09 + 0.11 * i)] * 2, color=style["color"], lw=4)
+        axes.axvline(0, color="0.3", lw=1, ls=(0, (2, 2)))
+        axes.set_title(group, loc="left", fontsize=11)
+        axes.set_yticks([])
+    rows[-1].set(xlabel=xlabel)
+    figure.suptitle(title[:1].upper() + title[1:], x=0.01, ha="left")
+    figure.legend(*rows[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    return figure
+
+
+def agreement_plot(table: pd.DataFrame, *, threshold: float = 0.5, title: str) -> Figure:
+    """Two scorers on the same texts: darker where more texts lie; each corner says its share.
+
+    `table`: two columns of scores in [0, 1], a row a text; texts with a missing score are left out.
+    """
+    plots.use_style()
+    known = table.dropna()
+    first, second = table.columns
+    figure = Figure(figsize=(plots.WIDTH, 5.2), layout="constrained")
+    axes = figure.subplots()
+    x, y = known[first], known[second]
+    dots = axes.hexbin(
+        x, y, gridsize=35, extent=(0, 1, 0, 1), bins="log", mincnt=1, cmap="cividis_r"
+    )
+    for place in (axes.axvline, axes.axhline):
+        place(threshold, color="0.3", lw=1, ls=(0, (2, 2)))
+    for right in (False, True):
+        for top in (False, True):
+            inside = ((x >= threshold) == right) & ((y >= threshold) == top)
+            at = (0.98 if right else 0.02, 1.01 if top else -0.01)
+            sides = {"ha": "right" if right else "left", "va": "bottom" if top else "top"}
+            axes.text(*at, f"{inside.mean():.1%}", weight="bold", **sides)
+    axes.set(xlabel=first, ylabel=second, xlim=(-0.02, 1.02), ylim=(-0.07, 1.07), aspect="equal")
+    axes.grid(False)
+    figure.colorbar(dots, ax=axes, label="texts")
+    figure.suptitle(title, x=0.01, ha="left")
+    return figure
 
 
 # --- notebook 11 ---------------------------------------------------------------------------------

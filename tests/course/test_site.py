@@ -16,13 +16,11 @@ from lib.course import address, notebooks, site
 ROOT = Path(__file__).parents[2]
 # Figures whose alt text is still the caption; a notebook leaves this list when it is rewritten.
 ALT_IS_CAPTION = {
-    "10_toxicity_meter",
     "21_ratings_vs_rankings",
     "22_reward_models_best_of_n",
     "30_refine_with_language_feedback",
     "31_learn_from_refinements",
     "40_collect_fine_grained_feedback",
-    "41_fine_grained_reward_models",
     "43_detoxify_with_dense_rewards",
     "51_alt_on_a_real_model",
 }

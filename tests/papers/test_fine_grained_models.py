@@ -126,6 +126,40 @@ def test_relations_see_what_is_copied_and_what_is_not():
     assert again[equal_before] > 0.9 and copied[equal_before] == 0
 
 
+def test_passages_read_apart_are_not_cut_and_reach_relations_alone():
+    long = [("t", "The old king saw nobody. " * 40 + "The lake is old.")]
+    prompts = [
+        qa.prompt("What is a lake?", long),
+        qa.prompt("What is a lake?", [("t", "Cats sat.")]),
+    ]
+    answer = "The lake is old. Where stupid dog mat?"
+    apart = model_of("sentence", max_length=64, apart=True)
+    rows = apart.features(prompts * 2, [answer] * 4)  # nothing is cut: no warning
+    equal_in_passage = 10
+    relations = [row[:, -fg.RELATIONS :] for row in rows]
+    assert relations[0][0, equal_in_passage] > 0.9 > relations[1][0, equal_in_passage]
+    width = rows[0].shape[1] - fg.RELATIONS
+    torch.testing.assert_close(rows[0][:, :width], rows[1][:, :width])
+    for i in (0, 1):  # whatever the batch
+        torch.testing.assert_close(rows[i], rows[i + 2])
+        alone = apart.features(prompts[i : i + 1], [answer])[0]
+        torch.testing.assert_close(rows[i], alone, atol=1e-5, rtol=1e-4)
+    read = {}
+    again = [apart.features(prompts, [answer] * 2, read=read) for _ in range(2)]
+    assert read and all(torch.equal(a, b) for a, b in zip(*again, strict=True))
+    with pytest.warns(UserWarning, match="cut to 64 tokens: 1 prompts"):
+        whole = model_of("sentence", max_length=64).features(prompts[:1], [answer])[0]
+    assert whole[0, equal_in_passage - fg.RELATIONS] < 0.9
+    with pytest.raises(ValueError, match="relations=False"):
+        model_of("sentence", relations=False, apart=True)
+
+
+def test_a_sentence_too_long_is_cut_and_counted():
+    model = model_of("sentence", max_length=24, apart=True)
+    with pytest.warns(UserWarning, match="cut to 24 tokens: 1 prompts"):
+        model.features([qa.prompt("who", [("t", "word " * 50)])], ["the cat sat."])
+
+
 def test_cuts_are_counted_and_the_question_stays():
     model = model_of("sentence", max_length=24)
     prompt = qa.prompt("who won", [("t", "word " * 50)])

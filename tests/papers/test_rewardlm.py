@@ -70,6 +70,54 @@ def test_tables_of_different_models_are_not_paired():
     assert len(rewardlm.compare_conditions({"mine": one, "yours": one})) == 2
 
 
+def test_bounds_of_missing_scores_stand_a_row_for_each_scorer_that_a_table_has():
+    rows = [("a", 0.9, 0.6, 0.8), ("b", 0.2, 0.7, nan), ("c", 0.8, 0.1, 0.2), ("d", 0.8, 0.1, 0.2)]
+    levels = {"both": rewardlm.describe_condition(table(rows))}
+    levels["one"] = rewardlm.describe_condition(table(rows).drop(columns="pro_API_response_score"))
+    found = rewardlm.missing_bounds(levels).set_index("label")
+    assert list(found.index) == ["both (perspective)", "both (roberta)", "one (roberta)"]
+    row = found.loc["both (perspective)"]
+    assert (row.value, row.low, row.high) == (pytest.approx(1 / 3), 0.25, 0.5)
+    assert (row.n, row.n_missing) == (4, 1)
+
+
+def test_two_tables_of_one_name_are_refused(tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        lines = "prompts,responses,prompt_score,response_score\np,r,0.5,0.5\n"
+        (tmp_path / folder / "x_PT.csv").write_text(lines)
+    one, two = (str(tmp_path / folder / "x_PT.csv") for folder in ("a", "b"))
+    assert list(rewardlm.read_tables([one])) == ["x_PT"]
+    with pytest.raises(ValueError, match="two files of RESULTS_CSVS are named x_PT.csv"):
+        rewardlm.read_tables([one, two])
+
+
+# --- notebook 10 ---------------------------------------------------------------------------------
+
+
+def test_resampled_plot_draws_the_middle_95_percent_of_each_condition():
+    means = np.linspace(0, 1, 201)
+    parts = [
+        pd.DataFrame({"mean": means + i, "group": group, "condition": condition})
+        for i, (group, condition) in enumerate([("g", "a"), ("g", "b"), ("h", "a"), ("h", "b")])
+    ]
+    figure = rewardlm.resampled_plot(pd.concat(parts), xlabel="x", title="t")
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["g", "h"]
+    for number, axes in enumerate(figure.axes):
+        bars = [line.get_xdata() for line in axes.lines if line.get_linewidth() == 4]
+        expected = [[2 * number + i + 0.025, 2 * number + i + 0.975] for i in (0, 1)]
+        np.testing.assert_allclose(bars, expected)
+
+
+def test_agreement_plot_says_each_corner_share_without_missing_scores():
+    scores = pd.DataFrame({"one": [0.1, 0.5, 0.9, 0.9, nan], "two": [0.1, 0.2, 0.5, 0.4, 0.9]})
+    figure = rewardlm.agreement_plot(scores, title="t")
+    axes = figure.axes[0]
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("one", "two")
+    # left below, left above, right below, right above
+    assert [text.get_text() for text in axes.texts] == ["25.0%", "0.0%", "50.0%", "25.0%"]
+
+
 # --- notebook 11 ---------------------------------------------------------------------------------
 
 LINES = ["the cat", "a dog", "you are", "the man"]

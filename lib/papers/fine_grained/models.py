@@ -254,6 +254,7 @@ class _Row(NamedTuple):
     owner: np.ndarray  # (response tokens without the end token,) the segment of each
     segments: int
     question: int  # tokens up to the question's end
+    pieces: tuple[tuple[int, ...], ...] = ()  # the passages' sentences, each read by itself
 
 
 class FineGrainedModel(reward_models.RewardModel):
@@ -261,15 +262,23 @@ class FineGrainedModel(reward_models.RewardModel):
 
     `unit`: segments as `Segmenter` cuts them.  `context=False` leaves the passages out of the prompt (R1).
     `relations`: also the 20 numbers of `_relations`, without which a frozen encoder sees little.
+    `apart`: question and answer are read together and each sentence of the passages by itself, so that none
+    is cut; segments then meet the passages in their relations alone.
     `mean`, `std`: of the scores, for normalising rewards; `fit_normaliser` measures them and `save` keeps
     them.  A prompt too long loses its end; `truncated` counts it, and segments cut off or without a token.
     """
 
     def __init__(
-        self, backbone, tokenizer, *, unit: str, context: bool = True, relations: bool = True, **options
+        self, backbone, tokenizer, *, unit: str, context: bool = True, relations: bool = True,
+        apart: bool = False, **options
     ):  # fmt: skip
         super().__init__(backbone, tokenizer, **options)
+        if apart and not relations:
+            raise ValueError(
+                "passages that are read apart are seen by relations alone; relations=False."
+            )
         self.segmenter, self.context, self.relations = Segmenter(unit), context, relations
+        self.apart = apart
         self.truncated["segments"] = 0
         marks = (
             (tokenizer.cls_token_id, tokenizer.bos_token_id),
@@ -293,18 +302,32 @@ class FineGrainedModel(reward_models.RewardModel):
 
     def settings(self) -> dict[str, object]:
         own = {"unit": self.segmenter.unit, "context": self.context, "relations": self.relations}
+        own["apart"] = self.apart
         inherited = super().settings()
         return own | {name: inherited[name] for name in ("max_length", "padding_side")}
 
     def encode(self, prompts: Sequence[str], responses: Sequence[str]) -> list[_Row]:
         """Token ids of each row, [CLS] prompt [SEP] | response [SEP], and the segment of each token."""
         check_texts(prompts), check_texts(responses)
-        return [self._row(*both) for both in zip(prompts, responses, strict=True)]
+        rows = [self._row(*both) for both in zip(prompts, responses, strict=True)]
+        if not (self.apart and self.context):
+            return rows
+        pieces = {prompt: self._pieces(prompt) for prompt in dict.fromkeys(prompts)}
+        return [row._replace(pieces=pieces[p]) for row, p in zip(rows, prompts, strict=True)]
+
+    def _pieces(self, prompt: str) -> tuple[tuple[int, ...], ...]:
+        """Token ids of each sentence of the passages, at most `max_length` with the marks around them."""
+        room = self.max_length - sum(map(len, self._marks))
+        sentences = Segmenter("sentence").texts(prompt.partition(" context: ")[2])
+        ids = [encoding.bare_ids(self.tokenizer, sentence) for sentence in sentences]
+        self.truncated["prompts"] += any(len(piece) > room for piece in ids)
+        return tuple(tuple(piece[:room]) for piece in ids if piece)
 
     def _row(self, prompt: str, response: str) -> _Row:
         tokenizer = self.tokenizer
         question = prompt.partition(" context: ")[0]
-        before = encoding.bare_ids(tokenizer, prompt if self.context else question)
+        whole = self.context and not self.apart
+        before = encoding.bare_ids(tokenizer, prompt if whole else question)
         ids, places = encoding.token_places(tokenizer, response)
         start, stop = self._marks
         marks = len(start) + 2 * len(stop)
@@ -329,21 +352,40 @@ class FineGrainedModel(reward_models.RewardModel):
         """.logits (segments of all rows, 1)."""
         return SequenceClassifierOutput(logits=self.read(torch.cat(self._features(rows))))
 
-    def _features(self, rows: Sequence[_Row]) -> list[torch.Tensor]:
-        """(segments, width) of each row; NaN for a segment without a token."""
+    def _features(self, rows: Sequence[_Row], read: dict | None = None) -> list[torch.Tensor]:
+        """(segments, width) of each row; NaN for a segment without a token.  `read`: as in `features`."""
         inputs = super().batch([(row.context, row.response) for row in rows])
         hidden = self.hidden(**inputs)
         padding = (inputs["attention_mask"].argmax(1)).tolist()
-        return [
-            _segment_features(h[p:], inputs["input_ids"][i, p:], row, self.relations)
-            for i, (h, p, row) in enumerate(zip(hidden, padding, rows, strict=True))
-        ]
+        read = self._read_apart(rows, {} if read is None else read)
+        features = []
+        for states, ids, p, row in zip(hidden, inputs["input_ids"], padding, rows, strict=True):
+            beside = [read[piece] for piece in row.pieces]
+            features.append(_segment_features(states[p:], ids[p:], row, self.relations, beside))
+        return features
+
+    def _read_apart(self, rows: Sequence[_Row], read: dict) -> dict[tuple[int, ...], torch.Tensor]:
+        """`read` with the states (tokens, width) of each sentence that rows have beside them."""
+        wanted = dict.fromkeys(piece for row in rows for piece in row.pieces)
+        pieces = [piece for piece in wanted if piece not in read]
+        start, stop = self._marks
+        for places in encoding.token_batches([len(piece) for piece in pieces], 8192):
+            inputs = super().batch([([*start, *pieces[i], *stop], []) for i in places])
+            padding = inputs["attention_mask"].argmax(1) + len(start)
+            for i, states, p in zip(places, self.hidden(**inputs), padding.tolist(), strict=True):
+                read[pieces[i]] = states[p : p + len(pieces[i])]
+        return read
 
     @torch.no_grad()
     def features(
-        self, prompts: Sequence[str], responses: Sequence[str], *, tokens_per_batch: int = 8192
-    ) -> list[torch.Tensor]:
-        """Features (segments, width) of each response on the CPU; warns of what was cut."""
+        self, prompts: Sequence[str], responses: Sequence[str], *, tokens_per_batch: int = 8192,
+        read: dict[tuple[int, ...], torch.Tensor] | None = None,
+    ) -> list[torch.Tensor]:  # fmt: skip
+        """Features (segments, width) of each response on the CPU; warns of what was cut.
+
+        `read`: states of passages' sentences by their token ids, from a model on the same encoder; what is
+        missing in it is put there (for passages read apart).
+        """
         before = dict(self.truncated)
         rows = self.encode(prompts, responses)
         cut = {k: v - before[k] for k, v in self.truncated.items() if v > before[k]}
@@ -353,9 +395,11 @@ class FineGrainedModel(reward_models.RewardModel):
         results: list[torch.Tensor] = [None] * len(rows)
         bar = runtime.progress(total=len(rows), label="segment features", unit="text")
         lengths = [len(row.context) + len(row.response) for row in rows]
+        # answers to one prompt side by side, so that its passages are read once
+        shared = reward_models.number_prompts(prompts) if self.apart else None
         with models.fast_float32(self):
-            for places in encoding.token_batches(lengths, tokens_per_batch):
-                features = self._features([rows[i] for i in places])
+            for places in encoding.token_batches(lengths, tokens_per_batch, together=shared):
+                features = self._features([rows[i] for i in places], read)
                 for i, row in zip(places, features, strict=True):
                     results[i] = row.float().cpu()
                 bar.update(len(places))
@@ -397,8 +441,16 @@ class FineGrainedModel(reward_models.RewardModel):
         self.normaliser.copy_(torch.tensor([values.mean(), std], dtype=torch.float64))
 
 
-def _segment_features(hidden, ids, row: _Row, relations: bool) -> torch.Tensor:
-    """(segments, width): mean state of each segment's tokens, and its relations."""
+def _segment_features(hidden, ids, row: _Row, relations: bool, beside=()) -> torch.Tensor:
+    """(segments, width): mean state of each segment's tokens, and its relations.
+
+    `beside`: states of the row's `pieces`; they take the place of passages in the context.
+    """
+    if beside:
+        n, passages = len(row.context), [t for piece in row.pieces for t in piece]
+        hidden = torch.cat([hidden[:n], *beside, hidden[n:]])
+        ids = torch.cat([ids[:n], ids.new_tensor(passages), ids[n:]])
+        row = row._replace(context=[*row.context, *passages])
     owner = torch.as_tensor(row.owner, device=hidden.device)
     numbers = torch.arange(row.segments, device=hidden.device)
     member = (owner[:, None] == numbers).to(hidden.dtype)  # (tokens, segments)
@@ -582,23 +634,35 @@ def out_of_fold(
     results = [None] * len(folds)
     for fold in np.unique(folds):
         model.load_state_dict(fresh, strict=False)
-        train, test = folds != fold, np.flatnonzero(folds == fold)
-        chosen = (
-            None if features is None else [x for x, k in zip(features, train, strict=True) if k]
-        )
-        part = subset(feedback, train)
-        if _usable(model, part, chosen).any():
-            place = None if folder is None else Path(folder) / f"fold-{fold}"
-            fit(model, part, config, features=chosen, balance=balance, folder=place)
-        if features is None:
-            texts = ([side[i] for i in test] for side in (feedback.prompts, feedback.responses))
-            scores = model.score_segments(*texts)
-        else:
-            scores = model.score_features([features[i] for i in test])
-        for i, row in zip(test, scores, strict=True):
+        place = None if folder is None else Path(folder) / f"fold-{fold}"
+        options = {"features": features, "balance": balance, "folder": place}
+        scores = score_the_rest(model, feedback, folds != fold, config, **options)
+        for i, row in zip(np.flatnonzero(folds == fold), scores, strict=True):
             results[i] = row
     model.load_state_dict(fresh, strict=False)
     return results
+
+
+def score_the_rest(
+    model: FineGrainedModel, feedback: Feedback, train: np.ndarray, config: TrainConfig, *,
+    features: Sequence[torch.Tensor] | None = None, balance: bool = False,
+    folder: Path | str | None = None,
+) -> list[np.ndarray]:  # fmt: skip
+    """Train in place on the rows where `train` (rows,) is true; scores (segments,) of each other row.
+
+    Where the training rows teach nothing, the model stays as it is.
+    """
+    part, test = subset(feedback, train), np.flatnonzero(~train)
+    chosen = None
+    if features is not None:
+        chosen = [x for x, kept_row in zip(features, train, strict=True) if kept_row]
+    if _usable(model, part, chosen).any():
+        fit(model, part, config, features=chosen, balance=balance, folder=folder)
+    if features is not None:
+        return model.score_features([features[i] for i in test])
+    return model.score_segments(
+        [feedback.prompts[i] for i in test], [feedback.responses[i] for i in test]
+    )
 
 
 # --- a stand-in where no people's feedback is at hand --------------------------------------------

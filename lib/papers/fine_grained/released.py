@@ -72,7 +72,9 @@ class ReleasedModel(fine_grained.FineGrainedModel):
         context = start + before
         return fine_grained._Row(context, after + stop, read, len(spans), len(context))
 
-    def _features(self, rows: Sequence[fine_grained._Row]) -> list[torch.Tensor]:
+    def _features(
+        self, rows: Sequence[fine_grained._Row], read: dict | None = None
+    ) -> list[torch.Tensor]:
         """(segments, width) of each row; NaN for a segment that was cut off."""
         pairs = [(row.context, row.response) for row in rows]
         inputs = reward_models.RewardModel.batch(self, pairs)
