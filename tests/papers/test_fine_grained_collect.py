@@ -1,6 +1,7 @@
 """What notebook 40 measures on collected feedback, its simulated annotators, and the policy that answers."""
 
 import copy
+import json
 
 import numpy as np
 import pandas as pd
@@ -29,6 +30,17 @@ def test_labels_of_an_answer_are_counted_by_category(records):
     assert table.loc[3].to_dict() == {"C1": 0, "C2": 0, "C3": 0, "labels": 0, "categories": 0}
     assert table.loc[9, ["C1", "labels", "categories"]].tolist() == [2, 4, 3]
     assert table.labels.sum() == qa.class_counts(records)["count"].sum()
+
+
+def test_marks_are_read_out(records):
+    table = qa.marks_table(records[0])
+    assert table.text.tolist()[:2] == [
+        "6,000 years ago",
+        "Salmon returned to the River Sund in 2004.",
+    ]
+    assert table.category.tolist() == ["C2", "C1", "C3"]
+    assert table["where"].tolist()[::2] == ["answer, characters 28 to 43", "passage 1, sentence 3"]
+    assert table.text[2] == records[0]["passages"][0][3]
 
 
 def test_length_gap_is_a_difference_of_means():
@@ -119,13 +131,38 @@ def test_agreement_falls_with_noise_and_counts_records(records):
 # --- the policy that answers ---------------------------------------------------------------------
 
 
-def test_questions_of_records_are_shuffled_by_the_seed():
-    page = {"wikipage": "T", "content": "P"}
-    records = [{"question": f"{i}", "passages": [page], "answer": [f"a{i}", "x"]} for i in range(9)]
-    rows = first_policy.from_records(records, seed=1)
-    assert sorted(rows) == [(f"{i}", [("T", "P")], f"a{i}") for i in range(9)]
-    assert rows == first_policy.from_records(records, seed=1)
-    assert rows != first_policy.from_records(records, seed=2)
+def test_questions_of_a_file_are_shuffled_by_the_seed_and_fit_whole(tiny, tmp_path):
+    records = []
+    for number in range(9):
+        page = {"wikipage": "dog", "content": "the dog ran . " * (40 if number == 4 else 1)}
+        record = {"question": f"{number}", "passages": [page], "answer": [f"a{number}", "x"]}
+        record["text"] = qa.prompt(record["question"], qa.passages_of(record))
+        records.append(record)
+    path = tmp_path / "q.json"
+    path.write_text(json.dumps(records))
+    rows = {
+        seed: first_policy.from_file(path, tokenizer=tiny[1], max_prompt=None, seed=seed)
+        for seed in (1, 2)
+    }
+    assert sorted(rows[1]) == sorted(rows[2]) and rows[1] != rows[2]
+    assert {(question, answer) for question, _, answer in rows[1]} == {
+        (f"{i}", f"a{i}") for i in range(9)
+    }
+    short = first_policy.from_file(path, tokenizer=tiny[1], max_prompt=60, seed=1)
+    assert short == [row for row in rows[1] if row[0] != "4"]
+    with pytest.raises(ValueError, match="no prompt is within 3"):
+        first_policy.from_file(path, tokenizer=tiny[1], max_prompt=3)
+
+
+def test_questions_come_from_files_or_our_records_or_wikipedia(records, tiny, tmp_path):
+    how = {"tokenizer": tiny[1], "max_prompt": None, "words": (30, 80)}
+    train, held_out = first_policy.train_and_held_out((7, 2), files=["", ""], own=records, **how)
+    assert [len(train), len(held_out)] == [7, 2] and train[0][2] == records[0]["gold"]
+    with pytest.raises(ValueError, match="give both files"):
+        first_policy.train_and_held_out((1, 1), files=["a.json", ""], own=records, **how)
+    asset("wikipedia")
+    train, held_out = first_policy.train_and_held_out((3, 2), files=["", ""], own=[], **how)
+    assert train + held_out == first_policy.wikipedia_pairs(5, words=(30, 80))
 
 
 def test_wikipedia_pairs_answer_from_the_right_lead():
@@ -176,6 +213,20 @@ def written(figure):
     """Everything written in a figure."""
     FigureCanvasAgg(figure).draw()
     return {text.get_text() for text in figure.findobj(lambda x: hasattr(x, "get_text"))}
+
+
+def test_pieces_of_a_record_are_its_answer_and_its_marks(records):
+    pieces = figures.pieces_of(records[0], "Ann")
+    assert (
+        " ".join(piece.strip() for _, piece, _, _ in pieces).strip() == records[0]["prediction 1"]
+    )
+    assert [note for *_, note in pieces if note] == [
+        "[Wrong-Grounding]",
+        "[Irrelevant]",
+        "[Missing-Minor-Auxiliary]",
+    ]
+    assert [value for _, _, value, _ in pieces][:4] == [1, -1, 1, -1]
+    assert len(figures.pieces_of(records[3], "Ann")) == 1
 
 
 def test_label_counts_stack_answers_by_categories(records):

@@ -49,6 +49,23 @@ def marked_text(table: pd.DataFrame, *, title: str, label: str, per_line: int = 
     return figure
 
 
+def pieces_of(record: dict, row: str) -> list[tuple[str, str, float, str]]:
+    """A record's marks as rows of `marked_text` (row, piece, value, note): what no span covers is right.
+
+    Each span is wrong, with its type as note; missing pieces follow in grey.
+    """
+    text, pieces, last = record["prediction 1"], [], 0
+    for error in sorted(record["feedback"]["errors"], key=lambda e: e["start"]):
+        start, end = error["start"], error["end"]
+        pieces.append((row, text[last:start], 1.0, ""))
+        pieces.append((row, text[start:end], -1.0, f"[{error['error type']}]"))
+        last = end
+    pieces.append((row, text[last:], 1.0, ""))
+    missing = [piece["error type"] for piece in record["feedback"]["missing-info"]]
+    pieces += [(row, "", np.nan, f"[{kind}]") for kind in missing]
+    return [piece for piece in pieces if piece[1].strip() or piece[3]]
+
+
 def roc_curves(table: pd.DataFrame, *, title: str) -> Figure:
     """Share of wrong segments found against share of fine ones called wrong, for every threshold.
 

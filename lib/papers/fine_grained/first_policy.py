@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -22,11 +23,26 @@ Question = tuple[str, list[tuple[str, str]], str]  # question, (title, text) of 
 _DEFINITION = re.compile(r"[A-Z][^.!?]{30,200} (?:is|was|are|were) [^.!?]{20,200}[.]")
 
 
-def from_records(records: Sequence[dict], seed: int = 0) -> list[Question]:
-    """Questions of `schema.load_questions` with their first answer, in a seeded order."""
-    rows = [(r["question"], schema.passages_of(r), r["answer"][0]) for r in records]
+def from_file(
+    path: Path | str, *, tokenizer: PreTrainedTokenizerBase, max_prompt: int | None, seed: int = 0
+) -> list[Question]:
+    """Questions of a file of `schema.load_questions` with their first answer, in a seeded order.
+
+    `max_prompt`: only those whose whole prompt is within so many tokens; ValueError where none is.
+    """
+    rows = [
+        (r["question"], schema.passages_of(r), r["answer"][0]) for r in schema.load_questions(path)
+    ]
     order = np.random.default_rng(seed).permutation(len(rows))
-    return [rows[i] for i in order]
+    rows = [rows[i] for i in order]
+    if max_prompt is None:
+        return rows
+    prompts = [schema.prompt(question, passages, "") for question, passages, _ in rows]
+    sizes = [schema.prompt_size(tokenizer, prompt) for prompt in prompts]
+    fit = [row for row, size in zip(rows, sizes, strict=True) if size <= max_prompt]
+    if not fit:
+        raise ValueError(f"{path}: no prompt is within {max_prompt} tokens. Try a larger SCALE.")
+    return fit
 
 
 def wikipedia_pairs(n: int, *, words: tuple[int, int], seed: int = 0) -> list[Question]:
@@ -49,6 +65,26 @@ def wikipedia_pairs(n: int, *, words: tuple[int, int], seed: int = 0) -> list[Qu
         order = rng.permutation(2)
         pairs.append((f"What is {asked['title']}?", [passages[i] for i in order], answer))
     return pairs
+
+
+def train_and_held_out(
+    counts: tuple[int, int], *, files: Sequence[Path | str], own: Sequence[dict],
+    tokenizer: PreTrainedTokenizerBase, max_prompt: int | None, words: tuple[int, int], seed: int = 0,
+) -> list[list[Question]]:  # fmt: skip
+    """Questions to train on and held-out ones, at most so many: of two files, else of `own` records, else
+    of Wikipedia's leads.
+
+    files, max_prompt: see `from_file`; ValueError for one file alone.  own: feedback records, of which the
+    reference answers are taken.  words: see `wikipedia_pairs`.
+    """
+    if any(files):
+        if not all(files):
+            raise ValueError(f"{' '.join(map(str, files))}: give both files, or neither of them.")
+        how = {"tokenizer": tokenizer, "max_prompt": max_prompt, "seed": seed}
+        return [from_file(path, **how)[:n] for path, n in zip(files, counts, strict=True)]
+    rows = [(r["question"], schema.passages_of(r), r["gold"]) for r in own]
+    rows = rows or wikipedia_pairs(sum(counts), words=words, seed=seed)
+    return [rows[: counts[0]], rows[counts[0] : sum(counts)]]
 
 
 def fitted_prompts(

@@ -364,6 +364,22 @@ def span_table(records: Sequence[dict]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=names)
 
 
+def marks_table(record: dict) -> pd.DataFrame:
+    """One row for each label of a record, read out: type, category, where, text (marked, or missing)."""
+    rows = []
+    for error in record["feedback"]["errors"]:
+        kind, start, end = error["error type"], error["start"], error["end"]
+        text = record["prediction 1"][start:end]
+        rows.append((kind, CATEGORIES[kind], f"answer, characters {start} to {end}", text))
+    for piece in record["feedback"]["missing-info"]:
+        passage = record["passages"][piece["passage_id"] - 1]
+        numbers = piece["sentence_id"]
+        where = f"passage {piece['passage_id']}, sentence {', '.join(map(str, numbers))}"
+        text = " ".join(passage[number] for number in numbers)
+        rows.append((piece["error type"], "C3", where, text))
+    return pd.DataFrame(rows, columns=["type", "category", "where", "text"])
+
+
 def class_counts(records: Sequence[dict], seed: int = 0) -> pd.DataFrame:
     """For each error type, spans or missing pieces: count, and per answer with an interval over records.
 
