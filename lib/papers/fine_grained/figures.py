@@ -157,7 +157,7 @@ def span_lengths(
         if len(words):
             axes.axvline(words.median(), color="black", lw=1.5)
         name = f"{kind}, {len(words)} spans, median {words.median():.0f} words"
-        axes.text(0.98, 0.6, name, transform=axes.transAxes, ha="right")
+        axes.text(0.98, 0.72, name, transform=axes.transAxes, ha="right")
         axes.set_yticks([])
     rows[-1].set(xlabel=f"words in a span (last bar: over {longest})")
     figure.supylabel("share of the type's spans", fontsize=10)
