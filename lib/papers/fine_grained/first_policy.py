@@ -80,8 +80,8 @@ def train_and_held_out(
     if any(files):
         if not all(files):
             raise ValueError(f"{' '.join(map(str, files))}: give both files, or neither of them.")
-        how = {"tokenizer": tokenizer, "max_prompt": max_prompt, "seed": seed}
-        return [from_file(path, **how)[:n] for path, n in zip(files, counts, strict=True)]
+        options = {"tokenizer": tokenizer, "max_prompt": max_prompt, "seed": seed}
+        return [from_file(path, **options)[:n] for path, n in zip(files, counts, strict=True)]
     rows = [(r["question"], schema.passages_of(r), r["gold"]) for r in own]
     rows = rows or wikipedia_pairs(sum(counts), words=words, seed=seed)
     return [rows[: counts[0]], rows[counts[0] : sum(counts)]]
