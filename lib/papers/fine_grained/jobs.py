@@ -41,8 +41,8 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 
 from lib import generation, models, ppo, reward_models, rewards, runtime, sft, tables
+from lib.papers.fine_grained import first_policy, released, rouge
 from lib.papers.fine_grained import models as fine_grained
-from lib.papers.fine_grained import released, rouge
 from lib.papers.fine_grained import schema as qa
 
 DATA = {  # file -> records in the released one
@@ -237,8 +237,8 @@ def train_sft(chain: Chain, stage: str) -> dict:
     answers = [record["answer"][0] for record in train]
     prompts = fitted_prompts(chain, tokenizer, train)
     rows = sft.encode_completions(tokenizer, prompts, answers, model=policy)
-    for row in rows:  # the answer's own limit; max_length is the prompt's
-        row["input_ids"], row["labels"] = _cut_answer(row, chain.max_answer)
+    # the answer's own limit; max_length is the prompt's
+    rows = [first_policy.cut_answer(row, chain.max_answer) for row in rows]
     best = BestEpoch(home / "work" / "best", partial(rouge_of, chain, tokenizer, dev))
     history = sft.train_sft(
         policy,
@@ -260,11 +260,6 @@ def train_sft(chain: Chain, stage: str) -> dict:
     card = {"settings": settings, "metrics": result, "data": [prompts, answers]}
     models.save(policy, tokenizer, chain.model(stage), card=card)
     return result
-
-
-def _cut_answer(row: dict, most: int) -> tuple[list[int], list[int]]:
-    prompt = row["labels"].count(sft.NO_LOSS)
-    return row["input_ids"][: prompt + most], row["labels"][: prompt + most]
 
 
 def rouge_of(chain: Chain, tokenizer, records: Sequence[dict], policy) -> float:
