@@ -45,7 +45,7 @@ papers/        what one paper alone needs: rewardlm, sparse_feedback, ilf, fine_
 course/        what makes a notebook run: assets, gguf, fetch, record, place, show, notebooks, runner, report,
                site, publish, cli;
                arms, draw, confirm: effects of arms, their figures, the fresh seeds that decide;
-               jobs: a training stage on several processes, through accelerate launch;
+               launch: a training stage on several processes;
                address, install, lab: where it comes from, a hosted Jupyter, JupyterLab;
                items, gate, annotators: what the local annotators judge, how well, their stored replies
 """

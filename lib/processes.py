@@ -7,6 +7,7 @@
     share     which of so many rows are mine; random numbers are drawn for all rows and cut the same way
     joined    everybody's rows in their order, for everybody
     once      what the main process alone does: ask a judge that costs money, decide
+    is_there  whether a file is there, asked before anyone may write it
     passes    several passes on one batch, of which the last adds the gradients up
 
 A loss is a mean over the *whole* batch: each process divides by what all of them count, and multiplies by
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -84,6 +86,13 @@ def once(make: Callable, *arguments) -> object:
         return make(*arguments)
     made = [make(*arguments) if is_main() else None]
     return broadcast_object_list(made)[0]
+
+
+def is_there(path: Path) -> bool:
+    """Whether the file is there: every process looks before the main one goes on and may write it."""
+    there = path.exists()
+    wait()
+    return there
 
 
 def passes(parts: Sequence, network: torch.nn.Module, accelerator: Accelerator) -> Iterator[object]:

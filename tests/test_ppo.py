@@ -5,7 +5,6 @@ import dataclasses
 import math
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path

@@ -6,22 +6,22 @@ import torch
 from safetensors.torch import load_file
 
 from lib import processes, sft, training
-from lib.course import jobs
+from lib.course.launch import launch
 from tests import two_processes
 from tests.two_processes import TRAININGS
 
 # --- two processes equal one -----------------------------------------------------------------------
 
 
-def launch(out, names, *more):
-    jobs.launch("tests.two_processes", str(out), ",".join(names), *more, processes=2)
+def train_on_two(out, names, *more):
+    launch("tests.two_processes", str(out), ",".join(names), *more, processes=2)
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     """The folder where two processes left what they trained."""
     out = tmp_path_factory.mktemp("two")
-    launch(out, TRAININGS)
+    train_on_two(out, TRAININGS)
     return out
 
 
@@ -49,10 +49,10 @@ def test_files_are_written_once(two):
 
 def test_both_killed_they_go_on_to_the_same_end(tmp_path):
     with pytest.raises(RuntimeError, match="on 2 processes ended with"):
-        launch(tmp_path, ["SFT"], "5")
+        train_on_two(tmp_path, ["SFT"], "5")
     assert (tmp_path / "runs" / "SFT" / "checkpoint-3").exists()
     assert not (tmp_path / "SFT.csv").exists()
-    launch(tmp_path, ["SFT"])
+    train_on_two(tmp_path, ["SFT"])
     assert_same(tmp_path, "SFT", *TRAININGS["SFT"](None))
 
 
@@ -102,7 +102,7 @@ def test_rows_that_are_accumulated_are_one_batch():
 
 def test_what_launch_runs_says_why_it_failed():
     with pytest.raises(RuntimeError, match="No module named .*nowhere"):
-        jobs.launch("nowhere", "a", processes=2)
+        launch("nowhere", "a", processes=2)
 
 
 # --- the last net ----------------------------------------------------------------------------------

@@ -764,18 +764,12 @@ class _Store:
     def rows(self, iteration: int, stage: str, make: Callable, *arguments) -> list[dict]:
         """The stage's rows: as they were stored, or made and stored."""
         path = self.path(iteration, stage)
-        if self._is_there(path):
+        if path and processes.is_there(path):
             return training.read_rows(path)
         rows = make(*arguments)
         if path and processes.is_main():
             training.write_rows(path, rows)
         return rows
-
-    def _is_there(self, path: Path | None) -> bool:
-        """Whether the file is stored: all processes look before the main one goes on and may write it."""
-        there = bool(path) and path.exists()
-        processes.wait()
-        return there
 
     def items(self, iteration: int, stage: str, make: Callable, *arguments) -> list[labels.Item]:
         """The same for items."""
@@ -785,7 +779,7 @@ class _Store:
     def pool(self, iteration: int, fill: Callable, pool, items) -> labels.DataPool:
         """The same for the pool."""
         path = self.path(iteration, "pool")
-        if self._is_there(path):
+        if path and processes.is_there(path):
             return labels.DataPool.load(path, self.task.labeller, self.replay)
         pool = fill(pool, items)
         if path and processes.is_main():

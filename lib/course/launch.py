@@ -1,6 +1,6 @@
-"""Training stages on several processes: `accelerate launch` of a module, as a notebook calls it.
+"""A training stage on several processes: `accelerate launch` of a module, as a notebook calls it.
 
-A stage is a function of a JSON file that leaves its files in a folder: a notebook with `PROCESSES = 1` calls
+A stage is a function of a JSON file that leaves its files in a folder.  With `PROCESSES = 1` a notebook calls
 it, with `PROCESSES = n` it has n processes call it, and reads the same files either way.
 """
 
@@ -17,24 +17,24 @@ CONFIGS = Path(__file__).with_name("accelerate")
 
 
 def command(module: str, *arguments: str, processes: int, config: str = "ddp") -> list[str]:
-    """`accelerate launch` of `python -m module arguments`; `config` is a file of `accelerate/`, or a path."""
-    path = CONFIGS / f"{config}.yaml"
-    if not path.exists():
-        path = Path(config)
+    """`accelerate launch` of `python -m module arguments`; `config`: a file of `accelerate/`, or a path."""
+    shipped = CONFIGS / f"{config}.yaml"
+    file = shipped if shipped.exists() else Path(config)
     launcher = [sys.executable, "-m", "accelerate.commands.launch"]
-    options = ["--config_file", str(path), "--num_processes", str(processes)]
+    options = ["--config_file", str(file), "--num_processes", str(processes)]
     return [*launcher, *options, "-m", module, *arguments]
 
 
 def launch(module: str, *arguments: str, processes: int, config: str = "ddp") -> None:
     """Run `command` and wait.  Raises RuntimeError with the end of what it said where it fails."""
-    settings = {"FEEDBACK_HEADLESS": "1", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    if runtime.get_device().type == "cpu":  # nothing leaves this machine
-        settings["GLOO_SOCKET_IFNAME"] = "lo"
+    paths = [str(runtime.project_root()), os.environ.get("PYTHONPATH", "")]
+    settings = {"FEEDBACK_HEADLESS": "1", "OMP_NUM_THREADS": "1", **os.environ}
+    settings["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    if sys.platform == "linux" and runtime.get_device().type == "cpu":
+        settings["GLOO_SOCKET_IFNAME"] = "lo"  # nothing leaves this machine
     done = subprocess.run(
         command(module, *arguments, processes=processes, config=config),
-        env=settings | dict(os.environ),
-        cwd=runtime.project_root(),
+        env=settings,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
