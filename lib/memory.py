@@ -34,6 +34,7 @@ from lib import hub, models
 ADAM = 8  # bytes a trained parameter: two moments, float32
 GRADIENT = 4
 LOGIT = 12  # bytes a logit at the backward pass: its log-softmax, the gradient of that, its own gradient
+CONDITION_LOGIT = 52  # the same with entropy and KL over all tokens, and the reference's (measured)
 TRL_LOGIT = 24  # TRL's loss has copies of the logits besides, and what it logs of them (measured)
 SPARE = 0.1  # of the memory that is free, for fragmentation
 
@@ -257,6 +258,32 @@ def ppo(
             "gradients": trained // 4 * GRADIENT,
             "Adam": trained // 4 * ADAM,
             "activations and logits, or cache": max(update, drawn.total - drawn.parts["weights"]),
+        },
+    )
+
+
+def conditioning(
+    policy: PreTrainedModel, rows: int, prompt: int, response: int, *, drawn: int
+) -> Stage:
+    """The conditioning loop of Quark and ALT, whose passes take `rows` rows (forward_rows) of a batch.
+
+    `prompt` counts the condition's tokens too.  The reference is a copy of what trains; `drawn` responses
+    are sampled at once, before the updates.
+    """
+    trained = bytes_of(policy, trained=True)
+    logits = rows * response * policy.get_output_embeddings().weight.shape[0]
+    update = _kept_of_episode(policy, rows, prompt, response) + CONDITION_LOGIT * logits
+    sampled = sampling(policy, drawn, prompt, response)
+    return Stage(
+        "conditioning",
+        {
+            "weights": bytes_of(policy),
+            "reference": trained,
+            "gradients": trained // 4 * GRADIENT,
+            "Adam": trained // 4 * ADAM,
+            "activations and logits, or cache": max(
+                update, sampled.total - sampled.parts["weights"]
+            ),
         },
     )
 

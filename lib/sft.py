@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -353,6 +354,19 @@ class EvenSampler(torch.utils.data.Sampler):
         self.order.set_epoch(epoch)
 
 
+class EpochsOrder(transformers.TrainerCallback):
+    """Tells the sampler the epoch, also of a run that goes on within one.
+
+    accelerate (1.15) tells it on one process only: several would begin again with the first epoch's order.
+    """
+
+    def __init__(self, sampler: EvenSampler):
+        self.sampler = sampler
+
+    def on_epoch_begin(self, args, state, control, **_):
+        self.sampler.set_epoch(math.floor(state.epoch + 1e-6))
+
+
 def _trainer(model, tokenizer, train, test, **arguments):
     import trl
 
@@ -402,7 +416,9 @@ def _own(trainer: type) -> type:
             if processes.alone():
                 return super()._get_train_sampler(dataset)
             together = self.args.train_batch_size * processes.world()
-            return EvenSampler(self.train_dataset, together, self.args.data_seed)
+            sampler = EvenSampler(self.train_dataset, together, self.args.data_seed)
+            self.add_callback(EpochsOrder(sampler))
+            return sampler
 
         def get_eval_dataloader(self, dataset=None) -> torch.utils.data.DataLoader:
             if processes.alone():

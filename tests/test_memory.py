@@ -25,7 +25,9 @@ def skeleton(name, train="all", dtype=torch.float32, **size):
 
 
 @pytest.mark.skipif(not CAN_MEASURE, reason="peaks of memory are read from /proc")
-@pytest.mark.parametrize("stage", ["sampling", "fine-tuning", "reward model", "PPO"])
+@pytest.mark.parametrize(
+    "stage", ["sampling", "fine-tuning", "reward model", "PPO", "conditioning"]
+)
 @pytest.mark.parametrize("kind, width, layers", [
     ("tiny", 256, 6), ("tiny", 384, 8), ("tiny", 512, 10), ("tiny-encoder-decoder", 384, 6),
 ])  # fmt: skip
