@@ -294,6 +294,16 @@ def _kept_of_episode(model, rows: int, prompt: int, response: int) -> int:
     return kept_by(model, rows, prompt + response)
 
 
+def in_eight_bits(stage: Stage, model: PreTrainedModel) -> Stage:
+    """The stage of a model whose layers' frozen linear maps are held in 8 bits (`models.load_policy`)."""
+    layers = models.decoder_layers(model).modules()
+    # each once: adapters wrap a map and show its weight as theirs
+    maps = {m.weight for m in layers if hasattr(m, "in_features") or hasattr(m, "nf")}
+    frozen = [weight for weight in maps if not weight.requires_grad]
+    saved = sum(weight.numel() * (weight.element_size() - 1) for weight in frozen)
+    return Stage(stage.name, stage.parts | {"weights": stage.parts["weights"] - saved})
+
+
 # --- what fits -----------------------------------------------------------------------------------
 
 
