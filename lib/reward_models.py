@@ -28,7 +28,6 @@ import numpy as np
 import pandas as pd
 import torch
 import transformers
-from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import SequenceClassifierOutput
@@ -560,7 +559,6 @@ def train(
     batch_loss: Callable | None = None,
     validate: Callable[[], float] | None = None,
     folder: Path | str | None = None,
-    accelerator: Accelerator | None = None,
 ) -> pd.DataFrame:
     """Train in place on targets (squared error) or pairs (Bradley-Terry); history: step, epoch, loss, ....
 
@@ -581,16 +579,9 @@ def train(
     groups = np.unique(feedback.group)
     batches = -(-len(groups) // config.prompts_per_batch)
     if folder and validate:
-        known = [feedback.targets, feedback.pairs, getattr(feedback, "labels", None)]
-        key = (
-            vars(config),
-            feedback.prompts,
-            feedback.responses,
-            [np.asarray(x).tolist() for x in known],
-        )
-        training.claim_folder(folder, "reward model", *key)
+        _claim(folder, feedback, config)
     encoded = None if features is not None else model.encode(feedback.prompts, feedback.responses)
-    accelerator = accelerator or processes.begin(model.head.weight.device)
+    accelerator = processes.begin(model.head.weight.device)
     loss = _Loss(model, feedback, encoded, features, batch_loss or _batch_loss)
     loss = accelerator.prepare_model(loss, device_placement=False)  # DDP, where there are several
     run = _Training(model, trained, config, batches, validate, folder)
@@ -606,6 +597,13 @@ def train(
                 attempt = partial(_backward, loss, run.optimiser, feedback, chosen, accelerator)
                 run.step(at_once.run(attempt), chosen)
     return run.close()
+
+
+def _claim(folder: Path | str, feedback: Feedback, config: TrainConfig) -> None:
+    known = [feedback.targets, feedback.pairs, getattr(feedback, "labels", None)]
+    known = [np.asarray(values).tolist() for values in known]
+    key = (vars(config), feedback.prompts, feedback.responses, known)
+    training.claim_folder(folder, "reward model", *key)
 
 
 class _Loss(torch.nn.Module):
