@@ -13,19 +13,19 @@ from pathlib import Path
 
 from lib import runtime
 
-CONFIGS = Path(__file__).with_name("accelerate")
+DDP = Path(__file__).with_name(
+    "ddp.yaml"
+)  # of accelerate: one GPU a process, each with the whole model
 
 
-def command(module: str, *arguments: str, processes: int, config: str = "ddp") -> list[str]:
-    """`accelerate launch` of `python -m module arguments`; `config`: a file of `accelerate/`, or a path."""
-    shipped = CONFIGS / f"{config}.yaml"
-    file = shipped if shipped.exists() else Path(config)
+def command(module: str, *arguments: str, processes: int) -> list[str]:
+    """`accelerate launch` of `python -m module arguments`."""
     launcher = [sys.executable, "-m", "accelerate.commands.launch"]
-    options = ["--config_file", str(file), "--num_processes", str(processes)]
+    options = ["--config_file", str(DDP), "--num_processes", str(processes)]
     return [*launcher, *options, "-m", module, *arguments]
 
 
-def launch(module: str, *arguments: str, processes: int, config: str = "ddp") -> None:
+def launch(module: str, *arguments: str, processes: int) -> None:
     """Run `command` and wait.  Raises RuntimeError with the end of what it said where it fails."""
     paths = [str(runtime.project_root()), os.environ.get("PYTHONPATH", "")]
     settings = {"FEEDBACK_HEADLESS": "1", "OMP_NUM_THREADS": "1", **os.environ}
@@ -33,7 +33,7 @@ def launch(module: str, *arguments: str, processes: int, config: str = "ddp") ->
     if sys.platform == "linux" and runtime.get_device().type == "cpu":
         settings["GLOO_SOCKET_IFNAME"] = "lo"  # nothing leaves this machine
     done = subprocess.run(
-        command(module, *arguments, processes=processes, config=config),
+        command(module, *arguments, processes=processes),
         env=settings,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
