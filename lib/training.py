@@ -22,15 +22,17 @@ import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Container, Iterable, Mapping
+import warnings
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 import torch
+from accelerate.utils import find_executable_batch_size
 from safetensors.torch import load_file, save_file
 
-from lib import runtime, tables
+from lib import processes, runtime, tables
 
 REPORTERS = ("trackio", "wandb", "tensorboard")
 PROJECT = "learning-from-feedback"  # the name under which trackio and wandb list the runs
@@ -114,6 +116,35 @@ class Clock:
         now = time.perf_counter()
         self.seconds[name] = now - self._last
         self._last = now
+
+
+class RowsAtOnce:
+    """How many rows go through a network at once: fewer, for good, once a GPU's memory was too small.
+
+    The last net: plan by `memory.rows_that_fit`.  Rows at once change what is in memory, not the result.
+    Where several processes train, the error ends the run, for the others would wait: start with fewer.
+    """
+
+    def __init__(self, rows: int):
+        self.rows = rows
+
+    def run(self, attempt: Callable[[int], object]) -> object:
+        """attempt(rows), which can be done again after an error; with half the rows while memory is short."""
+        try:
+            return attempt(self.rows)
+        except torch.OutOfMemoryError:
+            if self.rows == 1 or not processes.alone():
+                raise
+        # not within `except`, which would hold what the failed attempt has in memory
+        return find_executable_batch_size(attempt, self._halve(), self._halve)()
+
+    def _halve(self) -> int:
+        self.rows //= 2
+        if self.rows:
+            warnings.warn(
+                f"GPU memory is too small: going on with {self.rows} rows at once.", stacklevel=2
+            )
+        return self.rows
 
 
 # --- the best weights ----------------------------------------------------------------------------
@@ -267,7 +298,7 @@ class History:
         folder: the run's folder; None keeps no file.
         settings: reported once, beside the rows.
         rows: those of a checkpoint; later ones in the file are dropped, for they come again.
-        writes: False on all processes but the first.
+        writes: False keeps neither file nor report; of several processes the main one alone has them.
 
     A row's first value is its step; a second row of the same step is merged into the first.  Raises what
     `report_to` raises.
@@ -282,6 +313,7 @@ class History:
         writes: bool = True,
     ):
         self.rows = list(rows)
+        writes = writes and processes.is_main()
         self.folder = Path(folder) if folder and writes else None
         self._report = open_reporter(what, self.folder, settings or {}) if writes else None
         self._write()
