@@ -189,19 +189,30 @@ def save_checkpoint(
     """
     folder = Path(folder)
     final = folder / f"checkpoint-{step:06d}"
+    for leftover in folder.glob(".checkpoint-*"):  # of a process that was killed
+        shutil.rmtree(leftover, ignore_errors=True)
     if not final.exists():
         part = Path(tempfile.mkdtemp(dir=folder, prefix=".checkpoint-"))
-        for name, group in tensors.items():
-            plain = {key: value.detach().contiguous() for key, value in group.items()}
-            save_file(plain, part / f"{name}.safetensors")
-        if optimizer is not None:
-            torch.save(optimizer, part / "optimizer.pt")
-        (part / "state.json").write_text(json.dumps(state), encoding="utf-8")
-        for path in part.iterdir():
-            _sync(path)
-        part.chmod(0o755)
-        part.rename(final)  # from here on it counts
-    for other in [*folder.glob("checkpoint-*"), *folder.glob(".checkpoint-*")]:
+        try:
+            for name, group in tensors.items():
+                plain = {key: value.detach().contiguous() for key, value in group.items()}
+                save_file(plain, part / f"{name}.safetensors")
+            if optimizer is not None:
+                torch.save(optimizer, part / "optimizer.pt")
+            (part / "state.json").write_text(json.dumps(state), encoding="utf-8")
+            for path in part.iterdir():
+                _sync(path)
+            part.chmod(0o755)
+            part.rename(final)  # from here on it counts
+        except Exception as error:
+            crossed = final.exists() or not part.exists()
+            shutil.rmtree(part, ignore_errors=True)  # a full disk must not be kept full
+            if crossed:
+                raise RuntimeError(
+                    f"another process trains into {folder} too. End one of them, or give each a folder."
+                ) from error
+            raise
+    for other in folder.glob("checkpoint-*"):
         if other != final:
             shutil.rmtree(other, ignore_errors=True)
     return final
@@ -209,7 +220,8 @@ def save_checkpoint(
 
 def newest_checkpoint(folder: Path | str) -> Path | None:
     """The folder's newest checkpoint, or None."""
-    return max(Path(folder).glob("checkpoint-*"), default=None)
+    checkpoints = Path(folder).glob("checkpoint-*")
+    return max(checkpoints, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
 def load_checkpoint(folder: Path | str, device: torch.device | str = "cpu") -> Checkpoint | None:

@@ -52,11 +52,16 @@ def effects(
         return
     rows = arms.effects(pairs, [*columns, *tabled], minus=minus)
     drawn = rows[rows.group.isin(columns)]
+    if (drawn.n <= 1).all():  # one number a seed: no n of prompts for the title
+        drawn = drawn.drop(columns="n")
     figure = plots.interval_plot(drawn, xlabel="difference", reference=0, title=title)
-    clear = drawn[(drawn.low > 0) | (drawn.high < 0)]
-    alt = f"{len(clear)} of {len(drawn)} intervals lie on one side of 0"
+    bounded = drawn[drawn.low.notna()]
+    named = bounded[(bounded.low > 0) | (bounded.high < 0)]
+    alt = f"{len(named)} of {len(bounded)} intervals lie on one side of 0"
+    if bounded.empty:  # of one seed
+        named, alt = drawn[drawn.value.notna()], "Dots without intervals"
     alt += "".join(
-        f"; {row.condition}, {row.group}: {row.value:+.2f}" for row in clear.itertuples()
+        f"; {row.condition}, {row.group}: {row.value:+.2f}" for row in named.itertuples()
     )
     display(arms.run.save_figure(figure, name, caption=caption, alt=alt))
     display(rows.round(3))

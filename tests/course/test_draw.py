@@ -46,3 +46,11 @@ def test_effects_are_metrics_and_the_alt_text_names_those_that_are_clear(arms, c
     assert [figure["alt"] for figure in arms.run.figures] == [alt]
     draw.effects(arms, [("a", "c")], ["f1"], name="42_none", **words)
     assert "none of these comparisons ran" in capsys.readouterr().out
+
+
+def test_without_intervals_the_alt_text_names_every_difference(arms):
+    arms.table = arms.table[arms.table.seed == 11].assign(unit=0).rename(columns={"unit": "level"})
+    arms.unit = "level"
+    draw.effects(arms, [("a", "b")], ["f1"], name="42_dots", title="Title", caption="What it is")
+    (figure,) = arms.run.figures
+    assert figure["alt"] == "Dots without intervals; b - a, f1: +0.20"

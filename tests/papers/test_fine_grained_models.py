@@ -154,6 +154,19 @@ def test_passages_read_apart_are_not_cut_and_reach_relations_alone():
         model_of("sentence", relations=False, apart=True)
 
 
+def test_a_kept_model_reads_passages_as_it_did(tmp_path):
+    model = model_of("sequence", apart=True)
+    torch.nn.init.normal_(model.head.weight, generator=torch.Generator().manual_seed(0))
+    model.save(tmp_path, "tiny-encoder-decoder")
+    again = fg.load(tmp_path)
+    texts = [fg.prompt_of(r) for r in OURS[:3]], [r["prediction 1"] for r in OURS[:3]]
+    assert (
+        again.apart
+        and not fg.FineGrainedModel(again.backbone, again.tokenizer, unit="sentence").apart
+    )
+    np.testing.assert_allclose(again.score(*texts), model.score(*texts), rtol=1e-5)
+
+
 def test_a_sentence_too_long_is_cut_and_counted():
     model = model_of("sentence", max_length=24, apart=True)
     with pytest.warns(UserWarning, match="cut to 24 tokens: 1 prompts"):

@@ -249,8 +249,8 @@ MEASURES = {  # name: columns, statistic of them
 
 
 def _interval(values, statistic=np.mean, *, clusters: pd.Series, seed: int) -> stats.Interval:
-    how = {"clusters": clusters.to_numpy(), "seed": seed, "resamples": RESAMPLES}
-    return stats.bootstrap(values, statistic, **how)
+    options = {"clusters": clusters.to_numpy(), "seed": seed, "resamples": RESAMPLES}
+    return stats.bootstrap(values, statistic, **options)
 
 
 def segment_results(judged: pd.DataFrame, *, seed: int) -> pd.DataFrame:
