@@ -499,8 +499,8 @@ def conflicts(preference: Sequence[int | None]) -> list[tuple[int, int, int]]:
 def in_both(first: Sequence[dict], second: Sequence[dict]) -> tuple[list[dict], list[dict]]:
     """The records of the same texts that stand in both, in the order of the first."""
     known = {record_id(record): record for record in second}
-    kept = [record for record in first if record_id(record) in known]
-    return kept, [known[record_id(record)] for record in kept]
+    shared = [record for record in first if record_id(record) in known]
+    return shared, [known[record_id(record)] for record in shared]
 
 
 def _label(kind: str, level: str) -> str:
