@@ -34,6 +34,7 @@ sft            supervised fine-tuning
 reward_models  one score for a prompt and a response, from ratings or rankings
 segments       segments of a response, and the token at which each ends
 rewards        where rewards are paid: on tokens, segments, or whole responses
+processes      several processes on one batch: shares, joined rows, what only one does
 training       what stands around a training loop: seeds by key, checkpoints, history, stops
 ppo            PPO in which any token may carry a reward
 rloo           PPO's loop without a value function
@@ -44,6 +45,7 @@ papers/        what one paper alone needs: rewardlm, sparse_feedback, ilf, fine_
 course/        what makes a notebook run: assets, gguf, fetch, record, place, show, notebooks, runner, report,
                site, publish, cli;
                arms, draw, confirm: effects of arms, their figures, the fresh seeds that decide;
+               launch: a training stage on several processes;
                address, install, lab: where it comes from, a hosted Jupyter, JupyterLab;
                items, gate, annotators: what the local annotators judge, how well, their stored replies
 """

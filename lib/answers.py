@@ -67,9 +67,9 @@ def without_reasoning(text: str) -> str:
 
 
 def first_line(text: str | None) -> str:
-    """The first line with something on it after any reasoning, without quotes and asterisks around it."""
+    """The first line after any reasoning with more on it than quotes and asterisks, and without those."""
     lines = without_reasoning(text or "").split("\n")
-    return next((line.strip("*_`\"' \t\r") for line in lines if line.strip()), "")
+    return next(filter(None, (line.strip("*_`\"' \t\r") for line in lines)), "")
 
 
 def parse_whole(text: str, low: int, high: int) -> tuple[int | None, str]:

@@ -11,6 +11,7 @@ Simplified: a spending cap holds for one `ChatClient`; only the first choice of 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 import random
@@ -157,7 +158,7 @@ class ChatClient:
     spent: float = field(default=0.0, init=False)
 
     def __post_init__(self):
-        self.base_url = self.base_url or _base_url()
+        self.base_url = (self.base_url or _base_url()).strip()
         self._check()
         self.store = open_store(self.cache or runtime.cache_dir() / "replies" / "chat.sqlite")
         self._busy = threading.Lock()
@@ -470,14 +471,14 @@ class _Run:
         record = {"model": self.client.model, "parameters": _parameters(request)}
         record |= {"replicate": request.get("replicate", 0), "raw": None, "at": ""}
         until = time.monotonic() + LONGEST_WAIT
-        while True:
+        for turn in itertools.count():
             started = time.perf_counter()
             outcome, record["raw"] = self.send(request["messages"], record["parameters"])
             record["seconds"] = round(time.perf_counter() - started, 4)
             waiting = outcome.passing and (outcome.throttled or outcome.wait)
             if not waiting or time.monotonic() > until:
                 break
-            self.pause(outcome.wait or 0.0)
+            self.pause(outcome.wait or min(LONGEST_PAUSE, self.client.first_pause * 2**turn))
         record["at"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         return self.settle(key, request, outcome, record)
 

@@ -278,22 +278,21 @@ def convert_trlx(folder: Path, base: str = TRLX_BASE) -> Path:
     token after it and reads the token before.  Raises ValueError where sizes differ from the base's.
     """
     key = runtime.content_hash(str(folder), base)[:16]
-    target = runtime.cache_dir() / "converted" / f"trlx-{key}"
-    if target.exists():
-        return target
+    return hub.converted(f"trlx-{key}", lambda staging: _write_trlx(folder, base, staging))
+
+
+def _write_trlx(folder: Path, base: str, staging: Path) -> None:
     small = hub.resolve_model(base, weights=False)
     config = hub.read_config(small)
     config.num_labels = 1
     config.architectures = ["GPTJForSequenceClassification"]
     config.text_start = TRLX_START
     tensors = _trlx_tensors(folder / "model.safetensors", config)
-    with runtime.atomic_folder(target) as staging:
-        save_file(tensors, staging / "model.safetensors", metadata={"format": "pt"})
-        config.save_pretrained(staging)
-        models.load_tokenizer(small).save_pretrained(staging)
-        facts = {"kind": "classifier", "base": {"name": base}, "converted": str(folder)}
-        cards.write(staging, cards.describe(facts))
-    return target
+    save_file(tensors, staging / "model.safetensors", metadata={"format": "pt"})
+    config.save_pretrained(staging)
+    models.load_tokenizer(small).save_pretrained(staging)
+    facts = {"kind": "classifier", "base": {"name": base}, "converted": str(folder)}
+    cards.write(staging, cards.describe(facts))
 
 
 def _trlx_tensors(path: Path, config) -> dict[str, torch.Tensor]:

@@ -165,8 +165,6 @@ def _check_prompt(record: object, where: str) -> tuple[str, list[str], float | N
         text, fields, name = text.get("text"), text, "toxicity"
     if not isinstance(text, str) or not text.strip():
         raise ValueError(f"{where}: prompt is {text!r}; it must be a text that is not empty.")
-    if re.search("[\ud800-\udfff]", text):
-        raise ValueError(f"{where}: the prompt holds half an emoji (a lone surrogate): {text!r}.")
     names = record.get("categories") or record.get("category") or [UNCATEGORISED]
     names = [names] if isinstance(names, str) else names
     if not isinstance(names, list) or not all(isinstance(c, str) and c for c in names):
@@ -277,7 +275,7 @@ def apply_template(
         raise ValueError(f"style is {style!r}; allowed: {', '.join(TEMPLATE_STYLES)}.")
     if isinstance(prompts, str):
         raise ValueError("prompts is one text; it must be a list. Try [prompt].")
-    kind, _, with_system = style.partition("+")
+    kind, plus, with_system = style.partition("+")
     if with_system and system is None:
         raise ValueError(f"style {style!r} needs a text in system=. Try {kind!r} to go without.")
     if kind == "raw":
@@ -294,8 +292,13 @@ def apply_template(
     if kind == "tagged":
         return [_tagged(talk, True, user=user, assistant=assistant) for talk in talks]
     texts = [write_turns(talk, tokenizer, answer_next=True) for talk in talks]
-    if with_system and texts and system.strip() not in texts[0]:
-        raise ValueError("the chat template leaves the system message out. Try 'tagged+system'.")
+    for message in talks[0] if talks else ():
+        # a template for images and texts looks for parts, and finds none in a plain text
+        if message["content"].strip() not in texts[0]:
+            what = "system message" if message["role"] == "system" else "prompt"
+            raise ValueError(
+                f"the chat template leaves the {what} out. Try 'tagged{plus}{with_system}'."
+            )
     return texts
 
 
@@ -320,7 +323,7 @@ def write_turns(
         return tokenizer.apply_chat_template(
             messages, add_generation_prompt=answer_next, tokenize=False
         )
-    except TemplateError as error:
+    except (TemplateError, TypeError) as error:
         raise ValueError(
             f"the chat template refuses this ({error}). Try 'tagged+system'."
         ) from None

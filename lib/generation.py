@@ -157,10 +157,14 @@ def encode_prompts(
 ) -> list[list[int]]:
     """Token ids of each prompt (`encoding.encode`), checked against the model's length."""
     limit = getattr(model.config, "max_position_embeddings", None)
+    if isinstance(prompts, str):
+        raise ValueError("prompts is one text; it must be a list. Try [prompt].")
     encoded = []
     for index, prompt in enumerate(prompts):
         if isinstance(prompt, str):
             ids = encoding.encode(tokenizer, prompt).prompt
+        elif not hasattr(prompt, "__len__"):
+            raise ValueError(f"prompt {index} is {prompt!r}; give a text or its token ids.")
         else:
             ids = encoding.one_start(tokenizer, prompt)
         if not ids:
@@ -215,7 +219,8 @@ def invert_cdf(mass: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     target = noise.to(mass)[:, None] * cumulative[:, -1:]
     index = torch.searchsorted(cumulative, target, right=True)
     last = torch.searchsorted(cumulative, cumulative[:, -1:].contiguous())
-    return torch.minimum(index, last)[:, 0]
+    index = torch.minimum(index, last)[:, 0]
+    return index.clamp(max=mass.shape[-1] - 1)  # NaN leads past every end
 
 
 @runtime.accelerated
@@ -278,6 +283,11 @@ def _sample_batch(model, tokenizer, prompt_ids, n, noise, *, decoding, advanced)
         # 2 a token for each line, with both of its log-probabilities
         drawn = draw_tokens(state.logits, noise[running, step].to(model.device), decoding)
         tokens, sampling, plain = (x.cpu() for x in drawn)
+        if plain.isnan().any():
+            raise FloatingPointError(
+                f"token {step}: the model's probabilities are not numbers (NaN). Its weights diverged, or "
+                f"{model.dtype} is too narrow for it: try a lower learning rate, or another dtype."
+            )
         done = torch.isin(tokens, ends)
         for line, row in enumerate(running.tolist()):
             if not rows[row].finished:

@@ -14,6 +14,7 @@ import os
 import pickle
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -170,12 +171,19 @@ def as_safetensors(folder: Path) -> Path:
         return folder
     facts = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in _pickled(folder)]
     key = runtime.content_hash(str(folder), facts)[:16]
-    target = runtime.cache_dir() / "converted" / f"{readable(folder).replace('/', '-')}-{key}"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(f"{target}.lock"):
-        if not target.exists():  # another process may have made it meanwhile
-            with runtime.atomic_folder(target) as staging:
-                _convert(folder, staging)
+    name = f"{readable(folder).replace('/', '-')}-{key}"
+    return converted(name, lambda staging: _convert(folder, staging))
+
+
+def converted(name: str, make: Callable[[Path], None]) -> Path:
+    """The cache's folder of converted weights of this name; `make` fills it once, whoever asks first."""
+    target = runtime.cache_dir() / "converted" / name
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(f"{target}.lock"):
+            if not target.exists():  # another process may have made it meanwhile
+                with runtime.atomic_folder(target) as staging:
+                    make(staging)
     return target
 
 

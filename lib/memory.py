@@ -34,6 +34,7 @@ from lib import hub, models
 ADAM = 8  # bytes a trained parameter: two moments, float32
 GRADIENT = 4
 LOGIT = 12  # bytes a logit at the backward pass: its log-softmax, the gradient of that, its own gradient
+CONDITION_LOGIT = 52  # the same with entropy and KL over all tokens, and the reference's (measured)
 TRL_LOGIT = 24  # TRL's loss has copies of the logits besides, and what it logs of them (measured)
 SPARE = 0.1  # of the memory that is free, for fragmentation
 
@@ -261,10 +262,46 @@ def ppo(
     )
 
 
+def conditioning(
+    policy: PreTrainedModel, rows: int, prompt: int, response: int, *, drawn: int
+) -> Stage:
+    """The conditioning loop of Quark and ALT, whose passes take `rows` rows (forward_rows) of a batch.
+
+    `prompt` counts the condition's tokens too.  The reference is a copy of what trains; `drawn` responses
+    are sampled at once, before the updates.
+    """
+    trained = bytes_of(policy, trained=True)
+    logits = rows * response * policy.get_output_embeddings().weight.shape[0]
+    update = _kept_of_episode(policy, rows, prompt, response) + CONDITION_LOGIT * logits
+    sampled = sampling(policy, drawn, prompt, response)
+    return Stage(
+        "conditioning",
+        {
+            "weights": bytes_of(policy),
+            "reference": trained,
+            "gradients": trained // 4 * GRADIENT,
+            "Adam": trained // 4 * ADAM,
+            "activations and logits, or cache": max(
+                update, sampled.total - sampled.parts["weights"]
+            ),
+        },
+    )
+
+
 def _kept_of_episode(model, rows: int, prompt: int, response: int) -> int:
     if model.config.is_encoder_decoder:
         return kept_by(model, rows, response, prompt)
     return kept_by(model, rows, prompt + response)
+
+
+def in_eight_bits(stage: Stage, model: PreTrainedModel) -> Stage:
+    """The stage of a model whose layers' frozen linear maps are held in 8 bits (`models.load_policy`)."""
+    layers = models.decoder_layers(model).modules()
+    # each once: adapters wrap a map and show its weight as theirs
+    maps = {m.weight for m in layers if hasattr(m, "in_features") or hasattr(m, "nf")}
+    frozen = [weight for weight in maps if not weight.requires_grad]
+    saved = sum(weight.numel() * (weight.element_size() - 1) for weight in frozen)
+    return Stage(stage.name, stage.parts | {"weights": stage.parts["weights"] - saved})
 
 
 # --- what fits -----------------------------------------------------------------------------------

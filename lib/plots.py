@@ -86,6 +86,7 @@ def _finish(figure: Figure, title: str) -> Figure:
     """Title over the whole width; legend below the axes, for which the figure grows."""
     figure.suptitle(_wrap(title[:1].upper() + title[1:], 78), x=0.01, ha="left")
     handles, labels = figure.axes[0].get_legend_handles_labels()
+    labels = [_plain(label) for label in labels]
     if handles:
         columns = min(3, len(labels), max(1, 84 // (max(map(len, labels)) + 8)))
         figure.set_figheight(figure.get_figheight() + 0.25 * -(-len(labels) // columns))
@@ -99,8 +100,13 @@ def _mark(draw: Callable, at: float | None, label: str) -> None:
         draw(at, color="0.3", lw=1, ls=(0, (2, 2)), label=f"{label} {at:g}")
 
 
+def _plain(text: object) -> str:
+    """A reader's text as matplotlib shows it letter by letter: between two dollars stands no formula."""
+    return str(text).replace("$", r"\$")
+
+
 def _wrap(text: object, width: int) -> str:
-    return textwrap.fill(str(text), width, break_on_hyphens=False)
+    return _plain(textwrap.fill(str(text), width, break_on_hyphens=False))
 
 
 def _with_n(title: str, table: pd.DataFrame) -> str:
@@ -161,7 +167,7 @@ def bounds_plot(
     axes.barh(y, width, left=table["low"], **look, label="from none to all missing scores counted")
     axes.plot(table["value"], y, ls="", marker="o", color="black", label="share of the scored rows")
     names = [
-        f"{textwrap.fill(str(row.label), 34)}\n{int(row.n_missing):,} of {int(row.n):,} missing"
+        f"{_plain(textwrap.fill(str(row.label), 34))}\n{int(row.n_missing):,} of {int(row.n):,} missing"
         for row in table.itertuples()
     ]
     axes.set_yticks(y, names)
@@ -259,7 +265,7 @@ def category_heatmap(
         _with_n(str(name).replace("_", " "), table[table["category"] == name])
         for name in values.index
     ]
-    axes.set_yticks(range(len(names)), names)
+    axes.set_yticks(range(len(names)), [_plain(name) for name in names])
     figure.colorbar(image, ax=axes, label=label)
     return _finish(figure, title)
 
@@ -280,7 +286,7 @@ def agreement_heatmap(
     image = _cells(axes, table, "{:,.0f}")
     for k in range(len(table)):
         axes.add_patch(Rectangle((k - 0.48, k - 0.48), 0.96, 0.96, fill=False, lw=2.5))
-    axes.set_yticks(range(len(table)), table.index)
+    axes.set_yticks(range(len(table)), [_plain(name) for name in table.index])
     axes.set(xlabel=xlabel, ylabel=ylabel)
     figure.colorbar(image, ax=axes, label=label)
     return _finish(figure, f"{title} (n = {int(table.to_numpy().sum()):,})")
@@ -430,7 +436,7 @@ def coloured_text(
     for (row, start, shown), value in zip(places, values, strict=True):
         box = (start, -row - 0.42)
         axes.add_patch(Rectangle(box, len(shown), 0.84, color=shades(scale(value)), lw=0))
-        axes.text(start, -row, shown, family="monospace", va="center", fontsize=9)
+        axes.text(start, -row, _plain(shown), family="monospace", va="center", fontsize=9)
     axes.set(xlim=(0, per_line), ylim=(-line - 0.6, 0.6))
     axes.axis("off")
     bar = matplotlib.cm.ScalarMappable(scale, shades)
@@ -456,7 +462,7 @@ def dense_rewards(
         label = f"{model} (sum {total:+.2f})"
         axes.plot(place, rows["value"], **style | {"linestyle": ""}, label=label)
     axes.axhline(0, color="0.3", lw=1)
-    shown = [str(token).strip() or repr(token)[1:-1] for token in tokens]
+    shown = [_plain(str(token).strip() or repr(token)[1:-1]) for token in tokens]
     axes.set_xticks(range(len(shown)), shown, rotation=90)
     axes.set(xlabel="token", ylabel="reward", xlim=(-0.8, len(shown) - 0.2))
     axes.grid(False, axis="x")
@@ -481,12 +487,12 @@ def token_heatmap(table: pd.DataFrame, tokens: Sequence[str], *, title: str, lab
         colour = "white" if abs(value) > 0.6 * largest else "black"
         text = f"{value:+.2f}" if abs(value) >= 0.005 else "0"
         axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=9)
-    shown = [token.strip() or repr(token)[1:-1] for token in tokens]
+    shown = [_plain(token.strip() or repr(token)[1:-1]) for token in tokens]
     long = max(map(len, shown)) > 8  # side by side such labels overlap
     turned = {"rotation": 30, "ha": "left"} if long else {}
     axes.xaxis.tick_top()
     axes.set_xticks(range(len(tokens)), shown, **turned)
-    axes.set_yticks(range(len(table)), table.index)
+    axes.set_yticks(range(len(table)), [_plain(name) for name in table.index])
     axes.grid(False)
     figure.colorbar(image, ax=axes, label=label)
     figure.suptitle(title, x=0.01, ha="left")

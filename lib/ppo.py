@@ -10,7 +10,7 @@ of the ratios, softmax(logits / temperature); with top-k or top-p the ratios sti
 (`rloo` uses four of them).  What stands around a loop (seeds, checkpoints, history) is in `training`.
 Random numbers depend on (seed, step) only; minibatches take one row from each of `minibatch_size` strata,
 so any number of processes makes the same ones.
-Simplified: data parallel only (`accelerate launch`, one process or DDP).
+Simplified: data parallel only (`accelerate launch`, one process or DDP; see `processes`).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,7 @@ from accelerate.utils import gather_object
 from torch.nn.functional import cross_entropy, pad
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lib import generation, losses, models, rewards, runtime, training
+from lib import generation, losses, models, processes, rewards, runtime, training
 from lib.policy import SharedTrunkPolicy, TokenBatch
 from lib.values import ValueFunction
 
@@ -174,6 +175,7 @@ class Learner:
     network: torch.nn.Module  # `shared`, or DDP around it
     optimizer: torch.optim.Optimizer
     accelerator: Accelerator
+    at_once: training.RowsAtOnce
 
     @property
     def rank(self) -> int:
@@ -221,7 +223,7 @@ def make_learner(
     own_model = value_model.model if isinstance(value_model, ValueFunction) else value_model
     if own_model is not None:
         check_value_model(own_model, tokenizer)
-    accelerator = accelerator or Accelerator(cpu=policy.device.type == "cpu")
+    accelerator = accelerator or processes.begin(policy.device)
     world = accelerator.num_processes
     if config.minibatch_size % world or config.prompts_per_step % world:
         raise ValueError(
@@ -239,7 +241,8 @@ def make_learner(
     ]
     optimizer = torch.optim.Adam(groups, eps=config.adam_eps, fused=True)
     network, optimizer = accelerator.prepare(shared, optimizer)
-    return Learner(policy, tokenizer, config, shared, network, optimizer, accelerator)
+    at_once = training.RowsAtOnce(config.forward_rows)
+    return Learner(policy, tokenizer, config, shared, network, optimizer, accelerator, at_once)
 
 
 def check_value_model(value_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -285,12 +288,11 @@ def draw(
     learner: Learner, prompts: Sequence[str], n: int, *key, greedy: bool = False
 ) -> generation.Samples:
     """This process's share of n samples of each prompt; the draws do not depend on the shares."""
-    config, rank, world = learner.config, learner.rank, learner.world
-    share = math.ceil(len(prompts) / world)
+    config, share = learner.config, processes.share(len(prompts))
     generator = training.generator_for(config.seed, *key)
-    noise = torch.rand(share * world * n, config.max_new_tokens, generator=generator)
-    mine = prompts[rank * share : (rank + 1) * share]
-    noise = noise[rank * share * n :][: len(mine) * n]
+    noise = torch.rand(len(prompts) * n, config.max_new_tokens, generator=generator)
+    mine = prompts[share]
+    noise = noise[share.start * n : share.stop * n]
     decoding = generation.decoding_of(config)
     if greedy:  # of many prompts: as many at a time as a step samples
         decoding |= {"temperature": 0.0, "rows_per_batch": config.batch}
@@ -306,12 +308,16 @@ def roll_out(learner: Learner, samples: generation.Samples) -> Rollout:
 
     Logits are dropped after each few rows; the trunk's hidden states are kept for the update.
     """
+    return learner.at_once.run(partial(_roll_out, learner, samples))
+
+
+def _roll_out(learner: Learner, samples: generation.Samples, rows_at_once: int) -> Rollout:
     pair = (samples.prompt_ids, samples.response_ids)
     tokens = TokenBatch.of(learner.policy, learner.tokenizer, *pair)
     finished, parts = [], []
     # prompts of like length need little padding
     order = tokens.prompt_mask.sum(1).argsort(stable=True)
-    for rows in order.split(learner.config.forward_rows):
+    for rows in order.split(rows_at_once):
         part = tokens.rows(rows)
         log_probs, values, entropy = evaluate(learner, part)
         ref_log_probs = evaluate(learner, part, reference=True)[0]
@@ -441,11 +447,18 @@ def backward(
     returns: torch.Tensor | None,
 ) -> dict[str, float]:
     """Gradients of one minibatch's loss, `forward_rows` rows at a time; its means over all processes."""
+    attempt = partial(_backward, learner, rollout, advantages, returns)
+    return learner.at_once.run(attempt)
+
+
+def _backward(learner: Learner, rollout, advantages, returns, rows_at_once: int) -> dict:
     config, accelerator = learner.config, learner.accelerator
+    learner.optimizer.zero_grad()  # of an attempt for which memory was too small
     # all tokens of the minibatch, so that the parts add up to the loss of the whole
     count = accelerator.reduce(rollout.mask.sum(), "sum").clamp(min=1)
     sums: dict[str, torch.Tensor] = {}
-    for rows in torch.arange(len(rollout.mask)).split(config.forward_rows):
+    parts_of_mine = torch.arange(len(rollout.mask)).split(rows_at_once)
+    for rows in processes.passes(parts_of_mine, learner.network, accelerator):
         few = rollout.rows(rows)
         log_probs, values, _ = evaluate(learner, few.tokens)
         expected = None if returns is None else returns[rows]
@@ -593,9 +606,7 @@ class Loop:
         if self.folder:
             checkpoint = training.load_checkpoint(self.folder, self.learner.policy.device)
         rows = self._restore(checkpoint) if checkpoint else []
-        first = self.learner.accelerator.is_main_process
-        settings = asdict(self.config)
-        self.history = training.History(self.what, self.folder, settings, rows, writes=first)
+        self.history = training.History(self.what, self.folder, asdict(self.config), rows)
         if self.held_out and not checkpoint:
             runtime.set_seed(training.seed_for(self.config.seed, "start"))
             self.held_out_start = self._evaluate_held_out(0)

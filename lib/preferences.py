@@ -64,6 +64,11 @@ def _read_table(path: str | Path, columns: list[str], what: str) -> tuple[pd.Dat
     ours = set(columns) <= set(rows[0])
     if ours:
         names, rows, lines = rows[0], rows[1:], lines[1:]
+    elif len({name.strip().lower() for name in rows[0]} & set(columns)) > 1:
+        raise ValueError(
+            f"{path.name}, line {lines[0]}: the header has {', '.join(rows[0])}; {what} need "
+            f"{', '.join(columns)}, written so."
+        )
     if not rows:
         raise ValueError(f"{path.name} has a header but no rows; at least one is needed.")
     if len(rows[0]) != len(names):
@@ -105,7 +110,7 @@ def read_ratings(path: str | Path) -> pd.DataFrame:
     name = Path(path).name
     for line, score in zip(lines, table["score"], strict=True):
         # pandas writes a column of whole numbers as 5.0 where one is missing
-        if score and not re.fullmatch(r"[0-9]+(\.0+)?", score):
+        if score and not re.fullmatch(r"[0-9]{1,9}(\.0+)?", score):
             raise ValueError(f"{name}, line {line}: score {score!r}; allowed: a whole number, 1-7.")
     scores = pd.array(
         [int(float(score)) if score else None for score in table["score"]], dtype="Int64"
@@ -193,7 +198,9 @@ def first_of_each(table: pd.DataFrame) -> pd.DataFrame:
 
 def win_points(scores: Sequence[float], against: Sequence[float]) -> np.ndarray:
     """1 for the higher score, 0.5 for the same (to 9 digits), 0 for the lower; NaN where one is missing."""
-    gap = pd.Series(scores).astype(float).to_numpy() - pd.Series(against).astype(float).to_numpy()
+    left, right = (pd.Series(values).astype(float).to_numpy() for values in (scores, against))
+    gap = np.zeros_like(left)  # inf against inf is a tie
+    np.subtract(left, right, out=gap, where=left != right)
     return (1 + np.sign(gap.round(9))) / 2
 
 

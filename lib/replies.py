@@ -16,6 +16,8 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
+from lib import runtime
+
 try:
     import fcntl
 except ImportError:  # Windows: runs in several processes may then buy the same reply
@@ -30,24 +32,33 @@ class ReplyStore:
 
     Several processes may use one file.  `put` keeps the first reply of a key.  A claim is a lock on one byte
     of a file beside the store, which the system frees when its process dies.  Claims hold between processes,
-    not between two stores of one process: take the store of a file from `open_store`.
+    not between two stores of one process: take the store of a file from `open_store`.  Raises ValueError for
+    a file that is no store, or cannot be written.
     """
 
     def __init__(self, path: Path | str):
         self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        runtime.make_folder(self.path.parent, "FEEDBACK_CACHE")
         self._guard = threading.Lock()
         self._claimed: set[str] = set()
         self._locks: int | None = (
             None  # the file whose bytes are claimed, opened with the first claim
         )
-        self._db = sqlite3.connect(self.path, timeout=60, check_same_thread=False)
+        try:
+            self._db = self._open()
+        except sqlite3.Error as error:
+            raise ValueError(
+                f"{path} cannot hold replies ({error}). Name another file, set FEEDBACK_CACHE to a folder of "
+                "your own, or move a damaged file away: what it held is then bought again."
+            ) from None
+
+    def _open(self) -> sqlite3.Connection:
+        db = sqlite3.connect(self.path, timeout=60, check_same_thread=False)
         # With a write-ahead log a commit outlives its process without waiting for the disk.
-        self._db.execute("PRAGMA journal_mode=WAL")
-        self._db.execute("PRAGMA synchronous=NORMAL")
-        self._db.execute(
-            "CREATE TABLE IF NOT EXISTS replies (key TEXT PRIMARY KEY, reply TEXT, at TEXT)"
-        )
+        db.execute("PRAGMA journal_mode=WAL")
+        db.execute("PRAGMA synchronous=NORMAL")
+        db.execute("CREATE TABLE IF NOT EXISTS replies (key TEXT PRIMARY KEY, reply TEXT, at TEXT)")
+        return db
 
     def get(self, key: str):
         """The stored reply, or None."""
@@ -129,5 +140,8 @@ def retry_after(value: str | None) -> float | None:
         seconds = float(value or "")
     except ValueError:
         date = email.utils.parsedate_tz(value)
-        seconds = email.utils.mktime_tz(date) - time.time() if date else math.nan
+        try:
+            seconds = email.utils.mktime_tz(date) - time.time() if date else math.nan
+        except (ValueError, OverflowError):  # a year that no calendar has
+            seconds = math.nan
     return max(0.0, seconds) if math.isfinite(seconds) else None

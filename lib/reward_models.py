@@ -8,10 +8,10 @@ then picks the best of n responses by z.
 A model is a backbone (encoder or decoder), pooling over the response's tokens, and a linear head.  With
 a frozen backbone the pooled features are computed once and the head trains in a second.
 
-Simplified: one device.  A prompt too long loses its beginning, never the response
-(the reference cuts the end, and with it responses).  Training goes prompt by prompt, so a response in
-several pairs is encoded once; `trl.RewardTrainer` takes loose pairs (20 sequences for the 10 pairs of 5
-responses), has no rating loss and leaves out long examples.
+Simplified: a prompt too long loses its beginning, never the response (the reference cuts the end, and with
+it responses).  Training goes prompt by prompt, so a response in several pairs is encoded once;
+`trl.RewardTrainer` takes loose pairs (20 sequences for the 10 pairs of 5 responses), has no rating loss and
+leaves out long examples.  Several processes take a share of each batch's prompts (`processes`).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +43,7 @@ from lib import (
     losses,
     models,
     preferences,
+    processes,
     runtime,
     training,
 )
@@ -577,16 +579,13 @@ def train(
     groups = np.unique(feedback.group)
     batches = -(-len(groups) // config.prompts_per_batch)
     if folder and validate:
-        known = [feedback.targets, feedback.pairs, getattr(feedback, "labels", None)]
-        key = (
-            vars(config),
-            feedback.prompts,
-            feedback.responses,
-            [np.asarray(x).tolist() for x in known],
-        )
-        training.claim_folder(folder, "reward model", *key)
-    run = _Training(model, trained, config, batches, validate, folder)
+        _claim(folder, feedback, config)
     encoded = None if features is not None else model.encode(feedback.prompts, feedback.responses)
+    accelerator = processes.begin(model.head.weight.device)
+    loss = _Loss(model, feedback, encoded, features, batch_loss or _batch_loss)
+    loss = accelerator.prepare_model(loss, device_placement=False)  # DDP, where there are several
+    run = _Training(model, trained, config, batches, validate, folder)
+    at_once = training.RowsAtOnce(config.prompts_in_memory or config.prompts_per_batch)
     rng = np.random.default_rng(config.seed)
     with models.fast_float32(model):
         for epoch in range(config.epochs):
@@ -595,26 +594,52 @@ def train(
                 if epoch * batches + batch < run.done:  # before this run was killed
                     continue
                 chosen = order[batch::batches]
-                data = (feedback, chosen, encoded, features)
-                run.step(_backward(model, data, config, batch_loss or _batch_loss), chosen)
+                attempt = partial(_backward, loss, run.optimiser, feedback, chosen, accelerator)
+                run.step(at_once.run(attempt), chosen)
     return run.close()
 
 
-def _backward(model, data: tuple, config: TrainConfig, batch_loss: Callable) -> float:
+def _claim(folder: Path | str, feedback: Feedback, config: TrainConfig) -> None:
+    known = [feedback.targets, feedback.pairs, getattr(feedback, "labels", None)]
+    known = [np.asarray(values).tolist() for values in known]
+    key = (vars(config), feedback.prompts, feedback.responses, known)
+    training.claim_folder(folder, "reward model", *key)
+
+
+class _Loss(torch.nn.Module):
+    """The mean loss of some prompts as a forward pass, which is what DDP wraps."""
+
+    def __init__(self, model: RewardModel, feedback, encoded, features, batch_loss: Callable):
+        super().__init__()
+        self.model = model
+        self.data = (feedback, encoded, features)
+        self.batch_loss = batch_loss
+
+    def forward(self, groups: np.ndarray) -> torch.Tensor:
+        feedback, encoded, features = self.data
+        return self.batch_loss(self.model, feedback, groups, encoded, features)
+
+
+def _backward(
+    loss: torch.nn.Module, optimiser, feedback, chosen, accelerator, prompts_at_once: int
+) -> float:
     """Gradients of a batch's mean loss, so many prompts at a time as memory holds; the loss."""
-    feedback, chosen, encoded, features = data
-    size = config.prompts_in_memory or len(chosen)
-    parts = [chosen[i : i + size] for i in range(0, len(chosen), size)]
-    counts = [_count_taught(feedback, part) for part in parts]
+    optimiser.zero_grad()  # of an attempt for which memory was too small
+    mine = chosen[processes.share(len(chosen))]
+    parts = [mine[i : i + prompts_at_once] for i in range(0, len(mine), prompts_at_once)]
+    counted = [(part, _count_taught(feedback, part)) for part in parts]
+    # the mean of a part that teaches nothing would be 0 / 0
+    counted = [(part, count) for part, count in counted if count]
+    if not counted:  # DDP wants a gradient of every process, if only of 0
+        taught = [group for group in chosen if _count_taught(feedback, group)]
+        counted = [(np.array(taught[:1] or chosen[:1]), 0)]
+    whole = max(1, _count_taught(feedback, chosen))
     total = 0.0
-    for part, count in zip(parts, counts, strict=True):
-        if count == 0 and len(parts) > 1:  # its mean would be 0 / 0
-            continue
-        share = count / sum(counts) if len(parts) > 1 else 1.0
-        loss = share * batch_loss(model, feedback, part, encoded, features)
-        loss.backward()
-        total += loss.item()
-    return total
+    for part, count in processes.passes(counted, loss, accelerator):
+        mean = count / whole * loss(part)
+        (mean * processes.world()).backward()  # DDP averages over processes; we want the sum
+        total += mean.item()
+    return sum(processes.joined([total]))
 
 
 def _count_taught(feedback: Feedback, groups: np.ndarray) -> int:
@@ -662,7 +687,7 @@ class _Training:
         self.schedule.step()
         validated = self.done % self.every == 0 or self.done == self.total
         if self.validate and validated:
-            row["validation"] = float(self.validate())
+            row["validation"] = processes.once(float, self.validate())
             self.best.offer(self.done, row["validation"], self.model.trained_state())
         self.history.add(row)
         if self.folder and validated:
@@ -674,7 +699,9 @@ class _Training:
         state["schedule"] = self.schedule.last_epoch
         tensors = {"weights": self.model.trained_state(), "best": self.best.weights}
         optimiser = self.optimiser.state_dict()
-        training.save_checkpoint(self.folder, self.done, state, tensors, optimiser)
+        if processes.is_main():
+            training.save_checkpoint(self.folder, self.done, state, tensors, optimiser)
+        processes.wait()
 
     def _restore(self, checkpoint: training.Checkpoint) -> list[dict]:
         self.model.load_state_dict(checkpoint.tensors["weights"], strict=False)

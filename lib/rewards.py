@@ -152,9 +152,15 @@ class SegmentReward:
     def fitted(self, prompts: Sequence[str], responses: Sequence[str]) -> SegmentReward:
         """The same with mean and deviation measured on these responses: computed, never typed by hand.
 
-        Where all scores are alike the deviation counts as 1, and such scores pay nothing.
+        Where all scores are alike the deviation counts as 1, and such scores pay nothing.  Raises ValueError
+        for responses without a segment, and for scores that are not finite.
         """
         scores = np.concatenate(self.score(prompts, responses))
+        if not len(scores) or not np.isfinite(scores).all():
+            raise ValueError(
+                f"{self.name!r} gives {len(scores)} scores for {len(responses)} responses; its mean and "
+                "deviation need one or more, all finite. Try more responses, or look at the scores."
+            )
         std = stats.spread(scores, precision=np.float32) or 1.0
         return replace(self, mean=float(scores.mean()), std=std)
 

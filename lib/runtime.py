@@ -6,6 +6,7 @@ Simplified: equal digits are promised only for the same machine, versions and th
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import gc
 import glob
@@ -14,6 +15,7 @@ import importlib
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -25,6 +27,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 import numpy as np
+import psutil
 from tqdm import tqdm
 
 if TYPE_CHECKING:  # torch is loaded by what computes with it: tables and files do without
@@ -48,21 +51,36 @@ def cache_dir() -> Path:
     """Folder of downloaded assets and paid replies: `$FEEDBACK_CACHE`, else `data/cache/`."""
     chosen = os.environ.get("FEEDBACK_CACHE")
     folder = Path(chosen).expanduser() if chosen else project_root() / "data" / "cache"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder.resolve()
+    return make_folder(folder, "FEEDBACK_CACHE").resolve()
+
+
+def make_folder(folder: Path, variable: str) -> Path:
+    """Make a folder unless it is there; an OSError says which variable of the environment moves it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        advice = f"{error.strerror}: {folder}. Set {variable} to a folder of your own"
+        raise OSError(error.errno, advice) from None
+    return folder
 
 
 def secret(name: str, why: str) -> str:
-    """Value of a key from the environment or `.env` (never stored, never shown).
+    """Value of a key from the environment or `.env` (never stored, never shown), without space around it.
 
-    Raises ValueError that names the variable where it is missing.
+    Raises ValueError that names the variable where it is missing, or holds what no HTTP header can.
     """
     from dotenv import dotenv_values
 
     value = os.environ.get(name) or dotenv_values(project_root() / ".env").get(name)
+    value = (value or "").strip()  # a file saved by Windows leaves a carriage return
     if not value:
         raise ValueError(
             f"{why} needs {name}, which is not set. Export it, or copy .env.example to .env and fill it in."
+        )
+    if not re.fullmatch("[!-~]+", value):
+        raise ValueError(
+            f"{name} holds a space, a line break or a letter outside ASCII (a curly quote, for example). "
+            "Copy it again."
         )
     return value
 
@@ -282,9 +300,13 @@ def write_atomic(path: Path | str, content: str | bytes) -> Path:
     with tempfile.NamedTemporaryFile(
         dir=path.parent, prefix=f".{path.name}.", delete=False
     ) as handle:
-        handle.write(data)
-        handle.flush()
-        os.fsync(handle.fileno())
+        try:
+            handle.write(data)
+            handle.flush()
+            os.fsync(handle.fileno())
+        except BaseException:  # a full disk must not be kept full
+            os.unlink(handle.name)
+            raise
     os.chmod(handle.name, 0o644)
     os.replace(handle.name, path)
     return path
@@ -295,23 +317,33 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
     """Within: an empty hidden folder beside `path` to write into, which becomes `path` at the end.
 
     Killed before, there is at `path` what was there.  A folder that is there already is replaced, and put
-    back where the replacing fails.  What a killed writer left is removed by the next one.
+    back where the replacing fails; of several writers the last one's stays.  What a killed writer left is
+    removed by the next one.
     """
     path = Path(path).absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{path.name}~"
     for leftover in path.parent.glob(f"{glob.escape(prefix)}*"):
-        shutil.rmtree(leftover, ignore_errors=True)
-    staging = Path(tempfile.mkdtemp(prefix=prefix, dir=path.parent))
+        writer = leftover.name.removeprefix(prefix).partition("-")[0]
+        if not (writer.isdigit() and psutil.pid_exists(int(writer))):
+            shutil.rmtree(leftover, ignore_errors=True)
+    staging = Path(tempfile.mkdtemp(prefix=f"{prefix}{os.getpid()}-", dir=path.parent))
     content, before = staging / "new", staging / "before"
     try:
         content.mkdir()
         yield content
-        if path.exists():
-            os.replace(path, before)
-        os.replace(content, path)
+        while content.exists():
+            shutil.rmtree(before, ignore_errors=True)
+            with contextlib.suppress(FileNotFoundError):
+                os.replace(path, before)
+            try:
+                os.replace(content, path)
+            except OSError as error:
+                # another writer's folder that came between goes too
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
     finally:
-        if before.exists() and not path.exists():
+        if content.exists() and before.exists() and not path.exists():
             os.replace(before, path)
         shutil.rmtree(staging, ignore_errors=True)
 

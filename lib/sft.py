@@ -4,25 +4,31 @@ Loss falls on completions, or on the assistant's turns of a conversation, and on
 Prompt and completion are tokenised apart, as when sampling.  Sequences longer than `max_length` lose
 their end (and with it the end token); how many did is in `history.attrs["truncated"]`.
 Encoder-decoder models, which SFTTrainer does not take, go through its parent, `transformers.Trainer`.
+Several processes (`processes`) make the optimizer steps that one makes: `per_device_train_batch_size` is that
+of one process, and they divide it, or the accumulation, among them.  Simplified: dropout differs, where a
+model has it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import datasets
 import pandas as pd
 import torch
 import transformers
+from accelerate.data_loader import SeedableRandomSampler
 from accelerate.state import AcceleratorState
+from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lib import adapters, data, encoding, models, runtime, training
+from lib import adapters, data, encoding, models, processes, runtime, training
 
 NO_LOSS = -100  # label of a token without loss
 PLAIN = {"logging_steps": 1, "report_to": "none", "disable_tqdm": True}
@@ -134,31 +140,87 @@ def train_sft(
     models.check_policy(model.config)
     if any(p.requires_grad and p.dtype != torch.float32 for p in model.parameters()):
         models.to_dtype(model, torch.float32)
-    train, truncated = _dataset(model, rows, max_length)
-    test = _dataset(model, held_out, max_length)[0] if held_out else None
+    train, truncated = _cut(model, rows, max_length)
+    test = _cut(model, held_out, max_length)[0] if held_out else None
     with tempfile.TemporaryDirectory() as scratch:
         output = Path(folder or scratch)
         training.claim_folder(output, "SFT", rows, held_out, max_length, arguments)
-        arguments = {"save_strategy": "steps" if folder else "no", "save_steps": 50, **arguments}
-        whole = output.glob("checkpoint-*/trainer_state.json")  # the file that is written last
-        steps = [int(path.parent.name.removeprefix("checkpoint-")) for path in whole]
-        last = f"{output}/checkpoint-{max(steps)}" if steps else None
-        with (
-            _own_forward(model),
-            own_precision(),
-            logits_where_loss_falls(),
-            models.fast_float32(model),
-        ):
-            trainer = _trainer(model, tokenizer, train, test, output_dir=str(output), **arguments)
+        processes.wait()
+        saving = {"save_strategy": "steps" if folder else "no", "save_steps": 50}
+        arguments = {**saving, **arguments, "output_dir": str(output)}
+
+        def attempt(rows_at_once: int) -> Recorder:
             recorder = Recorder("SFT", folder, arguments, _log_row)
-            for callback in (recorder, *callbacks):
-                trainer.add_callback(callback)
-            train_in_float32(model)
-            trainer.train(resume_from_checkpoint=last)
+            size = divided(arguments, rows_at_once, processes.world())
+            _train(model, tokenizer, train, test, [recorder, *callbacks], arguments | size)
+            return recorder
+
+        recorder = _with_less_at_once(attempt, model, arguments)
     model.eval()
     history = recorder.history.frame().reindex(columns=COLUMNS)
     history.attrs["truncated"] = truncated
     return history
+
+
+def _train(model, tokenizer, train, test, callbacks, arguments: dict) -> None:
+    """One call of the trainer, from the newest whole checkpoint in its folder."""
+    # the file that is written last
+    whole = Path(arguments["output_dir"]).glob("checkpoint-*/trainer_state.json")
+    last = max(whole, key=lambda path: int(path.parent.name.split("-")[1]), default=None)
+    processes.wait()
+    with (
+        _own_forward(model),
+        own_precision(),
+        logits_where_loss_falls(),
+        models.fast_float32(model),
+    ):
+        trainer = _trainer(model, tokenizer, train, test, **arguments)
+        for callback in callbacks:
+            trainer.add_callback(callback)
+        train_in_float32(model)
+        trainer.train(resume_from_checkpoint=last and str(last.parent))
+
+
+SIZE, ACCUMULATION = "per_device_train_batch_size", "gradient_accumulation_steps"
+
+
+def batch_of(arguments: dict) -> tuple[int, int]:
+    """(rows at once, how often they are accumulated) of an optimizer step of one process."""
+    defaults = transformers.TrainingArguments
+    return tuple(arguments.get(name, getattr(defaults, name)) for name in (SIZE, ACCUMULATION))
+
+
+def divided(arguments: dict, rows_at_once: int, world: int = 1) -> dict[str, int]:
+    """The batch of one process as each of `world` processes takes it: at most `rows_at_once` rows at once.
+
+    Raises ValueError where the rows of an optimizer step cannot be divided.
+    """
+    rows, times = batch_of(arguments)
+    total = rows * times
+    if total % world:
+        raise ValueError(
+            f"{SIZE} x {ACCUMULATION} = {total} rows an optimizer step are not divided by {world} processes; "
+            "choose a number that is."
+        )
+    share = total // world
+    largest = max(n for n in range(1, min(rows_at_once, share) + 1) if share % n == 0)
+    return {SIZE: largest, ACCUMULATION: share // largest}
+
+
+def _with_less_at_once(attempt: Callable[[int], Recorder], model, arguments: dict) -> Recorder:
+    """Train; anew, or from the last checkpoint, with half the rows at once while a GPU's memory is short."""
+    rows, _ = batch_of(arguments)
+    if model.device.type != "cuda" or not processes.alone():
+        return attempt(rows)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    start = training.Best()
+    start.offer(0, 0.0, trained)
+
+    def again(rows_at_once: int) -> Recorder:
+        training.copy_weights(start.weights, trained)
+        return attempt(rows_at_once)
+
+    return training.RowsAtOnce(rows).run(again)
 
 
 class Recorder(transformers.TrainerCallback):
@@ -238,7 +300,8 @@ def logits_where_loss_falls():
     yield
 
 
-def _dataset(model, rows, max_length) -> tuple[datasets.Dataset, int]:
+def _cut(model, rows, max_length) -> tuple[list[dict], int]:
+    """The rows as the trainer takes them, and how many lost their end."""
     cut = [{name: ids[:max_length] for name, ids in row.items()} for row in rows]
     silent = [i for i, row in enumerate(cut) if all(label == NO_LOSS for label in row["labels"])]
     if silent:
@@ -250,7 +313,58 @@ def _dataset(model, rows, max_length) -> tuple[datasets.Dataset, int]:
         for row in cut:
             prompt = row["labels"].count(NO_LOSS)
             row.update(input_ids=row["input_ids"][:prompt], labels=row["labels"][prompt:])
-    return datasets.Dataset.from_list(cut), sum(len(row["input_ids"]) > max_length for row in rows)
+    truncated = sum(len(row["input_ids"]) > max_length for row in rows)
+    return cut, truncated
+
+
+def token_mean(
+    outputs, labels: torch.Tensor, num_items_in_batch: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Cross-entropy of an encoder-decoder's labels (rows, time), over the count of the whole optimizer step.
+
+    T5's own loss is the mean of a few rows, and transformers (5.23) adds these up as they accumulate.
+    """
+    logits = outputs.logits.float().flatten(0, 1)
+    total = cross_entropy(logits, labels.flatten(), ignore_index=NO_LOSS, reduction="sum")
+    return total / (num_items_in_batch or (labels != NO_LOSS).sum())
+
+
+def silent(row: dict) -> dict:
+    """The row without loss: what fills a batch and teaches nothing."""
+    return row | {"labels": [NO_LOSS] * len(row["labels"])}
+
+
+class EvenSampler(torch.utils.data.Sampler):
+    """The order of one process, then the data set's last row, which is silent, up to a multiple."""
+
+    def __init__(self, dataset: datasets.Dataset, multiple: int, data_seed: int | None = None):
+        self.silent = len(dataset) - 1
+        self.order = SeedableRandomSampler(range(self.silent), data_seed=data_seed)
+        self.missing = -self.silent % multiple
+
+    def __len__(self) -> int:
+        return self.silent + self.missing
+
+    def __iter__(self) -> Iterator[int]:
+        yield from self.order
+        yield from [self.silent] * self.missing
+
+    def set_epoch(self, epoch: int) -> None:
+        """The order of this epoch comes next."""
+        self.order.set_epoch(epoch)
+
+
+class EpochsOrder(transformers.TrainerCallback):
+    """Tells the sampler the epoch, also of a run that goes on within one.
+
+    accelerate (1.15) tells it on one process only: several would begin again with the first epoch's order.
+    """
+
+    def __init__(self, sampler: EvenSampler):
+        self.sampler = sampler
+
+    def on_epoch_begin(self, args, state, control, **_):
+        self.sampler.set_epoch(math.floor(state.epoch + 1e-6))
 
 
 def _trainer(model, tokenizer, train, test, **arguments):
@@ -261,6 +375,11 @@ def _trainer(model, tokenizer, train, test, **arguments):
     fixed = {**PLAIN, "save_total_limit": 2, "eval_strategy": evaluate, "use_cpu": device == "cpu"}
     fixed["bf16"] = device == "cuda" and runtime.cuda_has_bfloat16()
     fixed["fp16"] = device == "cuda" and not fixed["bf16"]
+    if not processes.alone():
+        shortest = min(train, key=lambda row: len(row["input_ids"]))
+        train = [*train, silent(shortest)]
+    train = datasets.Dataset.from_list(train)
+    test = datasets.Dataset.from_list(test) if test else None
     data = dict(model=model, processing_class=tokenizer, train_dataset=train, eval_dataset=test)
     if model.config.is_encoder_decoder:
         padding = copy.copy(
@@ -270,20 +389,20 @@ def _trainer(model, tokenizer, train, test, **arguments):
         padding.pad_token_id = encoding.pad_id(tokenizer)
         collator = transformers.DataCollatorForSeq2Seq(padding, model)
         settings = transformers.TrainingArguments(**fixed, **arguments)
-        trainer = _with_adapters(transformers.Trainer)(
-            args=settings, data_collator=collator, **data
-        )
+        data |= {"data_collator": collator, "compute_loss_func": token_mean}
+        trainer = _own(transformers.Trainer)(args=settings, **data)
     else:
         settings = trl.SFTConfig(max_length=None, **fixed, **arguments)
-        trainer = _with_adapters(trl.SFTTrainer)(args=settings, **data)
+        trainer = _own(trl.SFTTrainer)(args=settings, **data)
     trainer.remove_callback(transformers.PrinterCallback)
     return trainer
 
 
-def _with_adapters(trainer: type) -> type:
-    """A trainer that also continues from a checkpoint of adapters that transformers put on the model.
+def _own(trainer: type) -> type:
+    """A trainer that reads back adapters, and makes on several processes the steps of one.
 
-    Its own code writes such checkpoints and cannot read them (transformers 5.23).
+    transformers (5.23) writes checkpoints of adapters that it put on a model and cannot read them; its last
+    batch of an epoch is filled with rows from the first, and its mean held-out loss counts them too.
     """
 
     class Trainer(trainer):
@@ -292,6 +411,21 @@ def _with_adapters(trainer: type) -> type:
                 adapters.load_state(model or self.model, checkpoint)
             else:
                 super()._load_from_checkpoint(checkpoint, model)
+
+        def _get_train_sampler(self, dataset=None) -> torch.utils.data.Sampler | None:
+            if processes.alone():
+                return super()._get_train_sampler(dataset)
+            together = self.args.train_batch_size * processes.world()
+            sampler = EvenSampler(self.train_dataset, together, self.args.data_seed)
+            self.add_callback(EpochsOrder(sampler))
+            return sampler
+
+        def get_eval_dataloader(self, dataset=None) -> torch.utils.data.DataLoader:
+            if processes.alone():
+                return super().get_eval_dataloader(dataset)
+            # all rows on each process: the same batches, the same mean
+            options = {"batch_size": self.args.eval_batch_size, "collate_fn": self.data_collator}
+            return torch.utils.data.DataLoader(self.eval_dataset, **options)
 
     return Trainer
 

@@ -245,7 +245,7 @@ def paired_difference(
     """b - a over pairs (same prompt), pairs with a missing side left out.
 
     d divides by the pooled standard deviation of a and b, and is NaN where neither varies; p is the
-    sign-flip permutation test's.
+    sign-flip permutation test's.  Both are NaN for an infinite difference.
     """
     a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if a.shape != b.shape:
@@ -253,7 +253,7 @@ def paired_difference(
     known = ~(np.isnan(a) | np.isnan(b))
     a, b = a[known], b[known]
     interval = bootstrap(b - a, seed=seed, resamples=resamples)
-    if interval.n < 2:
+    if interval.n < 2 or not np.isfinite(b - a).all():
         return PairedDifference(*interval, d=np.nan, p=np.nan)
     pooled = np.hypot(spread(a, ddof=1), spread(b, ddof=1)) / np.sqrt(2)
     rng = np.random.default_rng(seed)  # a row at a time: memory stays small for many pairs

@@ -73,12 +73,27 @@ def jsonl_records(path: Path) -> Iterator[tuple[int, dict]]:
         if not line.strip():
             continue
         try:
-            yield number, json.loads(line)
+            record = json.loads(line)
         except json.JSONDecodeError as error:
             raise ValueError(
                 f"{path.name}, line {number}: not JSON ({error.msg}, column {error.colno}); "
                 'each line must be one object such as {"prompt": "..."}.'
             ) from None
+        yield number, _whole_letters(record, line, f"{path.name}, line {number}")
+
+
+def _whole_letters(record: object, written: str, where: str) -> object:
+    """The record of this JSON; ValueError for half an emoji, which no file, hash or tokenizer takes."""
+    if "\\ud" in written.lower():
+        try:
+            json.dumps(record, ensure_ascii=False).encode("utf-8")
+        except UnicodeEncodeError as error:
+            half = error.object[max(0, error.start - 40) : error.end]
+            raise ValueError(
+                f"{where}: half an emoji (a lone surrogate) at the end of {half!r}: a text was cut there. "
+                "Try to drop it from the text."
+            ) from None
+    return record
 
 
 def json_records(path: Path) -> Iterator[tuple[int, dict]]:
@@ -94,8 +109,9 @@ def json_records(path: Path) -> Iterator[tuple[int, dict]]:
         position, line, counted = text.index("[") + 1, 1, 0
         while text[position := gap.match(text, position).end()] != "]":
             line, counted = line + text.count("\n", counted, position), position
-            record, position = decoder.raw_decode(text, position)
-            yield line, record
+            start = position
+            record, position = decoder.raw_decode(text, start)
+            yield line, _whole_letters(record, text[start:position], f"{path.name}, line {line}")
     except json.JSONDecodeError as error:
         raise ValueError(f"{path.name}, line {error.lineno}: not JSON ({error.msg}).") from None
 
@@ -121,7 +137,7 @@ def csv_records(path: Path, needed: Sequence[str] = ()) -> Iterator[tuple[int, l
     The separator is the one of `SEPARATORS` under which the first record holds the columns `needed`; failing
     that, a comma unless only another one parts the first record.  A first line `sep=;`, as Excel reads it,
     says it too.  Columns after the last named one in which nothing stands are left out.  Raises ValueError
-    with file and line.
+    with file and line, also for a header with the columns `needed` in which a name stands twice.
     """
     text = read_text(path)
     stated = re.match(r'"?sep=([,;\t])"?(?=\r?\n)', text)
@@ -130,10 +146,13 @@ def csv_records(path: Path, needed: Sequence[str] = ()) -> Iterator[tuple[int, l
     )  # leaves a blank line: lines are counted as in the file
     separator = stated[1] if stated else _separator(text, needed, path.name)
     records = list(_split(text, separator, path.name))
-    width = len(records[0][1])
+    line, header = records[0]
+    width = len(header)
     named = width
     while named > 1 and not any(_filled(cells[named - 1 : named]) for _, cells in records):
         named -= 1
+    if needed and set(needed) <= set(header):
+        _check_names(header[:named], f"{path.name}, line {line}")
     for line, cells in records:
         if len(cells) != width:
             raise ValueError(
@@ -141,6 +160,14 @@ def csv_records(path: Path, needed: Sequence[str] = ()) -> Iterator[tuple[int, l
                 "Try to quote texts that hold commas or line breaks."
             )
         yield line, cells[:named]
+
+
+def _check_names(header: Sequence[str], where: str) -> None:
+    """ValueError for a name that stands twice: which of the columns is meant is not known."""
+    if repeated := sorted({str(name) for name in header if header.count(name) > 1}):
+        raise ValueError(
+            f"{where}: column {repeated[0]!r} twice; found: {', '.join(header)}. Rename or drop one."
+        )
 
 
 def _filled(cells: Sequence[_Cell]) -> bool:
@@ -201,12 +228,9 @@ def csv_dicts(path: Path, needed: Sequence[str]) -> Iterator[tuple[int, dict[str
     """
     records = csv_records(path, needed)
     line, header = next(records)
-    missing = [name for name in needed if name not in header]
-    repeated = sorted({name for name in header if header.count(name) > 1})
-    if missing or repeated:
-        problem = f"missing column {missing[0]!r}" if missing else f"column {repeated[0]!r} twice"
+    if missing := [name for name in needed if name not in header]:
         raise ValueError(
-            f"{path.name}, line {line}: {problem}; found: {', '.join(header)}; "
+            f"{path.name}, line {line}: missing column {missing[0]!r}; found: {', '.join(header)}; "
             f"needed, once each: {', '.join(needed)}. Columns may be separated by a comma, a semicolon "
             "or a tab."
         )
@@ -266,7 +290,9 @@ def read_csv(path: Path | str) -> pd.DataFrame:
     Fields in quotes are text, so are "NA", "null" and "007"; an empty one is missing.  Raises ValueError with
     file and line, FileNotFoundError.
     """
-    (_, header), *records = csv_records(Path(path).expanduser())
+    path = Path(path).expanduser()
+    (line, header), *records = csv_records(path)
+    _check_names(header, f"{path.name}, line {line}")
     table = {}
     for place, name in enumerate(header):
         table[str(name)] = _typed([cells[place] for _, cells in records], alone=len(header) == 1)
@@ -284,7 +310,7 @@ def _typed(cells: Sequence[_Cell], alone: bool) -> list:
     if all(_NUMBER.fullmatch(cell) for cell in known):
         convert = int if all(_WHOLE.fullmatch(cell) for cell in known) else float
         return [math.nan if cell in missing else convert(cell) for cell in cells]
-    return [str(cell) if cell else None for cell in cells]
+    return [None if cell in missing else str(cell) for cell in cells]
 
 
 def write_jsonl(table: pd.DataFrame, path: Path | str) -> Path:

@@ -22,8 +22,8 @@ def check_texts(texts: Sequence[str]) -> None:
 
 
 def is_empty(text: str) -> bool:
-    """True for a text without a visible character."""
-    return not text.strip()
+    """True for a text without a visible character: white space, or marks of no width (U+200B), alone."""
+    return all(c.isspace() or unicodedata.category(c) in ("Cc", "Cf") for c in text)
 
 
 # --- fluency -------------------------------------------------------------------------------------

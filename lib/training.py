@@ -22,15 +22,17 @@ import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Container, Iterable, Mapping
+import warnings
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 import torch
+from accelerate.utils import find_executable_batch_size
 from safetensors.torch import load_file, save_file
 
-from lib import runtime, tables
+from lib import processes, runtime, tables
 
 REPORTERS = ("trackio", "wandb", "tensorboard")
 PROJECT = "learning-from-feedback"  # the name under which trackio and wandb list the runs
@@ -116,6 +118,35 @@ class Clock:
         self._last = now
 
 
+class RowsAtOnce:
+    """How many rows go through a network at once: fewer, for good, once a GPU's memory was too small.
+
+    The last net: plan by `memory.rows_that_fit`.  Rows at once change what is in memory, not the result.
+    Where several processes train, the error ends the run, for the others would wait: start with fewer.
+    """
+
+    def __init__(self, rows: int):
+        self.rows = rows
+
+    def run(self, attempt: Callable[[int], object]) -> object:
+        """attempt(rows), which can be done again after an error; with half the rows while memory is short."""
+        try:
+            return attempt(self.rows)
+        except torch.OutOfMemoryError:
+            if self.rows == 1 or not processes.alone():
+                raise
+        # not within `except`, which would hold what the failed attempt has in memory
+        return find_executable_batch_size(attempt, self._halve(), self._halve)()
+
+    def _halve(self) -> int:
+        self.rows //= 2
+        if self.rows:
+            warnings.warn(
+                f"GPU memory is too small: going on with {self.rows} rows at once.", stacklevel=2
+            )
+        return self.rows
+
+
 # --- the best weights ----------------------------------------------------------------------------
 
 
@@ -189,19 +220,30 @@ def save_checkpoint(
     """
     folder = Path(folder)
     final = folder / f"checkpoint-{step:06d}"
+    for leftover in folder.glob(".checkpoint-*"):  # of a process that was killed
+        shutil.rmtree(leftover, ignore_errors=True)
     if not final.exists():
         part = Path(tempfile.mkdtemp(dir=folder, prefix=".checkpoint-"))
-        for name, group in tensors.items():
-            plain = {key: value.detach().contiguous() for key, value in group.items()}
-            save_file(plain, part / f"{name}.safetensors")
-        if optimizer is not None:
-            torch.save(optimizer, part / "optimizer.pt")
-        (part / "state.json").write_text(json.dumps(state), encoding="utf-8")
-        for path in part.iterdir():
-            _sync(path)
-        part.chmod(0o755)
-        part.rename(final)  # from here on it counts
-    for other in [*folder.glob("checkpoint-*"), *folder.glob(".checkpoint-*")]:
+        try:
+            for name, group in tensors.items():
+                plain = {key: value.detach().contiguous() for key, value in group.items()}
+                save_file(plain, part / f"{name}.safetensors")
+            if optimizer is not None:
+                torch.save(optimizer, part / "optimizer.pt")
+            (part / "state.json").write_text(json.dumps(state), encoding="utf-8")
+            for path in part.iterdir():
+                _sync(path)
+            part.chmod(0o755)
+            part.rename(final)  # from here on it counts
+        except Exception as error:
+            crossed = final.exists() or not part.exists()
+            shutil.rmtree(part, ignore_errors=True)  # a full disk must not be kept full
+            if crossed:
+                raise RuntimeError(
+                    f"another process trains into {folder} too. End one of them, or give each a folder."
+                ) from error
+            raise
+    for other in folder.glob("checkpoint-*"):
         if other != final:
             shutil.rmtree(other, ignore_errors=True)
     return final
@@ -209,7 +251,8 @@ def save_checkpoint(
 
 def newest_checkpoint(folder: Path | str) -> Path | None:
     """The folder's newest checkpoint, or None."""
-    return max(Path(folder).glob("checkpoint-*"), default=None)
+    checkpoints = Path(folder).glob("checkpoint-*")
+    return max(checkpoints, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
 def load_checkpoint(folder: Path | str, device: torch.device | str = "cpu") -> Checkpoint | None:
@@ -255,7 +298,7 @@ class History:
         folder: the run's folder; None keeps no file.
         settings: reported once, beside the rows.
         rows: those of a checkpoint; later ones in the file are dropped, for they come again.
-        writes: False on all processes but the first.
+        writes: False keeps neither file nor report; of several processes the main one alone has them.
 
     A row's first value is its step; a second row of the same step is merged into the first.  Raises what
     `report_to` raises.
@@ -270,6 +313,7 @@ class History:
         writes: bool = True,
     ):
         self.rows = list(rows)
+        writes = writes and processes.is_main()
         self.folder = Path(folder) if folder and writes else None
         self._report = open_reporter(what, self.folder, settings or {}) if writes else None
         self._write()

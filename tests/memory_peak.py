@@ -11,6 +11,7 @@ import psutil
 import torch
 
 from lib import generation, memory, models, ppo, reward_models, sft
+from lib.papers.alt import conditions, critics, labels, loop
 
 ROWS, PROMPT, RESPONSE, VOCABULARY = 8, 64, 64, 8000
 
@@ -54,6 +55,8 @@ def run(stage: str, model, tokenizer) -> memory.Stage:
         config = reward_models.TrainConfig(epochs=3, prompts_per_batch=8)
         reward_models.train(judge, feedback, config)
         return memory.reward_model(skeleton(model).base_model, ROWS, PROMPT + RESPONSE + 2)
+    if stage == "conditioning":
+        return condition(model, tokenizer, prompt)
     config = ppo.PPOConfig(
         steps=2, prompts_per_step=ROWS, minibatch_size=ROWS, forward_rows=ROWS, epochs=1, train="all",
         max_new_tokens=RESPONSE,
@@ -62,6 +65,19 @@ def run(stage: str, model, tokenizer) -> memory.Stage:
     outline = skeleton(model)
     models.set_trainable(outline, "all")
     return memory.ppo(outline, ROWS, PROMPT, RESPONSE, episodes=ROWS)
+
+
+def condition(model, tokenizer, prompt: str) -> memory.Stage:
+    tags, outline = ("good", "bad"), skeleton(model)
+    first = conditions.add_tokens(model, len(tags))
+    conditioner = conditions.Conditioner(tokenizer, "token", tokens=tags, first_id=first)
+    feedback = critics.scored(lambda prompts, texts: [float(i) for i in range(len(texts))])
+    task = loop.Task([prompt] * ROWS, feedback, labels.Quantiles(tags), conditioner)
+    config = loop.ConditioningConfig(
+        iterations=1, steps=2, batch_size=2 * ROWS, forward_rows=ROWS, max_new_tokens=RESPONSE
+    )
+    loop.train_conditional(model, tokenizer, task, config)
+    return memory.conditioning(outline, ROWS, PROMPT + 1, RESPONSE, drawn=ROWS)
 
 
 def skeleton(model):

@@ -45,7 +45,9 @@ def test_the_first_line_is_that_of_the_answer():
         answers.first_line("<think>\nOutput (a)?\n</think>\n\n **Output (b)**\nsince")
         == "Output (b)"
     )
-    assert answers.first_line("\n \n") == answers.first_line(None) == ""
+    assert (
+        answers.first_line("\n \n") == answers.first_line(None) == answers.first_line("***") == ""
+    )
 
 
 @pytest.mark.parametrize("text", ["2", " 2 ", "2.", "2/3", "2 / 3", "2 out of 3", "+2"])

@@ -158,6 +158,15 @@ def test_content_in_parts_is_one_text(scripted, tmp_path):
     assert len(one.asked) == 1
 
 
+def test_a_limit_without_a_time_is_not_stormed(scripted, tmp_path):
+    left = [429] * 3
+    one = scripted(lambda body: (left.pop(), {}, {}) if left else completion("6"))
+    started = time.monotonic()
+    asking = client(one, tmp_path, attempts=1, first_pause=0.2)  # no try of the package's own
+    assert asking.ask(questions(1))[0].text == "6"
+    assert time.monotonic() - started > 0.2 + 0.4 + 0.8
+
+
 def test_half_an_emoji_does_not_get_in(scripted, tmp_path):
     one = scripted(lambda body: completion("so \ud83d so"))
     assert ask_one(one, tmp_path)[1].text == "so \ufffd so"

@@ -86,6 +86,7 @@ def test_hostile_texts_survive_every_format(tmp_path, kind):
             '{"prompt": "a"}\n{"text": "b"}',
             "p.jsonl, line 2: no field 'prompt'; found: text",
         ),
+        ("p.jsonl", '{"prompt": "a \\ud83d"}', "p.jsonl, line 1: half an emoji"),
         ("p.json", '[{"prompt": "a"},\n{"prompt": 3}]', "p.json, line 2: prompt is 3"),
         ("p.txt", "fine\n\nfine too\n", "p.txt, line 2: prompt is ''"),
         ("p.txt", "", "p.txt is empty"),
@@ -186,6 +187,17 @@ def test_templates_refuse_what_they_cannot_do():
         data.apply_template(["x"], tokenizer, "chat+system")
     with pytest.raises(ValueError, match="prompts is one text"):
         data.apply_template("x", tokenizer, "raw")
+    for template, message in (
+        ("{{ raise_exception('no system role') }}", "refuses this .no system role"),
+        ("{{ messages + 1 }}", "the chat template refuses this"),
+        (
+            "{% for part in messages[0]['content'] %}{{ part['text'] }}{% endfor %}",
+            "leaves the prompt out",
+        ),
+    ):
+        tokenizer.chat_template = template
+        with pytest.raises(ValueError, match=f"{message}.*Try 'tagged"):
+            data.apply_template(["x"], tokenizer, "chat")
     tokenizer.chat_template = None
     with pytest.raises(ValueError, match="no chat template. Try 'tagged'"):
         data.apply_template(["x"], tokenizer, "chat")

@@ -132,6 +132,9 @@ def test_mean_and_deviation_are_measured():
     assert fitted(["p"], ["age two, age two."])[0].tolist() == [-2.0, 2.0]
     alike = reward.fitted(["p"], ["age two."])
     assert alike.std == 1 and alike(["p"], ["age two."])[0].tolist() == [0]
+    for texts, scores in (([""], [1.0]), (["age two."], [float("inf")]), (["age two."], [np.nan])):
+        with pytest.raises(ValueError, match="'R' gives . scores for 1 responses"):
+            part("R", toy.Segmenter("clause"), scores).fitted(["p"], texts)
     with pytest.raises(ValueError, match="std of 'R' is 0.0"):
         part("R", toy.Segmenter("clause"), [1.0], std=0.0)
 

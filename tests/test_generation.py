@@ -1,5 +1,8 @@
 """Sampling: equality with transformers.generate, exact log-probabilities, and the right distribution."""
 
+import copy
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -213,6 +216,18 @@ def test_token_ids_as_prompts_and_empty_list(tiny):
         == sample(model, tokenizer, PROMPTS, seed=1).response_ids
     )
     assert len(sample(model, tokenizer, [], n=3)) == 0
+    with pytest.raises(ValueError, match="prompts is one text"):
+        sample(model, tokenizer, "the")
+    with pytest.raises(ValueError, match="prompt 1 is nan"):
+        sample(model, tokenizer, ["the", math.nan])
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0}, {"top_k": 2}, {"top_p": 0.5}])
+def test_a_model_without_numbers_is_told(tiny, settings):
+    model, tokenizer = copy.deepcopy(tiny[0]), tiny[1]
+    model.get_output_embeddings().weight.data[0] = math.nan
+    with pytest.raises(FloatingPointError, match="token 0: .* not numbers"):
+        sample(model, tokenizer, PROMPTS, **settings)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,8 @@ import ast
 import json
 import os
 import pickle
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -165,6 +167,18 @@ def test_pickled_weights_are_converted_once(tmp_path, cache, modern):
     assert not [*first.glob("*.bin")]
     assert same_weights(AutoModelForCausalLM.from_pretrained(first, dtype="auto"), expected)
     assert same_weights(models.load_policy(str(folder), dtype=torch.float32)[0], expected)
+
+
+def test_whoever_asks_at_once_converts_once(cache):
+    made = []
+
+    def make(staging):
+        made.append(staging)
+        time.sleep(0.05)
+
+    with ThreadPoolExecutor(4) as pool:
+        folders = set(pool.map(lambda _: hub.converted("x", make), range(4)))
+    assert folders == {cache / "converted" / "x"} and len(made) == 1
 
 
 def test_tied_weights_and_shards_are_converted(tmp_path, cache):

@@ -25,7 +25,9 @@ def skeleton(name, train="all", dtype=torch.float32, **size):
 
 
 @pytest.mark.skipif(not CAN_MEASURE, reason="peaks of memory are read from /proc")
-@pytest.mark.parametrize("stage", ["sampling", "fine-tuning", "reward model", "PPO"])
+@pytest.mark.parametrize(
+    "stage", ["sampling", "fine-tuning", "reward model", "PPO", "conditioning"]
+)
 @pytest.mark.parametrize("kind, width, layers", [
     ("tiny", 256, 6), ("tiny", 384, 8), ("tiny", 512, 10), ("tiny-encoder-decoder", 384, 6),
 ])  # fmt: skip
@@ -65,6 +67,14 @@ def test_what_is_frozen_keeps_nothing_and_trains_nothing():
     assert whole.total > top.total > lora.total
     assert whole.parts["gradients"] > 5 * top.parts["gradients"] > 5 * lora.parts["gradients"] > 0
     assert lora.parts["reference"] == lora.parts["gradients"]
+
+
+def test_eight_bits_take_a_byte_for_each_frozen_weight_of_a_layer():
+    outline = skeleton("openai-community/gpt2-medium", "lora", layers=24)
+    stage = memory.Stage("any", {"weights": memory.bytes_of(outline), "Adam": 8})
+    held = memory.in_eight_bits(stage, outline)
+    maps = 24 * 12 * 1024**2  # of a layer: 3 + 1 + 4 + 4 times the width's square
+    assert stage.total - held.total == 3 * maps and held.parts["Adam"] == 8
 
 
 def test_rows_are_halved_until_they_fit_and_what_never_fits_is_refused_with_what_to_try():

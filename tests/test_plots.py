@@ -317,6 +317,27 @@ def test_coloured_text_gives_every_token_a_box_of_its_colour():
         plots.coloured_text(["a", "b"], [1.0], title="t", label="nats")
 
 
+def test_dollars_in_texts_are_no_formulas():
+    odd = ["$5 to $10", "$$", r"$\bad$"]
+    table = pd.DataFrame({"group": odd, "condition": odd, "value": 1.0, "low": 0.0, "high": 2.0})
+    row = pd.DataFrame([[1.0, 2.0, 3.0]], index=odd[2:])
+    square = pd.DataFrame(np.eye(3), index=odd, columns=odd)
+    bounds = pd.DataFrame(
+        {"label": odd, "value": 0.2, "low": 0.1, "high": 0.3, "n": 9, "n_missing": 1}
+    )
+    stems = pd.DataFrame({"position": 0, "model": odd, "value": 1.0})
+    for figure in (
+        plots.interval_plot(table, xlabel="x", title=odd[2]),
+        plots.bounds_plot(bounds, xlabel="x"),
+        plots.category_heatmap(table.assign(category=odd)),
+        plots.agreement_heatmap(square, xlabel="x", ylabel="y"),
+        plots.coloured_text(odd, [0.0, 1.0, 2.0], title="t", label="l"),
+        plots.token_heatmap(row, odd, title="t", label="l"),
+        plots.dense_rewards(stems, odd),
+    ):
+        figure.savefig(io.BytesIO(), format="svg")  # matplotlib parses formulas as it draws
+
+
 def test_drawings_show_every_token_and_where_the_objective_is_flat():
     table = pd.DataFrame([[0.5, 0, -1.0], [0, 0, 2.0]], index=["paid", "credited"])
     axes = plots.token_heatmap(table, ["a", "b", "."], title="t", label="l").axes[0]

@@ -5,7 +5,6 @@ import dataclasses
 import math
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -658,21 +657,6 @@ def test_too_few_prompts_are_refused():
 
 
 # --- several processes, and TRL's RLOO -----------------------------------------------------------
-
-
-def test_two_processes_give_the_losses_of_one(tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    # --multi_gpu is the launcher that starts several processes; the script puts them on the CPU (gloo)
-    launch = f"accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 \
-        --mixed_precision no --dynamo_backend no --main_process_port {port}".split()
-    script = ROOT / "tests" / "ppo_two_processes.py"
-    done = run_python("-m", *launch, str(script), str(tmp_path / "two.csv"))
-    assert done.returncode == 0, done.stderr
-    one = without_times(train(SHORT, held_out=PROMPTS[:3]))
-    two = without_times(pd.read_csv(tmp_path / "two.csv"))
-    pd.testing.assert_frame_equal(two, one, rtol=1e-4, atol=1e-4, check_dtype=False)
 
 
 def test_rloo_learns_from_the_same_reward_function(tmp_path):

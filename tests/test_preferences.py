@@ -1,6 +1,7 @@
 """Ratings and rankings: tables, verdicts, win rates, by hand."""
 
 import itertools
+import math
 
 import numpy as np
 import pandas as pd
@@ -52,6 +53,7 @@ def test_extra_columns_are_kept_and_a_missing_input_is_empty(tmp_path):
         ("i,x,r,five", pf.read_ratings, "line 2: score 'five'"),
         ("i,x,r,٣", pf.read_ratings, "line 2: score"),
         ("i,x,r,6.5", pf.read_ratings, "line 2: score '6.5'"),
+        ("i,x,r," + "9" * 30, pf.read_ratings, "line 2: score '999"),
         ("i,x,r", pf.read_ratings, "line 2: 3 fields"),
         ("i,x,a,b,(c)", pf.read_rankings, "line 2: verdict '(c)'"),
         ("i,x,a,b,A", pf.read_rankings, "line 2: verdict 'A'"),
@@ -62,6 +64,20 @@ def test_bad_rows_are_refused_with_their_line(tmp_path, line, read, message):
     (tmp_path / "f.csv").write_text(first + line + "\n", encoding="utf-8")
     with pytest.raises(ValueError, match=message.replace("(", r"\(").replace(")", r"\)")):
         read(tmp_path / "f.csv")
+
+
+@pytest.mark.parametrize(
+    "header, message",
+    [
+        ("Instruction,Input,Response,Score", "line 1: the header has Instruction, .* written so"),
+        ("instruction,input,output,score", "line 1: the header has instruction, input, output"),
+        ("instruction,input,response,score,score", "line 1: column 'score' twice"),
+    ],
+)
+def test_headers_that_are_nearly_right_are_refused(tmp_path, header, message):
+    (tmp_path / "f.csv").write_text(f"{header}\ni,x,r,5{',6' * (header.count(',') - 3)}\n")
+    with pytest.raises(ValueError, match=message):
+        pf.read_ratings(tmp_path / "f.csv")
 
 
 def test_a_table_of_the_wrong_kind_is_refused(tmp_path):
@@ -136,6 +152,13 @@ def test_no_pair_at_all():
 
 
 # --- win rates -----------------------------------------------------------------------------------
+
+
+def test_points_of_scores_without_bounds():
+    scores = [math.inf, math.inf, -math.inf, -math.inf, None, 1]
+    against = [math.inf, 1, -math.inf, 1, 1, math.nan]
+    assert pf.win_points(scores, against)[:4].tolist() == [0.5, 1, 0.5, 0]
+    assert np.isnan(pf.win_points(scores, against)[4:]).all()
 
 
 def test_win_rates_by_hand():

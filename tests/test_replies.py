@@ -5,6 +5,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pytest
+
 from lib import replies, runtime
 
 
@@ -52,3 +54,16 @@ def test_retry_after_takes_seconds_and_dates():
     assert replies.retry_after("soon") is None and replies.retry_after("") is None
     assert replies.retry_after("nan") is None and replies.retry_after("inf") is None
     assert replies.retry_after("Wed, 21 Oct 2015 07:28:00 GMT") == 0
+    assert replies.retry_after("-7") == 0
+    assert replies.retry_after("Fri, 31 Dec 9999 23:59:59 GMT") > 1e9
+    assert replies.retry_after("Fri, 31 Dec 99999 23:59:59 GMT") is None
+
+
+def test_a_file_that_is_no_store_is_refused_by_name(tmp_path):
+    (tmp_path / "notes.txt").write_text("no database " * 99)
+    (tmp_path / "folder").mkdir()
+    for name in ("notes.txt", "folder"):
+        with pytest.raises(ValueError, match=f"{name} cannot hold replies .* Name another file"):
+            replies.open_store(tmp_path / name)
+    with pytest.raises(OSError, match="notes.txt. Set FEEDBACK_CACHE to a folder of your own"):
+        replies.open_store(tmp_path / "notes.txt" / "r.sqlite")

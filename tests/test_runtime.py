@@ -1,12 +1,14 @@
 """Seeds, records, caches: what every notebook stands on."""
 
 import ast
+import errno
 import json
 import re
 import signal
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pandas as pd
@@ -109,6 +111,16 @@ def test_write_atomic_never_shows_a_part(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["file.txt"]
 
 
+def test_what_could_not_be_written_leaves_nothing(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(runtime.os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        runtime.write_atomic(tmp_path / "file.txt", "a")
+    assert not [*tmp_path.iterdir()]
+
+
 def test_json_is_plain():
     text = runtime.to_json({"a": np.arange(2), "b": torch.tensor(1.5), "c": float("inf"), 1: {2}})
     assert json.loads(text) == {"a": [0, 1], "b": 1.5, "c": None, "1": [2]}
@@ -121,6 +133,13 @@ def test_secret_reads_dotenv_and_names_what_is_missing(tmp_path, monkeypatch):
         runtime.secret("SOME_KEY", "The test")
     (tmp_path / ".env").write_text("SOME_KEY=abc\n")
     assert runtime.secret("SOME_KEY", "The test") == "abc"
+    monkeypatch.setenv("SOME_KEY", " abc\r\n")
+    assert runtime.secret("SOME_KEY", "The test") == "abc"
+    for damaged in ("“abc”", "a b", "a\nb"):
+        monkeypatch.setenv("SOME_KEY", damaged)
+        with pytest.raises(ValueError, match="SOME_KEY holds a space") as caught:
+            runtime.secret("SOME_KEY", "The test")
+        assert damaged not in str(caught.value)
 
 
 def test_plain_mode_samples_in_float32(monkeypatch):
@@ -340,6 +359,20 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
     with pytest.raises(KeyError), runtime.atomic_folder(target) as staging:
         raise KeyError
     assert (target / "weights").read_text() == "new" and [*tmp_path.iterdir()] == [target]
+
+
+def test_writers_of_one_folder_do_not_disturb_each_other(tmp_path):
+    def write(name):
+        for _ in range(20):
+            with runtime.atomic_folder(tmp_path / "model") as staging:
+                (staging / "first").write_text(name)
+                (staging / "second").write_text(name)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write, "abcd"))
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    first, second = (tmp_path / "model" / name for name in ("first", "second"))
+    assert first.read_text() == second.read_text()
 
 
 KILLED = """

@@ -57,6 +57,8 @@ def test_scores_keep_order_and_empty_texts_get_the_stated_score():
     scorer = Fixed({"a": 0.9, "b": 0.1})
     np.testing.assert_array_equal(scorer.score(["b", "", "a", " \n"]), [0.1, 0.0, 0.9, 0.0])
     np.testing.assert_array_equal(Fixed(empty=0.5).score(["", "x"]), [0.5, 0.25])
+    unseen = ["\u200b\ufeff", "\u202e \u2060", "\x00", "\U0001f600\u200d", "\u05e9"]
+    np.testing.assert_array_equal(Fixed(empty=0.5).score(unseen), [0.5, 0.5, 0.5, 0.25, 0.25])
     assert scorer.score([]).shape == (0,) and scorer.score(["a"]).dtype == np.float64
 
 

@@ -91,7 +91,7 @@ def test_the_trainer_sees_these_labels(toy, tmp_path):
     """What SFTTrainer feeds the model is our rows, padded without loss: nothing added, nothing lost."""
     model, tokenizer = toy
     rows = sft.encode_completions(tokenizer, ["a b c", "d"], ["yes", "no ."])
-    dataset, truncated = sft._dataset(model, rows, max_length=512)
+    dataset, truncated = sft._cut(model, rows, max_length=512)
     trainer = sft._trainer(
         model, tokenizer, dataset, None, output_dir=str(tmp_path), save_strategy="no"
     )

@@ -142,6 +142,11 @@ def test_sign_flip_p_is_large_under_no_effect_and_small_under_one():
     assert stats.paired_difference(noise, noise + 0.3).p < 0.01
 
 
+def test_an_infinite_difference_has_no_p():
+    found = stats.paired_difference([0.0, 0.0, 0.0], [np.inf, 1.0, 2.0], resamples=20)
+    assert found.value == np.inf and np.isnan(found.p) and np.isnan(found.d)
+
+
 def test_proportion_is_wilson():
     found = stats.proportion(8, 10)
     assert (round(found.low, 3), round(found.high, 3)) == (0.490, 0.943)

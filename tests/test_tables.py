@@ -78,6 +78,12 @@ def test_a_table_of_one_column(tmp_path, values):
     assert back["x"].tolist() == pytest.approx(values, nan_ok=True)
 
 
+def test_a_missing_text_alone_in_its_row_stays_missing(tmp_path):
+    table = pd.DataFrame({"x": ["a", None, "b"]})
+    back = tables.read_csv(tables.write_csv(table, tmp_path / "t.csv"))
+    assert back["x"].isna().tolist() == [False, True, False]
+
+
 @pytest.mark.parametrize("separator", [",", ";", "\t"])
 @pytest.mark.parametrize("mark", ["", "\ufeff"])
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
@@ -162,6 +168,21 @@ def test_columns_that_are_missing_or_stand_twice(tmp_path):
     (tmp_path / "t.csv").write_text("a,b\n")
     with pytest.raises(ValueError, match="a header but no rows"):
         list(tables.csv_dicts(tmp_path / "t.csv", ["a"]))
+
+    (tmp_path / "t.csv").write_text("a,b,b\n1,2,3\n")
+    with pytest.raises(ValueError, match="line 1: column 'b' twice; found: a, b, b"):
+        tables.read_csv(tmp_path / "t.csv")
+
+
+@pytest.mark.parametrize("kind", ["json", "jsonl"])
+def test_half_an_emoji_is_refused_by_line(tmp_path, kind):
+    whole, half = '{"a": "\\ud83d\\ude00 and \\\\ud83d"}', '{"a": ["x", "cut \\uD83D"]}'
+    text = f"[{whole},\n{half}]" if kind == "json" else f"{whole}\n{half}\n"
+    (tmp_path / f"t.{kind}").write_text(text)
+    records = tables.json_records(tmp_path / f"t.{kind}")
+    assert next(records)[1] == {"a": "\U0001f600 and \\ud83d"}
+    with pytest.raises(ValueError, match=rf"t.{kind}, line 2: half an emoji .*cut"):
+        next(records)
 
 
 def test_json_lines_keep_types(tmp_path):

@@ -1,8 +1,10 @@
 """Seeds by key, learning rates, checkpoints that a kill cannot break, a history on disk as it goes."""
 
+import errno
 import importlib.util
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -102,6 +104,22 @@ def test_only_the_newest_checkpoint_stays(tmp_path):
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["checkpoint-000100"]
     assert training.load_checkpoint(tmp_path).state == {"at": 100}
+    (tmp_path / "checkpoint-1000000").mkdir()
+    assert training.newest_checkpoint(tmp_path).name == "checkpoint-1000000"
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "_sync", lambda path: shutil.rmtree(path.parent))
+    with pytest.raises(RuntimeError, match="another process trains into"):
+        training.save_checkpoint(tmp_path, 1, {}, {})
+
+    def full(path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(training, "_sync", full)
+    with pytest.raises(OSError, match="No space left"):
+        training.save_checkpoint(tmp_path, 1, {}, {})
+    assert not [*tmp_path.iterdir()]
 
 
 KILLED_WHILE_SAVING = """

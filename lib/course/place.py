@@ -51,7 +51,7 @@ def claim(wanted: Path) -> Path:
         folder = wanted if number == 1 else wanted.with_name(f"{wanted.name}-{number}")
         if folder in _HELD:
             return folder
-        folder.mkdir(parents=True, exist_ok=True)
+        runtime.make_folder(folder, "FEEDBACK_RUN_DIR")
         lock = filelock.FileLock(folder / ".lock", timeout=0)
         try:
             lock.acquire()

@@ -115,6 +115,7 @@ def table_html(table: pd.DataFrame) -> str:
 def show_tables_so() -> None:
     """From here on this kernel shows tables so; without a kernel nothing happens."""
     pd.set_option("display.max_colwidth", None, "display.max_columns", 40)
+    pd.set_option("display.html.use_mathjax", False)  # "$5 to $10" is a text, no formula
     from IPython import get_ipython
 
     shell = get_ipython()

@@ -1,6 +1,7 @@
 """The runner on small notebooks of its own: refuse, skip, fail, continue, publish, report."""
 
 import html.parser
+import io
 import json
 import os
 import re
@@ -306,6 +307,15 @@ def test_a_fingerprint_changes_with_what_a_result_depends_on_only(root, monkeypa
     write(root, "10_a", "from lib import used  # changed")
     seen.add(notebooks.fingerprint(path, "demo", {}))
     assert len(seen) == 7
+
+
+def test_a_console_that_lacks_a_letter_ends_nothing(monkeypatch):
+    console = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", console)
+    monkeypatch.setattr(report, "list_notebooks", lambda: "better \u2192 worse \U0001f600")
+    assert main(["list"]) == 0
+    console.flush()
+    assert console.buffer.getvalue().split(b"\n")[0] == rb"better \u2192 worse \U0001f600"
 
 
 def test_a_finished_run_is_repeated_only_when_it_must_be(root, capsys):

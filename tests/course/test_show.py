@@ -24,6 +24,7 @@ def test_texts_are_whole_after_show_tables_so():
     show.show_tables_so()
     text = "x" * 900 + "END"
     assert "END" in show.table_html(pd.DataFrame({"text": [text]}))
+    assert "mathjax_ignore" in show.table_html(pd.DataFrame({"text": ["$5 to $10"]}))
 
 
 def test_wide_tables_and_grouped_headers_still_show():

@@ -206,7 +206,8 @@ def test_the_trade_off_has_a_point_and_two_intervals_an_arm():
 
 def test_the_plan_of_the_papers_runs_by_hand():
     table = plan.table().set_index("task")
-    assert table.loc["toxicity", "GPU memory, GB"] == pytest.approx(24 * 0.774, abs=0.05)
+    # weights, the reference, gradients and two moments, each float32, and what one row keeps
+    assert 20 * 0.774 < table.loc["toxicity", "GPU memory, GB"] < 20 * 0.774 + 2
     sampled = 2 * 0.774e9 * 1.36e6 * 60
     learned = 8 * 0.774e9 * 32_000 * 32 * 60
     hours = (sampled + learned) / 1e14 / 3600

@@ -13,6 +13,7 @@ import pytest
 from transformers import LongformerModel, T5ForConditionalGeneration
 
 from lib import models, ppo
+from lib.course.launch import launch
 from lib.papers.fine_grained import chain_tables, jobs, miniature, released, rouge
 from lib.papers.fine_grained import schema as qa
 
@@ -217,6 +218,42 @@ def test_a_file_runs_a_stage_without_a_notebook(chain, tmp_path):
     path.write_text('{"folder": "a", "data": "b", "polcy": "c"}')
     with pytest.raises(ValueError, match="unknown settings"):
         jobs.read_chain(path)
+
+
+def test_two_processes_leave_the_files_that_one_leaves(chain, tmp_path):
+    """Every stage, from the command line: history, results and what the reward models say."""
+    both = dataclasses.replace(chain, folder=str(tmp_path / "both"))
+    path = jobs.write_chain(both, tmp_path / "chain.json")
+    launch("lib.papers.fine_grained.jobs", str(path), processes=2)
+    for stage in chain.stages:
+        ours, theirs = (done(c)[stage] for c in (chain, both))
+        assert ours["key"] == theirs["key"] or stage not in (*jobs.SFT, *jobs.REWARDS)
+        results = [
+            {n: x for n, x in made["result"].items() if x is not None} for made in (ours, theirs)
+        ]
+        assert results[1] == pytest.approx(results[0], rel=1e-4, abs=1e-4), stage
+        if stage != jobs.EVALUATE:
+            tables = [pd.read_csv(c.home(stage) / "history.csv") for c in (chain, both)]
+            tables = [t.drop(columns=[c for c in t if "seconds" in c]) for t in tables]
+            pd.testing.assert_frame_equal(*tables, rtol=1e-4, atol=1e-4)
+    scores = [pd.read_csv(c.home("evaluate") / "scores.csv") for c in (chain, both)]
+    pd.testing.assert_frame_equal(*scores, rtol=1e-4, atol=1e-4)
+
+
+def test_a_notebook_s_stage_is_launched_unless_it_is_finished(chain, tmp_path, monkeypatch):
+    calls = []
+
+    def starts(module, path, stage, processes):
+        calls.append((module, stage, processes))
+        jobs.run(jobs.read_chain(path), [stage])
+
+    monkeypatch.setattr(jobs, "launch", starts)
+    fresh = dataclasses.replace(chain, folder=str(tmp_path / "fresh"))
+    for _ in range(2):
+        assert jobs.run_on(fresh, "R1", 2)["result"] == done(chain)["R1"]["result"]
+    assert calls == [("lib.papers.fine_grained.jobs", "R1", 2)]
+    jobs.run_on(chain, "R1")
+    assert len(calls) == 1
 
 
 def test_the_real_files_run_through_the_loaders(real_data, tmp_path):

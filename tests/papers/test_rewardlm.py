@@ -186,6 +186,9 @@ def test_measured_samples_are_what_the_reference_makes_of_them():
     assert row["labels"].count(sft.NO_LOSS) == len(own.prompt_ids[2])
 
 
-def test_the_logged_runs_hours():
+def test_the_logged_runs_hours_and_what_they_hold():
     plan = rewardlm.memory_of_the_runs(129, 5549).set_index("model")
     assert plan["PPO hours (logged)"].round(1).dropna().tolist() == [6.3, 12.7]
+    held, logged = plan["least GPU memory, GB"], plan["logged, GB"]
+    assert (held > [4 * 0.77, 2.78, 6.92]).all()  # a float32 model, and two with a byte a weight
+    assert (held.iloc[1:] < logged.iloc[1:]).all() and plan.parameters.iloc[-1] == "6.92B"

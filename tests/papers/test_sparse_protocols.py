@@ -34,7 +34,7 @@ def client(server, folder, **options):
         ("six", None, "unparsed"), ("I give 6", None, "unparsed"), ("5-6", None, "unparsed"),
         ("", None, "empty"), (" \n ", None, "empty"), (None, None, "no_reply"),
         ("<think>\n3?\n</think>\n\n6", 6, "ok"), ("3?\n</think>\nRating: 6", 6, "ok"),
-        ("<think>\n6", None, "empty"), ("Score: 6/10", None, "unparsed"),
+        ("```\n6\n```", 6, "ok"), ("<think>\n6", None, "empty"), ("Score: 6/10", None, "unparsed"),
     ],
 )  # fmt: skip
 def test_parse_rating(text, score, status):
@@ -239,6 +239,10 @@ def test_bad_human_answers(tmp_path):
     fill(path, lambda row: "3")
     with pytest.raises(ValueError, match="not in the table"):
         sheets.import_from_humans(path, table.iloc[1:])
+    lines = path.read_text(encoding="utf-8-sig").splitlines()
+    path.write_text("\n".join([f"{lines[0]},grade (1-7)", *(f"{line},4" for line in lines[1:])]))
+    with pytest.raises(ValueError, match=r"line 1: column 'grade \(1-7\)' twice"):
+        sheets.import_from_humans(path, table)
     with pytest.raises(ValueError, match="lacks the columns"):
         sheets.import_from_humans(path, conversions.to_rankings_table(ITEMS))
 

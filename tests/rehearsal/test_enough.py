@@ -2,7 +2,6 @@
 
 import ast
 import json
-import re
 from pathlib import Path
 
 import nbformat
@@ -14,7 +13,7 @@ from conftest import asset
 from lib import data, runtime
 from lib.annotator import Rubric
 from lib.course import record
-from lib.papers.fine_grained import passages
+from lib.papers.fine_grained import first_policy, passages
 from lib.segments import Segmenter
 
 ROOT = Path(__file__).parents[2]
@@ -45,7 +44,7 @@ def full_counts(number):
 
 def names(number, text, **more):
     """What a cell defines, run at `full` with the modules that it uses."""
-    space = {"SCALE": "full", "SEED": 0, "data": data, "runtime": runtime, "json": json, "re": re}
+    space = {"SCALE": "full", "SEED": 0, "data": data, "runtime": runtime, "json": json}
     space |= {"np": np, "pd": pd, "Rubric": Rubric, "Segmenter": Segmenter} | more
     exec(cell(number, text), space)
     return space
@@ -60,8 +59,8 @@ def test_22_has_passages_for_training_and_evaluation():
 def test_40_has_pairs_for_training_and_held_out_loss():
     counts = full_counts("40")
     wanted = counts["n_train"] + counts["n_held_out"]
-    pairs = names("40", "def wikipedia_pairs", LARGE=True)["wikipedia_pairs"]
-    assert len(pairs(wanted)) == wanted == 1500
+    pairs = first_policy.wikipedia_pairs(wanted, words=(20, 400))
+    assert len(pairs) == wanted == 1500
 
 
 def test_44_has_articles_for_each_of_its_parts():

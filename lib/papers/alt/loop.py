@@ -10,7 +10,8 @@ the vocabulary of the policy stays that of the reference, which sees the raw pro
 
 `train_conditional` is the loop; its stages are the plain functions below it, which notebook 50 calls one by
 one.  Random numbers depend on (seed, stage, iteration) and on contents, so a killed run needs no generator
-state and the order in which samples arrive does not matter.
+state and the order in which samples arrive does not matter.  Several processes (`processes`) share the
+prompts that are sampled and the rows of each batch; the main one asks for feedback and judges.
 """
 
 from __future__ import annotations
@@ -18,16 +19,18 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
+from accelerate import Accelerator
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lib import generation, logprobs, losses, models, training
+from lib import generation, logprobs, losses, models, processes, training
 from lib.papers.alt import conditions, critics, labels
 from lib.policy import SharedTrunkPolicy, TokenBatch
 from lib.rewards import Judge
@@ -175,7 +178,10 @@ class Learner:
     policy: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     config: ConditioningConfig
-    network: SharedTrunkPolicy
+    shared: SharedTrunkPolicy
+    network: torch.nn.Module  # `shared`, or DDP around it
+    accelerator: Accelerator
+    at_once: training.RowsAtOnce
     new_rows: list[torch.nn.Parameter]  # of the input embedding, for tokens that conditions add
     trunk: list[torch.nn.Module]
     optimizer: torch.optim.Optimizer | None = None
@@ -204,9 +210,21 @@ class Result(NamedTuple):
 
 
 def make_learner(
-    policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: ConditioningConfig
+    policy: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: ConditioningConfig,
+    accelerator: Accelerator | None = None,
 ) -> Learner:
-    """Choose what trains, new tokens' rows included; the reference is the policy as it is now."""
+    """Choose what trains, new tokens' rows included; the reference is the policy as it is now.
+
+    Raises ValueError where a batch has fewer rows than there are processes.
+    """
+    accelerator = accelerator or processes.begin(policy.device)
+    if config.batch_size < accelerator.num_processes:
+        raise ValueError(
+            f"batch_size is {config.batch_size}; it must be at least the number of processes, "
+            f"{accelerator.num_processes}."
+        )
     frozen = models.set_trainable(
         policy, config.train, layers=config.layers, lora_rank=config.lora_rank
     )
@@ -215,8 +233,12 @@ def make_learner(
     new_rows = [embeddings.extra] if extended else []
     for rows in new_rows:
         rows.requires_grad_(True)
-    network = SharedTrunkPolicy(policy, frozen)
-    return Learner(policy, tokenizer, config, network, new_rows, network.trunk_layers)
+    shared = SharedTrunkPolicy(policy, frozen)
+    shared.value_head.requires_grad_(False)  # nothing learns values here
+    network = accelerator.prepare(shared)
+    at_once = training.RowsAtOnce(config.forward_rows)
+    parts = (shared, network, accelerator, at_once, new_rows, shared.trunk_layers)
+    return Learner(policy, tokenizer, config, *parts)
 
 
 def check_task(task: Task, config: ConditioningConfig) -> None:
@@ -255,6 +277,7 @@ def train_conditional(
     config: ConditioningConfig | None = None,
     *,
     folder: Path | str | None = None,
+    accelerator: Accelerator | None = None,
 ) -> Result:
     """Train `policy` in place; return history, evaluation and pool.
 
@@ -263,7 +286,7 @@ def train_conditional(
     history; the folder must belong to the same settings (the feedback function is not compared).  Raises
     ValueError for settings that do not fit together, FloatingPointError where a loss is not finite.
     """
-    learner = make_learner(policy, tokenizer, config or ConditioningConfig())
+    learner = make_learner(policy, tokenizer, config or ConditioningConfig(), accelerator)
     return train(learner, task, folder=folder)
 
 
@@ -323,10 +346,9 @@ def sample_items(
     built = [task.conditioner.build(p, c) for p, c in zip(prompts, wanted, strict=True)]
     ids = [one.ids for one in built]
     drawn = draw(learner, ids, config.samples_per_prompt, "sample", iteration)
-    rows = zip(drawn.prompt_index, drawn.texts, drawn.response_ids, drawn.finished, strict=True)
     return [
-        labels.Item(prompts[place], text, tuple(ids), finished, iteration)
-        for place, text, ids, finished in rows
+        labels.Item(prompts[one.place], one.text, tuple(one.ids), one.finished, iteration)
+        for one in drawn
     ]
 
 
@@ -347,13 +369,30 @@ def exemplars(
     return [pool.condition(*items[place]) for place in places.tolist()]
 
 
-def draw(learner: Learner, prompt_ids: Sequence[list[int]], n: int, *key) -> generation.Samples:
-    """n samples of each prompt under the config's decoding settings."""
+class Drawn(NamedTuple):
+    """One response to the prompt at `place`."""
+
+    place: int
+    text: str
+    ids: list[int]
+    finished: bool
+
+
+def draw(learner: Learner, prompt_ids: Sequence[list[int]], n: int, *key) -> list[Drawn]:
+    """n responses to each prompt, prompt by prompt, under the config's decoding settings.
+
+    Processes share the prompts; the draws do not depend on the shares.
+    """
     decoding = generation.decoding_of(learner.config)
-    seed = learner.seed(*key)
-    return generation.sample(
-        learner.policy, learner.tokenizer, prompt_ids, n=n, seed=seed, **decoding
-    )
+    generator = torch.Generator().manual_seed(learner.seed(*key))
+    noise = torch.rand(len(prompt_ids) * n, learner.config.max_new_tokens, generator=generator)
+    share = processes.share(len(prompt_ids))
+    noise = noise[share.start * n : share.stop * n]
+    mine = prompt_ids[share]
+    drawn = generation.sample(learner.policy, learner.tokenizer, mine, n=n, noise=noise, **decoding)
+    places = [share.start + place for place in drawn.prompt_index]
+    rows = zip(places, drawn.texts, drawn.response_ids, drawn.finished, strict=True)
+    return processes.joined([Drawn(*row) for row in rows])
 
 
 # --- 2 feedback, 3 pool --------------------------------------------------------------------------
@@ -361,7 +400,8 @@ def draw(learner: Learner, prompt_ids: Sequence[list[int]], n: int, *key) -> gen
 
 def ask(feedback: critics.Feedback, items: Sequence[labels.Item]) -> list[labels.Item]:
     """The items with feedback.  Raises ValueError where the provider returns another number."""
-    verdicts = feedback([item.prompt for item in items], [item.response for item in items])
+    texts = ([item.prompt for item in items], [item.response for item in items])
+    verdicts = processes.once(feedback, *texts)
     if len(verdicts) != len(items):
         raise ValueError(f"feedback gave {len(verdicts)} verdicts for {len(items)} samples.")
     return [
@@ -477,7 +517,9 @@ def train_iteration(
         if last and learner.best.weights is not None:
             training.copy_weights(learner.best.weights, learner.weights())
         if folder and (last or _is_due(learner.step, config.checkpoint_every)):
-            _save(learner, folder)
+            if processes.is_main():
+                _save(learner, folder)
+            processes.wait()
 
 
 def _is_due(step: int, every: int) -> bool:
@@ -494,8 +536,9 @@ def check(
     pairs = zip(task.validation, asked, strict=True)
     ids = [task.conditioner.build(prompt, condition).ids for prompt, condition in pairs]
     drawn = draw(learner, ids, learner.config.eval_samples, "validation")
-    prompts = [task.validation[place] for place in drawn.prompt_index]
-    value = float(np.mean(np.asarray(task.judge(prompts, drawn.texts), dtype=float)))
+    prompts = [task.validation[one.place] for one in drawn]
+    scores = processes.once(task.judge, prompts, [one.text for one in drawn])
+    value = float(np.mean(np.asarray(scores, dtype=float)))
     done = (iteration - 1) * learner.config.steps + step
     learner.checks.append({"iteration": iteration, "step": done, "value": value})
     learner.best.offer(step, value, learner.weights())
@@ -517,12 +560,9 @@ def update(learner: Learner, batch: Batch, iteration: int, step: int) -> dict[st
     config = learner.config
     turn = range(step * config.batch_size, (step + 1) * config.batch_size)
     index = torch.tensor(training.laps(turn, len(batch.mask), config.seed, "mix", iteration))
+    # over the whole batch, so that the parts of all processes add up to its loss
     weights = token_weights(batch.mask[index], config.normalise)
-    sums: Counter[str] = Counter()
-    for few in torch.arange(len(index)).split(config.forward_rows):
-        parts = batch_loss(learner, batch, index[few], weights[few])
-        parts["loss"].backward()
-        sums.update({name: float(value.detach()) for name, value in parts.items()})
+    sums = learner.at_once.run(partial(backward, learner, batch, index, weights))
     norm = torch.nn.utils.clip_grad_norm_(learner.weights().values(), config.max_grad_norm)
     row = {**sums, "grad_norm": float(norm)}
     training.check_finite(
@@ -537,6 +577,22 @@ def update(learner: Learner, batch: Batch, iteration: int, step: int) -> dict[st
     learner.optimizer.step()
     learner.optimizer.zero_grad()
     return row
+
+
+def backward(
+    learner: Learner, batch: Batch, index: torch.Tensor, weights: torch.Tensor, rows_at_once: int
+) -> dict[str, float]:
+    """Gradients of a batch's loss, a few rows at a time; the sums of its parts over all processes."""
+    learner.optimizer.zero_grad()  # of an attempt for which memory was too small
+    sums: Counter[str] = Counter()
+    mine = torch.arange(len(index))[processes.share(len(index))]
+    for few in processes.passes(mine.split(rows_at_once), learner.network, learner.accelerator):
+        parts = batch_loss(learner, batch, index[few], weights[few])
+        loss = parts["loss"] * processes.world()  # DDP averages over processes; we want the sum
+        loss.backward()
+        sums.update({name: float(value.detach()) for name, value in parts.items()})
+    everyone = pd.DataFrame(processes.joined([sums]))
+    return everyone.sum(skipna=False).to_dict()  # without beta kl is NaN
 
 
 def batch_loss(
@@ -588,7 +644,7 @@ def logits_of(
     part = rows.take(places)
     # new rows train below the trunk, so a conditioned prompt's states change with them
     fixed = reference or not learner.new_rows
-    learner.network.trunk_layers = learner.trunk if fixed else []
+    learner.shared.trunk_layers = learner.trunk if fixed else []
     logits, _ = learner.network(part, reference)
     if fixed:
         rows.keep(places, part)
@@ -624,24 +680,27 @@ def measure(
         each = condition if isinstance(condition, list) else [condition] * len(task.held_out)
         built = [task.conditioner.build(p, c) for p, c in zip(task.held_out, each, strict=True)]
         drawn = draw(learner, [one.ids for one in built], n, "held out")
-        prompts = [task.held_out[i] for i in drawn.prompt_index]
-        raw = [task.conditioner.raw_ids(built[i]) for i in drawn.prompt_index]
+        places = [one.place for one in drawn]
+        texts = [one.text for one in drawn]
+        prompts = [task.held_out[place] for place in places]
+        raw = [task.conditioner.raw_ids(built[place]) for place in places]
+        scores = processes.once(task.judge, prompts, texts)
         columns = {
-            "request": name, "prompt_index": drawn.prompt_index, "sample": [*range(n)] * len(built),
-            "prompt": prompts, "text": drawn.texts,
-            "score": np.asarray(task.judge(prompts, drawn.texts), dtype=float),
-            "tokens": [len(ids) for ids in drawn.response_ids], "finished": drawn.finished,
-            "nll": reference_nll(learner, raw, drawn.response_ids),
+            "request": name, "prompt_index": places, "sample": [*range(n)] * len(built),
+            "prompt": prompts, "text": texts, "score": np.asarray(scores, dtype=float),
+            "tokens": [len(one.ids) for one in drawn], "finished": [one.finished for one in drawn],
+            "nll": reference_nll(learner, raw, [one.ids for one in drawn]),
         }  # fmt: skip
         tables.append(pd.DataFrame(columns))
     return pd.concat(tables, ignore_index=True)
 
 
 def reference_nll(learner: Learner, prompts, responses) -> list[float]:
-    """-log p of each response under the reference, in nats."""
-    with learner.network.as_reference() as reference:
-        log_probs = logprobs.token_log_probs(reference, prompts, responses)
-    return [-float(row.sum(dtype=np.float64)) for row in log_probs]
+    """-log p of each response under the reference, in nats; processes share the rows."""
+    share = processes.share(len(prompts))
+    with learner.shared.as_reference() as reference:
+        log_probs = logprobs.token_log_probs(reference, prompts[share], responses[share])
+    return processes.joined([-float(row.sum(dtype=np.float64)) for row in log_probs])
 
 
 def describe_iteration(
@@ -705,10 +764,10 @@ class _Store:
     def rows(self, iteration: int, stage: str, make: Callable, *arguments) -> list[dict]:
         """The stage's rows: as they were stored, or made and stored."""
         path = self.path(iteration, stage)
-        if path and path.exists():
+        if path and processes.is_there(path):
             return training.read_rows(path)
         rows = make(*arguments)
-        if path:
+        if path and processes.is_main():
             training.write_rows(path, rows)
         return rows
 
@@ -720,10 +779,10 @@ class _Store:
     def pool(self, iteration: int, fill: Callable, pool, items) -> labels.DataPool:
         """The same for the pool."""
         path = self.path(iteration, "pool")
-        if path and path.exists():
+        if path and processes.is_there(path):
             return labels.DataPool.load(path, self.task.labeller, self.replay)
         pool = fill(pool, items)
-        if path:
+        if path and processes.is_main():
             pool.save(path)
         return pool
 

@@ -1,6 +1,8 @@
-"""Drawings of notebook 41 (an answer beside its marks, ROC curves) and 44 (gain by error of the model)."""
+"""Drawings of 40 (marks and preferences), 41 (an answer beside its marks, ROC) and 44 (gain by error)."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import matplotlib
 import numpy as np
@@ -47,6 +49,23 @@ def marked_text(table: pd.DataFrame, *, title: str, label: str, per_line: int = 
     return figure
 
 
+def pieces_of(record: dict, row: str) -> list[tuple[str, str, float, str]]:
+    """A record's marks as rows of `marked_text` (row, piece, value, note): what no span covers is right.
+
+    Each span is wrong, with its type as note; missing pieces follow in grey.
+    """
+    text, pieces, last = record["prediction 1"], [], 0
+    for error in sorted(record["feedback"]["errors"], key=lambda e: e["start"]):
+        start, end = error["start"], error["end"]
+        pieces.append((row, text[last:start], 1.0, ""))
+        pieces.append((row, text[start:end], -1.0, f"[{error['error type']}]"))
+        last = end
+    pieces.append((row, text[last:], 1.0, ""))
+    missing = [piece["error type"] for piece in record["feedback"]["missing-info"]]
+    pieces += [(row, "", np.nan, f"[{kind}]") for kind in missing]
+    return [piece for piece in pieces if piece[1].strip() or piece[3]]
+
+
 def roc_curves(table: pd.DataFrame, *, title: str) -> Figure:
     """Share of wrong segments found against share of fine ones called wrong, for every threshold.
 
@@ -91,6 +110,103 @@ def gain_by_error(table: pd.DataFrame, *, title: str, xlabel: str, ylabel: str) 
             axes.annotate(row.level, place, (4, 6), textcoords="offset points", fontsize=8)
     axes.axhline(0, color="0.3", lw=1, ls=":")
     axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.legend()
+    figure.suptitle(title, x=0.01, ha="left")
+    return figure
+
+
+def label_counts(table: pd.DataFrame, *, title: str) -> Figure:
+    """How many labels an answer has, each bar cut by how many categories they are of (darker: more).
+
+    Columns labels and categories, a row an answer (`schema.labels_table`).
+    """
+    plots.use_style()
+    figure = Figure(figsize=(plots.WIDTH, 3.6), layout="constrained")
+    axes = figure.subplots()
+    counts = np.arange(table.labels.max() + 1)
+    shades = matplotlib.colormaps["Blues"](np.linspace(0.15, 0.95, 4))
+    bottom = np.zeros(len(counts))
+    for number, shade in enumerate(shades):
+        rows = table[table.categories == number]
+        height = np.array([(rows.labels == count).sum() for count in counts])
+        name = {0: "no error", 1: "1 category"}.get(number, f"{number} categories")
+        axes.bar(counts, height, 0.85, bottom, color=shade, edgecolor="0.3", lw=0.6, label=name)
+        bottom += height
+    axes.set(xlabel="labels of an answer", ylabel="answers", xticks=counts)
+    axes.grid(False, axis="x")
+    axes.legend()
+    figure.suptitle(title, x=0.01, ha="left")
+    return figure
+
+
+def span_lengths(
+    spans: pd.DataFrame, kinds: Sequence[str], *, title: str, longest: int = 40
+) -> Figure:
+    """Histograms of the words in a span, one below another for these types; a line at each median.
+
+    Columns type and words (`schema.span_table`).  Spans over `longest` words stand in the last bar.
+    """
+    plots.use_style()
+    figure = Figure(figsize=(plots.WIDTH, 1.0 + 0.95 * len(kinds)), layout="constrained")
+    rows = figure.subplots(len(kinds), sharex=True, squeeze=False)[:, 0]
+    edges = np.arange(0, longest + 3, 2)
+    for axes, kind in zip(rows, kinds, strict=True):
+        words = spans.words[spans.type == kind]
+        share = np.full(len(words), 1 / max(1, len(words)))
+        axes.hist(words.clip(upper=longest + 1), edges, weights=share, color="#4a90c8", ec="white")
+        if len(words):
+            axes.axvline(words.median(), color="black", lw=1.5)
+        name = f"{kind}, {len(words)} spans, median {words.median():.0f} words"
+        axes.text(0.98, 0.72, name, transform=axes.transAxes, ha="right")
+        axes.set_yticks([])
+    rows[-1].set(xlabel=f"words in a span (last bar: over {longest})")
+    figure.supylabel("share of the type's spans", fontsize=10)
+    figure.suptitle(title, x=0.01, ha="left")
+    return figure
+
+
+def preference_bars(shares: pd.DataFrame, *, title: str) -> Figure:
+    """A bar a row: pairs of which the first is better, both are equal, the second is better.
+
+    Columns group, first, equal, second (`schema.preference_shares`).  The tick in each bar is where its
+    first part would end if place did not matter: at half of the decided pairs.
+    """
+    plots.use_style()
+    figure = Figure(figsize=(plots.WIDTH, 1.3 + 0.42 * len(shares)), layout="constrained")
+    axes = figure.subplots()
+    looks = {"first": ("#4a90c8", ""), "equal": ("0.92", ""), "second": ("#e8a33d", "//")}
+    left = np.zeros(len(shares))
+    for part, (colour, hatch) in looks.items():
+        width = shares[part].to_numpy()
+        name = {"equal": "equally good"}.get(part, f"{part} is better")
+        bars = axes.barh(
+            shares.group, width, 0.7, left, color=colour, hatch=hatch, ec="white", label=name
+        )
+        written = [f"{100 * share:.0f} %" for share in width]
+        box = {"facecolor": "white", "edgecolor": "none", "pad": 1.5} if hatch else None
+        axes.bar_label(bars, written, label_type="center", fontsize=9, bbox=box)
+        left += width
+    half = (1 - shares["equal"]) / 2
+    places = np.arange(len(shares))
+    axes.vlines(
+        half, places - 0.42, places + 0.42, color="black", lw=2, label="half of the decided"
+    )
+    axes.set(xlim=(0, 1), xlabel="share of pairs", ylim=(len(shares) - 0.5, -0.5))
+    axes.grid(False)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    figure.suptitle(title, x=0.01, ha="left")
+    return figure
+
+
+def before_after(before: np.ndarray, after: np.ndarray, *, title: str, label: str) -> Figure:
+    """A dot for each unit, (units,) before against (units,) after; below the line it went down."""
+    plots.use_style()
+    figure = Figure(figsize=(plots.WIDTH, 4.2), layout="constrained")
+    axes = figure.subplots()
+    ends = [min(before.min(), after.min()) - 0.1, max(before.max(), after.max()) + 0.1]
+    axes.plot(ends, ends, color="0.5", lw=1, ls=":", label="unchanged")
+    axes.plot(before, after, "o", color="#4a90c8", markeredgecolor="black", label="one question")
+    axes.set(xlabel=f"{label}, before", ylabel=f"{label}, after", aspect="equal")
     axes.legend()
     figure.suptitle(title, x=0.01, ha="left")
     return figure

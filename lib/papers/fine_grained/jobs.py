@@ -2,7 +2,7 @@
 
     python -m lib.papers.fine_grained.jobs CONFIG.json            every stage, in order
     python -m lib.papers.fine_grained.jobs CONFIG.json R1 R2      some of them
-    accelerate launch -m lib.papers.fine_grained.jobs CONFIG.json fine-grained     PPO on several GPUs
+    accelerate launch -m lib.papers.fine_grained.jobs CONFIG.json    the same on several GPUs
 
 Wu et al. (NeurIPS 2023, sections 4 and appendices; their settings are in their configuration files):
 
@@ -17,7 +17,7 @@ stage is skipped while that hash stays the same and refused when it does not; a 
 `work/`.
 
 Simplified: a batch of reward models holds whole questions with their pairs, the reference's loose pairs;
-mean and deviation are those of all training answers; one GPU for every stage but PPO.
+mean and deviation are those of all training answers.  On several GPUs each holds every model whole.
 """
 
 from __future__ import annotations
@@ -40,9 +40,20 @@ import transformers
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 
-from lib import generation, models, ppo, reward_models, rewards, runtime, sft, tables
+from lib import (
+    generation,
+    models,
+    ppo,
+    processes,
+    reward_models,
+    rewards,
+    runtime,
+    sft,
+    tables,
+)
+from lib.course.launch import launch
+from lib.papers.fine_grained import first_policy, released, rouge
 from lib.papers.fine_grained import models as fine_grained
-from lib.papers.fine_grained import released, rouge
 from lib.papers.fine_grained import schema as qa
 
 DATA = {  # file -> records in the released one
@@ -169,6 +180,14 @@ def run_stage(chain: Chain, stage: str, accelerator: Accelerator | None = None) 
     return done
 
 
+def run_on(chain: Chain, stage: str, number: int = 1) -> dict:
+    """`run_stage` in this process, or in `number` that `accelerate launch` starts: the same files."""
+    if number > 1 and not (chain.home(stage) / DONE).exists():
+        path = write_chain(chain, Path(chain.folder).absolute() / "launched.json")
+        launch(__name__, str(path), stage, processes=number)
+    return run_stage(chain, stage)
+
+
 def inputs_of(chain: Chain, stage: str) -> tuple[list[str], list[str]]:
     """(data files, stages) that a stage reads."""
     if stage in SFT:
@@ -232,13 +251,14 @@ def mixed_precision(chain: Chain) -> str:
 def train_sft(chain: Chain, stage: str) -> dict:
     """Fine-tune the policy on a file's first answers; keep the epoch with the highest ROUGE-Lsum on dev."""
     home = chain.home(stage)
+    make_accelerator(chain)  # it gives each process its GPU
     policy, tokenizer = models.load_policy(chain.policy, dtype=torch.float32)
     train, dev = questions(chain, SFT[stage]), questions(chain, "dev")
     answers = [record["answer"][0] for record in train]
     prompts = fitted_prompts(chain, tokenizer, train)
     rows = sft.encode_completions(tokenizer, prompts, answers, model=policy)
-    for row in rows:  # the answer's own limit; max_length is the prompt's
-        row["input_ids"], row["labels"] = _cut_answer(row, chain.max_answer)
+    # the answer's own limit; max_length is the prompt's
+    rows = [first_policy.cut_answer(row, chain.max_answer) for row in rows]
     best = BestEpoch(home / "work" / "best", partial(rouge_of, chain, tokenizer, dev))
     history = sft.train_sft(
         policy,
@@ -253,24 +273,23 @@ def train_sft(chain: Chain, stage: str) -> dict:
     )
     best.restore(policy)
     table = pd.DataFrame(best.rows)
-    tables.write_csv(history, home / "history.csv")
-    tables.write_csv(table, home / "epochs.csv")
     result = {"rouge": float(table.rouge.max()), "epoch": int(table.rouge.idxmax()) + 1}
     settings = {"stage": stage, **chain.sft}
     card = {"settings": settings, "metrics": result, "data": [prompts, answers]}
-    models.save(policy, tokenizer, chain.model(stage), card=card)
+    if processes.is_main():
+        tables.write_csv(history, home / "history.csv")
+        tables.write_csv(table, home / "epochs.csv")
+        models.save(policy, tokenizer, chain.model(stage), card=card)
+    processes.wait()
     return result
 
 
-def _cut_answer(row: dict, most: int) -> tuple[list[int], list[int]]:
-    prompt = row["labels"].count(sft.NO_LOSS)
-    return row["input_ids"][: prompt + most], row["labels"][: prompt + most]
-
-
 def rouge_of(chain: Chain, tokenizer, records: Sequence[dict], policy) -> float:
-    """Mean ROUGE-Lsum of a policy's greedy answers."""
-    samples = answer(chain, policy, tokenizer, records)
-    return float(rouge.rouge_lsum(samples.texts, [r["answer"] for r in records]).mean())
+    """Mean ROUGE-Lsum of a policy's greedy answers; several processes share the records."""
+    mine = records[processes.share(len(records))]
+    samples = answer(chain, policy, tokenizer, mine)
+    scores = rouge.rouge_lsum(samples.texts, [record["answer"] for record in mine])
+    return float(np.mean(processes.joined(scores)))
 
 
 def answer(chain: Chain, policy, tokenizer, records: Sequence[dict]) -> generation.Samples:
@@ -303,17 +322,19 @@ class BestEpoch(transformers.TrainerCallback):
         model.eval()
         value = self.measure(model)
         model.train(training)
-        if all(value > row["rouge"] for row in self.rows):
+        if all(value > row["rouge"] for row in self.rows) and processes.is_main():
             self.folder.mkdir(parents=True, exist_ok=True)
             state_dict = {name: x.detach().contiguous() for name, x in model.named_parameters()}
             with runtime.atomic_folder(self.folder / "weights") as staging:
                 save_file(state_dict, staging / "best.safetensors")
         row = {"epoch": round(state.epoch), "step": state.global_step, "rouge": value}
         self.rows.append(row)
-        tables.write_jsonl(pd.DataFrame(self.rows), self.folder / "epochs.jsonl")
+        if processes.is_main():
+            tables.write_jsonl(pd.DataFrame(self.rows), self.folder / "epochs.jsonl")
 
     def restore(self, model) -> None:
         """The best epoch's weights into the model."""
+        processes.wait()
         weights = load_file(self.folder / "weights" / "best.safetensors")
         model.load_state_dict(weights, strict=False)
 
@@ -324,7 +345,9 @@ class BestEpoch(transformers.TrainerCallback):
 def train_reward_model(chain: Chain, stage: str) -> dict:
     """Train a reward model on the training feedback; keep the best by accuracy on the dev feedback."""
     home = chain.home(stage)
+    make_accelerator(chain)  # it gives each process its GPU
     dev = feedback_of(chain, stage, "dev_feedback")
+    history = None
     if stage in chain.released:
         model = released.convert(chain.released[stage], stage)
     else:
@@ -341,12 +364,15 @@ def train_reward_model(chain: Chain, stage: str) -> dict:
                 validate=lambda: measure(model, dev)["accuracy"],
                 folder=home / "work",
             )
-        tables.write_csv(history, home / "history.csv")
     with precision_of(chain):
         result = measure(model, dev)
     result |= {"mean": model.mean, "std": model.std}
     card = {"settings": {"stage": stage, **chain.reward_models.get(stage, {})}, "metrics": result}
-    models.save(model, model.tokenizer, chain.model(stage), card=card)
+    if processes.is_main():
+        if history is not None:
+            tables.write_csv(history, home / "history.csv")
+        models.save(model, model.tokenizer, chain.model(stage), card=card)
+    processes.wait()
     return result
 
 
@@ -370,8 +396,8 @@ def feedback_of(chain: Chain, stage: str, file: str) -> reward_models.Feedback:
 
 def measure(model: fine_grained.FineGrainedModel, feedback: reward_models.Feedback) -> dict:
     """Accuracy of known segments, or of decided pairs; of segments also precision, recall, F1 of errors,
-    and the accuracy of the better constant answer; n."""
-    scores = model.score_segments(feedback.prompts, feedback.responses)
+    and the accuracy of the better constant answer; n.  Several processes share the rows."""
+    scores = fine_grained.score_all(model, feedback)
     if feedback.pairs is not None:
         values = np.array([row[0] if len(row) else model.mean for row in scores])
         right = values[feedback.pairs[:, 0]] > values[feedback.pairs[:, 1]]
@@ -395,9 +421,8 @@ def measure(model: fine_grained.FineGrainedModel, feedback: reward_models.Feedba
 
 
 def make_accelerator(chain: Chain) -> Accelerator:
-    """The processes of PPO and their precision."""
-    cpu = runtime.get_device().type == "cpu"
-    return Accelerator(cpu=cpu, mixed_precision=mixed_precision(chain))
+    """The processes of a stage and their precision."""
+    return processes.begin(runtime.get_device(), mixed_precision(chain))
 
 
 def load_reward_models(chain: Chain, names: Sequence[str], device=None) -> dict:
@@ -467,22 +492,36 @@ def evaluate(chain: Chain, stage: str = EVALUATE) -> dict:
     preference (standardised), rouge, tokens, text.  Each policy's rows are kept as they come.
     """
     home = chain.home(stage)
+    make_accelerator(chain)  # it gives each process its GPU
     loaded = load_reward_models(chain, REWARDS)
     records = {split: questions(chain, split) for split in SPLITS}
     parts = []
     for name in chain.policies:
         path = home / "work" / f"{chain.home(name).name}.jsonl"
-        if not path.exists():
-            policy, tokenizer = models.load_policy(str(chain.model(name)))
-            rows = [
-                score_answers(chain, policy, tokenizer, records[split], loaded).assign(split=split)
-                for split in SPLITS
-            ]
-            tables.write_jsonl(pd.concat(rows).assign(arm=name), path)
+        if not processes.is_there(path):
+            rows = read_policy(chain, name, records, loaded)
+            if processes.is_main():
+                tables.write_jsonl(pd.DataFrame(rows).assign(arm=name), path)
+            processes.wait()
         parts.append(tables.read_jsonl(path))
     scores = pd.concat(parts, ignore_index=True)
-    tables.write_csv(scores, home / "scores.csv")
+    if processes.is_main():
+        tables.write_csv(scores, home / "scores.csv")
+    processes.wait()
     return {"rows": len(scores)}
+
+
+def read_policy(
+    chain: Chain, name: str, records: dict[str, list[dict]], loaded: dict
+) -> list[dict]:
+    """`score_answers` of one policy, a row an answer; several processes share each split's records."""
+    policy, tokenizer = models.load_policy(str(chain.model(name)))
+    rows = []
+    for split in SPLITS:
+        mine = records[split][processes.share(len(records[split]))]
+        scored = score_answers(chain, policy, tokenizer, mine, loaded).assign(split=split)
+        rows += processes.joined(scored.to_dict("records"))
+    return rows
 
 
 def score_answers(chain: Chain, policy, tokenizer, records, loaded: dict) -> pd.DataFrame:
@@ -531,13 +570,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("stages", nargs="*", help="stages to run (default: all)")
     options = parser.parse_args(arguments)
     chain = read_chain(options.config)
-    accelerator = make_accelerator(chain)
-    together = set(options.stages or chain.stages) - set(chain.arms)
-    if accelerator.num_processes > 1 and together:
-        parser.error(
-            f"only PPO runs on several processes; run {', '.join(sorted(together))} on one first."
-        )
-    run(chain, options.stages, accelerator)
+    run(chain, options.stages, make_accelerator(chain))
     return 0
 
 

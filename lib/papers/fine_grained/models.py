@@ -27,7 +27,7 @@ import torch
 from torch.nn.functional import binary_cross_entropy_with_logits, normalize
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from lib import encoding, models, reward_models, rewards, runtime, stats
+from lib import encoding, models, processes, reward_models, rewards, runtime, stats
 from lib.papers.fine_grained import schema as qa
 from lib.reward_models import Feedback, TrainConfig
 from lib.segments import SHORTEST, Segmenter
@@ -581,13 +581,15 @@ def fit(
     history = reward_models.train(
         model, part, config, features=flat, batch_loss=loss, validate=validate, folder=folder
     )
-    scores = (
-        model.score_features(features)
-        if features
-        else model.score_segments(part.prompts, part.responses)
-    )
-    model.fit_normaliser(scores)
+    model.fit_normaliser(model.score_features(features) if features else score_all(model, part))
     return history
+
+
+def score_all(model: FineGrainedModel, feedback: Feedback) -> list[np.ndarray]:
+    """`score_segments` of every row; several processes share the rows."""
+    share = processes.share(len(feedback.responses))
+    texts = (feedback.prompts[share], feedback.responses[share])
+    return processes.joined(model.score_segments(*texts))
 
 
 def _usable(model: FineGrainedModel, feedback: Feedback, features) -> np.ndarray:

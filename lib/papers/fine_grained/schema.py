@@ -17,6 +17,7 @@ import json
 import re
 import warnings
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,7 @@ MISSING = ("Missing-Answer", "Missing-Major-Auxiliary", "Missing-Minor-Auxiliary
 FIELDS = ("feedback", "preference")
 PAIRS = tuple(itertools.combinations(range(4), 2))
 PREDICTIONS = tuple(f"prediction {i}" for i in range(1, 5))
+VERDICTS = {"first": 1, "equal": 0, "second": 2}  # what a preference says of its pair
 LEVELS = ("any", "category", "type")  # how fine a label must agree
 NO_LABEL = "none"
 
@@ -253,6 +255,11 @@ def prompt(
     return " ".join(parts)
 
 
+def prompt_size(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
+    """Tokens of a text as a model reads it, special ones counted."""
+    return len(tokenizer(text, verbose=False)["input_ids"])
+
+
 def fit_prompt(
     tokenizer: PreTrainedTokenizerBase,
     question: str,
@@ -273,9 +280,7 @@ def fit_prompt(
         start = f"question: {question} context: {context[: words[count - 1][1] if count else 0]}"
         return start if answer is None else f"{start} answer: {answer}".rstrip()
 
-    def size(text: str) -> int:
-        return len(tokenizer(text, verbose=False)["input_ids"])
-
+    size = partial(prompt_size, tokenizer)
     context = prompt("", passages)[len("question:  context: ") :] if passages else ""
     words = word_spans(context)
     if size(shortened(len(words))) <= max_tokens:
@@ -291,6 +296,29 @@ def fit_prompt(
         fits = size(shortened(middle)) <= max_tokens
         low, high = (middle, high) if fits else (low, middle - 1)
     return shortened(low)
+
+
+def truncation_table(
+    tokenizer: PreTrainedTokenizerBase, records: Sequence[dict], limits: Sequence[int]
+) -> pd.DataFrame:
+    """What a limit in tokens takes from prompts that end in answer 1; one row for each limit.
+
+    Columns max_tokens; value, low, high, n (share of answers that a plain cut at the end shortens); can_fit
+    (records whose question and answer alone are within the limit); whole (those of them whose answer
+    `fit_prompt` keeps).
+    """
+    parts = [(r["question"], passages_of(r), r["prediction 1"]) for r in records]
+    sizes = [prompt_size(tokenizer, prompt(*part)) for part in parts]
+    least = [prompt_size(tokenizer, prompt(q, [], answer)) for q, _, answer in parts]
+    rows = []
+    for limit in limits:
+        fits = [part for part, size in zip(parts, least, strict=True) if size <= limit]
+        texts = [fit_prompt(tokenizer, *part, max_tokens=limit) for part in fits]
+        whole = [t.endswith(a.rstrip()) for t, (_, _, a) in zip(texts, fits, strict=True)]
+        cut = stats.proportion(sum(size > limit for size in sizes), len(sizes))
+        counts = {"can_fit": len(fits), "whole": sum(whole)}
+        rows.append({"max_tokens": limit, **cut._asdict(), **counts})
+    return pd.DataFrame(rows)
 
 
 def load_questions(path: str | Path) -> list[dict]:
@@ -336,6 +364,22 @@ def span_table(records: Sequence[dict]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=names)
 
 
+def marks_table(record: dict) -> pd.DataFrame:
+    """One row for each label of a record, read out: type, category, where, text (marked, or missing)."""
+    rows = []
+    for error in record["feedback"]["errors"]:
+        kind, start, end = error["error type"], error["start"], error["end"]
+        text = record["prediction 1"][start:end]
+        rows.append((kind, CATEGORIES[kind], f"answer, characters {start} to {end}", text))
+    for piece in record["feedback"]["missing-info"]:
+        passage = record["passages"][piece["passage_id"] - 1]
+        numbers = piece["sentence_id"]
+        where = f"passage {piece['passage_id']}, sentence {', '.join(map(str, numbers))}"
+        text = " ".join(passage[number] for number in numbers)
+        rows.append((piece["error type"], "C3", where, text))
+    return pd.DataFrame(rows, columns=["type", "category", "where", "text"])
+
+
 def class_counts(records: Sequence[dict], seed: int = 0) -> pd.DataFrame:
     """For each error type, spans or missing pieces: count, and per answer with an interval over records.
 
@@ -355,6 +399,35 @@ def class_counts(records: Sequence[dict], seed: int = 0) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def labels_table(records: Sequence[dict]) -> pd.DataFrame:
+    """One row for each marked answer: labels (spans and missing pieces), of each category, and categories.
+
+    Columns C1, C2, C3 (labels of that category), labels (their sum), categories (how many of the three).
+    """
+    rows = []
+    for record in records:
+        marked = [CATEGORIES[error["error type"]] for error in record["feedback"]["errors"]]
+        marked += ["C3"] * len(record["feedback"]["missing-info"])
+        counts = {category: marked.count(category) for category in ("C1", "C2", "C3")}
+        rows.append({**counts, "labels": len(marked), "categories": len(set(marked))})
+    return pd.DataFrame(rows)
+
+
+def length_gap(spans: pd.DataFrame, long: str, short: str, seed: int = 0) -> stats.Interval:
+    """Mean words of the spans of type `long` minus those of type `short`, interval over records.
+
+    `spans`: a `span_table`.  NaN where a type has no span.
+    """
+    spans = spans[spans.type.isin([long, short])]
+
+    def gap(words: np.ndarray, is_long: np.ndarray) -> float:
+        both = 0 < is_long.sum() < len(is_long)
+        return words[is_long == 1].mean() - words[is_long == 0].mean() if both else np.nan
+
+    columns = (spans.words.to_numpy(), (spans.type == long).to_numpy())
+    return stats.bootstrap(columns, gap, clusters=spans.record, seed=seed)
+
+
 def preference_table(records: Sequence[dict]) -> pd.DataFrame:
     """One row for each pair: record, pair ("1-2"), value (1, 2, 0), first_words, second_words."""
     rows = []
@@ -372,6 +445,27 @@ def first_wins(table: pd.DataFrame, seed: int = 0) -> stats.Interval:
     """Share of decided pairs of a `preference_table` won by the first answer, interval over records."""
     decided = table[table.value.isin([1, 2])]  # neither equal nor not asked
     return stats.bootstrap((decided.value == 1).to_numpy(), clusters=decided.record, seed=seed)
+
+
+def preference_shares(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
+    """How the pairs of a `preference_table` were decided: all of them, and those of each two places.
+
+    Columns group ("all pairs", "pair 1-2", ...), first, equal, second (shares of the pairs), and value, low,
+    high, n of `first_wins`.
+    """
+    groups = [("all pairs", table), *((f"pair {name}", t) for name, t in table.groupby("pair"))]
+    rows = []
+    for name, pairs in groups:
+        shares = {word: float((pairs.value == x).mean()) for word, x in VERDICTS.items()}
+        rows.append({"group": name, **shares, **first_wins(pairs, seed)._asdict()})
+    return pd.DataFrame(rows)
+
+
+def longer_wins(table: pd.DataFrame, seed: int = 0) -> stats.Interval:
+    """Share of decided pairs of unequal length won by the longer answer (words), interval over records."""
+    decided = table[table.value.isin([1, 2]) & (table.first_words != table.second_words)]
+    longer = (decided.value == 1) == (decided.first_words > decided.second_words)
+    return stats.bootstrap(longer.to_numpy(), clusters=decided.record, seed=seed)
 
 
 def conflicts(preference: Sequence[int | None]) -> list[tuple[int, int, int]]:
@@ -400,6 +494,13 @@ def conflicts(preference: Sequence[int | None]) -> list[tuple[int, int, int]]:
 
 
 # --- agreement of two annotators -----------------------------------------------------------------
+
+
+def in_both(first: Sequence[dict], second: Sequence[dict]) -> tuple[list[dict], list[dict]]:
+    """The records of the same texts that stand in both, in the order of the first."""
+    known = {record_id(record): record for record in second}
+    shared = [record for record in first if record_id(record) in known]
+    return shared, [known[record_id(record)] for record in shared]
 
 
 def _label(kind: str, level: str) -> str:
