@@ -14,14 +14,17 @@ a rating: it reads one answer where a comparison reads two, so it costs half.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
-from lib import generation
+from lib import generation, preferences, tables
 from lib.papers.fine_grained import toy
 from lib.papers.one_hour import world
+from lib.papers.sparse_feedback import sheets
 
 IDEAL = 195.5  # seconds
 SECONDS = {
@@ -53,6 +56,11 @@ class Bought:
     marks: dict[str, list[np.ndarray]] = field(default_factory=dict)
     sentences: list[str] = field(default_factory=list)
 
+    @property
+    def sides(self) -> tuple[list[str], list[str]]:
+        """The preferred answers of rankings, and the rejected ones."""
+        return self.answers, self.rejected
+
 
 def look(prompt: str, answer: str, error: float, *seed) -> toy.Errors:
     """The errors that the annotator sees; another seed is another look."""
@@ -83,20 +91,20 @@ def quality_seen(prompts, answers, error: float, *seed) -> np.ndarray:
     return np.array([world.grade(look(*pair, error, *seed)).quality for pair in pairs])
 
 
-def buy(kind: str, minutes: float, pool: generation.Samples, *, error: float, seed: int,
-        seconds: dict = SECONDS) -> Bought:  # fmt: skip
-    """Spend the minutes on one kind, question by question; `pool` holds two answers to each question.
+def items_of(kind: str, minutes: float, seconds: Mapping[str, float] = SECONDS) -> int:
+    """How many items of a kind the minutes buy; at least two.  ValueError for an unknown kind."""
+    if kind not in seconds:
+        raise ValueError(f"kind is {kind!r}; allowed: {', '.join(seconds)}.")
+    return max(2, int(minutes * 60 / seconds[kind]))
 
-    A larger budget has all that a smaller one bought.  Raises ValueError for an unknown kind, and where the
-    pool has fewer questions than the minutes buy.
+
+def buy(kind: str, items: int, pool: generation.Samples, *, error: float, seed: int) -> Bought:
+    """So many items of one kind, question by question; `pool` holds two answers to each question.
+
+    More items begin with the fewer ones.  ValueError where the pool has not so many questions.
     """
-    if kind not in SECONDS:
-        raise ValueError(f"kind is {kind!r}; allowed: {', '.join(SECONDS)}.")
-    items = max(2, int(minutes * 60 / seconds[kind]))
     if 2 * items > len(pool):
-        raise ValueError(
-            f"{minutes:g} minutes buy {items} {kind}, the pool has {len(pool) // 2} questions. Draw more."
-        )
+        raise ValueError(f"{items} {kind}, but the pool has {len(pool) // 2} questions. Draw more.")
     prompts = pool.prompts[: 2 * items : 2]
     first, second = pool.texts[: 2 * items : 2], pool.texts[1 : 2 * items : 2]
     if kind == "ratings":
@@ -106,13 +114,28 @@ def buy(kind: str, minutes: float, pool: generation.Samples, *, error: float, se
     if kind == "rankings":
         return _ranked(items, prompts, first, second, error, seed)
     if kind == "demonstrations":
-        return Bought(kind, items, prompts, [_ideal(p, error, seed) for p in prompts])
+        return Bought(kind, items, prompts, [ideal(p, error, seed) for p in prompts])
     looks = [look(*pair, error, seed, kind) for pair in zip(prompts, first, strict=True)]
     if kind == "spans":
         return Bought(kind, items, prompts, first, marks=marks_of(looks))
     triples = zip(prompts, first, looks, strict=True)
     said = [str(_rng(seed, p, a).choice(world.flaws_of(p, a, e))) for p, a, e in triples]
     return Bought(kind, items, prompts, first, sentences=said)
+
+
+def from_sheet(path: Path | str) -> Bought:
+    """The decided comparisons of a sheet that `sparse_feedback.sheets` wrote and somebody filled in."""
+    columns = ("instruction", "input", "output (a)", "output (b)")
+    lines = tables.csv_records(Path(path).expanduser(), columns)
+    _, header = next(lines)
+    cells = [dict(zip(header, map(str, fields), strict=True)) for _, fields in lines]
+    shown = [[sheets.sheet_text(row[name]) for name in columns] for row in cells]
+    table = pd.DataFrame(shown, columns=preferences.RANKING[:-1])
+    ranked = preferences.decided(sheets.import_from_humans(path, table))
+    first = ranked.verdict == "(a)"
+    better = ranked.response1.where(first, ranked.response2).tolist()
+    worse = ranked.response2.where(first, ranked.response1).tolist()
+    return Bought("rankings", len(cells), ranked.instruction.tolist(), better, worse)
 
 
 def _ranked(items, prompts, first, second, error, seed) -> Bought:
@@ -123,14 +146,34 @@ def _ranked(items, prompts, first, second, error, seed) -> Bought:
     return Bought("rankings", items, asked, better, worse)
 
 
-def _ideal(prompt: str, error: float, seed: int) -> str:
+def telling_example(pool: generation.Samples, error: float, seed: int) -> int:
+    """The number of an answer of four clauses, or about, of which one look misjudges one, or about."""
+    far = []
+    for prompt, answer in zip(pool.prompts, pool.texts, strict=True):
+        truth, seen = toy.judge(prompt, answer), look(prompt, answer, error, seed)
+        misjudged = (truth.true != seen.true).sum() + (truth.relevant != seen.relevant).sum()
+        kinds = len({*zip(truth.relevant, truth.true, strict=True)})
+        far.append(2 * abs(misjudged - 1) + abs(len(truth.true) - 4) - kinds)
+    return int(np.argmin(far))
+
+
+def some_of(samples: generation.Samples, rows: Sequence[int]) -> generation.Samples:
+    """These rows of some samples."""
+    columns = [f.name for f in fields(samples) if f.name != "seconds"]
+    return generation.Samples(*([getattr(samples, name)[i] for i in rows] for name in columns))
+
+
+def ideal(prompt: str, error: float, seed: int) -> str:
     """What the annotator writes itself: all that was asked, each value wrong with probability `error`."""
     question, rng = toy.read(prompt), _rng(seed, "ideal", prompt)
     values = [
         rng.choice(toy.ATTRIBUTES[name]) if rng.random() < error else question.facts[name]
         for name in question.asked
     ]
-    return ", ".join(f"{name} {value}" for name, value in zip(question.asked, values, strict=True)) + "."
+    return (
+        ", ".join(f"{name} {value}" for name, value in zip(question.asked, values, strict=True))
+        + "."
+    )
 
 
 def marks_of(looks: Sequence[toy.Errors]) -> dict[str, list[np.ndarray]]:

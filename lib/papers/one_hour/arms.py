@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -24,6 +24,7 @@ from lib.papers.one_hour import annotator, learners, world
 from lib.rewards import RewardFunction
 
 DECAY = {"ratings": 1.0, "rankings": 1.0}  # of the reward models' heads, chosen with best of n
+WEIGHTS = (0.5, 0.5, 1.0)  # of R1, R2, R3 and of what words speak of; R3's chosen with best of n
 REFINEMENTS = 5  # of which one is imitated, as in ILF
 
 
@@ -32,6 +33,7 @@ class Settings:
     """What all arms share."""
 
     error: float = 0.1  # how often the annotator misjudges a clause
+    seconds: dict[str, float] = field(default_factory=lambda: dict(annotator.SECONDS))  # an item
     best_of: int = 16
     steps: int = 100  # of PPO
     episodes: int = 64
@@ -59,7 +61,7 @@ class Prompts(NamedTuple):
     train: list[str]  # whose answers only reward models see
 
 
-@dataclass
+@dataclass(eq=False)
 class Ground:
     """The first policy, its questions, and answers to them that no arm changes."""
 
@@ -98,13 +100,10 @@ class Ground:
     def _seen(self, prompts: tuple, answers: tuple) -> toy_models.Features:
         return toy_models.segment_features(self.first, self.tokenizer, prompts, answers)
 
-    __hash__ = object.__hash__
-
     def buy(self, kind: str, minutes: float) -> annotator.Bought:
         """What the minutes buy of a kind."""
-        return annotator.buy(
-            kind, minutes, self.pool, error=self.settings.error, seed=self.seed
-        )
+        items = annotator.items_of(kind, minutes, self.settings.seconds)
+        return annotator.buy(kind, items, self.pool, error=self.settings.error, seed=self.seed)
 
     def policy(self) -> PreTrainedModel:
         """A new copy of the first policy."""
@@ -184,6 +183,14 @@ def dense_of(ground: Ground, bought: annotator.Bought, weights: Sequence[float])
     return toy_arms.dense_reward(ground.tokenizer, ground.pool, weights, scores=scores)
 
 
+def reward_of(ground: Ground, bought: annotator.Bought, place: str) -> RewardFunction:
+    """What PPO is paid: a whole answer's score at its end, or parts at their own places ("dense")."""
+    if bought.kind in DECAY:
+        scorer = scorer_of(ground, bought, DECAY[bought.kind])
+        return learners.reward_of(scorer, ground.see, ground.tokenizer, ground.pool)
+    return toy_arms.PLACES[place](dense_of(ground, bought, WEIGHTS))
+
+
 def choose(ground: Ground, bought: annotator.Bought, knob: float) -> tuple[list[str], Used]:
     """Best of n by a reward model; the knob is its decay, or the weight of R3 beside 0.5 and 0.5."""
     if bought.kind == "spans":
@@ -197,12 +204,7 @@ def reinforce(
     ground: Ground, bought: annotator.Bought, beta: float, place: str = "at the end"
 ) -> tuple[list[str], Used]:
     """PPO on a learned reward; the knob is the price of KL."""
-    if bought.kind in DECAY:
-        scorer = scorer_of(ground, bought, DECAY[bought.kind])
-        reward = learners.reward_of(scorer, ground.see, ground.tokenizer, ground.pool)
-    else:
-        reward = toy_arms.PLACES[place](dense_of(ground, bought, WEIGHTS))
-    s = ground.settings
+    reward, s = reward_of(ground, bought, place), ground.settings
     config = ppo.PPOConfig(
         steps=s.steps, prompts_per_step=s.episodes, train="all", epochs=s.ppo_epochs,
         minibatch_size=s.minibatch, forward_rows=s.episodes, learning_rate=s.learning_rate,
@@ -214,13 +216,10 @@ def reinforce(
     return ground.sample(policy, ground.prompts.test, 1, 3).texts, Used(s.samples, s.passes)
 
 
-WEIGHTS = (0.5, 0.5, 1.0)  # of R1, R2, R3 and of what words speak of; of R3 chosen with best of n
-
-
 def condition(
     ground: Ground, bought: annotator.Bought, learning_rate: float, style: str
 ) -> tuple[list[str], Used]:
-    """Quark ("token") or ALT ("text"): fifths of the reward model's score before the prompt; then the best."""
+    """Quark ("token") or ALT ("text"): fifths of the reward model's score as labels; then the best."""
     scorer = scorer_of(ground, bought, DECAY[bought.kind])
     policy, tags, s = ground.policy(), world.LEVELS, ground.settings
     first = conditions.add_tokens(policy, len(tags), seed=ground.seed) if style == "token" else None
@@ -238,9 +237,7 @@ def condition(
     task = loop.Task(ground.prompts.train, feedback, labels.Quantiles(tags), conditioner)
     loop.train_conditional(policy, ground.tokenizer, task, config)
     asked = [conditioner.build(prompt, tags[:1]).ids for prompt in ground.prompts.test]
-    used = Used(
-        iterations * config.prompts_per_iteration * each, iterations * config.steps * batch
-    )
+    used = Used(iterations * config.prompts_per_iteration * each, iterations * config.steps * batch)
     return ground.sample(policy, asked, 1, 3).texts, used
 
 
@@ -311,7 +308,7 @@ def prefer(ground: Ground, bought: annotator.Bought, beta: float) -> tuple[list[
 
 
 class Arm(NamedTuple):
-    """A kind of feedback, what learns from it, and its own setting: name, the values tried, the one chosen."""
+    """A kind of feedback, what learns from it, and its own setting: name, values tried, the one chosen."""
 
     kind: str
     learn: Callable[[Ground, annotator.Bought, float], tuple[list[str], Used]]

@@ -166,11 +166,7 @@ def train_dpo(
     trl.DPOTrainer has the same loss; each of its runs starts a trainer, a data set and a second model, which
     takes longer here than the training itself.
     """
-    models.set_trainable(policy, "all")
-    network = SharedTrunkPolicy(policy, 0)
-    asked = [tokenizer(prompt)["input_ids"] for prompt in [*prompts, *prompts]]
-    said = [[*tokenizer(x)["input_ids"], tokenizer.eos_token_id] for x in [*better, *worse]]
-    tokens = TokenBatch.of(policy, tokenizer, asked, said)
+    network, tokens = pairs_on_network(policy, tokenizer, prompts, better, worse)
     optimizer = torch.optim.Adam(policy.parameters(), lr=learning_rate)
     history = []
     for number in range(passes):
@@ -186,6 +182,16 @@ def train_dpo(
             optimizer.zero_grad()
             history.append(float(loss.detach()))
     return history
+
+
+def pairs_on_network(
+    policy, tokenizer, prompts: Sequence[str], better: Sequence[str], worse: Sequence[str]
+) -> tuple[SharedTrunkPolicy, TokenBatch]:
+    """The policy beside its start, and the pairs as (2 pairs,) rows: the preferred, then the rejected."""
+    models.set_trainable(policy, "all")
+    asked = [tokenizer(prompt)["input_ids"] for prompt in [*prompts, *prompts]]
+    said = [[*tokenizer(x)["input_ids"], tokenizer.eos_token_id] for x in [*better, *worse]]
+    return SharedTrunkPolicy(policy, 0), TokenBatch.of(policy, tokenizer, asked, said)
 
 
 def log_probs_of(network: SharedTrunkPolicy, rows: TokenBatch, reference: bool = False):

@@ -1,4 +1,4 @@
-"""The ground of notebook 90: grounded questions (`fine_grained.toy`), and a first policy that can also rewrite.
+"""The ground of notebook 90: questions of `fine_grained.toy`, and a first policy that can also rewrite.
 
 Every arm starts from one model.  In its pretraining it wrote noisy answers, and it rewrote answers by a
 sentence that names one flaw, as ILF asks of its model:
@@ -18,12 +18,18 @@ import numpy as np
 import pandas as pd
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lib import generation, logprobs, models, sft
+from lib import logprobs, models, sft
 from lib.papers.fine_grained import toy
 
 FLAWS = ("wrong", "missing", "not asked", "said twice")
 NO_FLAW = "all is right"
-LEVELS = ("excellent", "good", "fair", "poor", "bad")  # for ALT, best first; new to the first policy
+LEVELS = (
+    "excellent",
+    "good",
+    "fair",
+    "poor",
+    "bad",
+)  # for ALT, best first; new to the first policy
 LEVEL_PREFIX = "an {} answer : "
 
 
@@ -32,7 +38,11 @@ LEVEL_PREFIX = "an {} answer : "
 
 def vocabulary() -> list[str]:
     """Every word of the world: of its facts, of feedback, of ALT's labels."""
-    facts = [*toy.MARKS, *toy.ATTRIBUTES, *(x for values in toy.ATTRIBUTES.values() for x in values)]
+    facts = [
+        *toy.MARKS,
+        *toy.ATTRIBUTES,
+        *(x for values in toy.ATTRIBUTES.values() for x in values),
+    ]
     said = " ".join([*FLAWS, NO_FLAW, *LEVELS, "an answer !"])
     return [*facts, *sorted({*said.split()})]
 
@@ -78,7 +88,9 @@ def flaws_of(prompt: str, answer: str, errors: toy.Errors) -> list[str]:
     return known or [NO_FLAW]
 
 
-def pretraining_rows(tokenizer, questions: Sequence[toy.Question], rewritten: int, seed: int) -> list[dict]:
+def pretraining_rows(
+    tokenizer, questions: Sequence[toy.Question], rewritten: int, seed: int
+) -> list[dict]:
     """A noisy answer to each question, and of the first `rewritten` also a rewriting by one true flaw."""
     rng = np.random.default_rng(seed)
     prompts = [question.prompt for question in questions]
