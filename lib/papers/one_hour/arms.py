@@ -163,7 +163,9 @@ class Result(NamedTuple):
 
 
 def scorer_of(ground: Ground, bought: annotator.Bought, decay: float) -> learners.Scorer:
-    """The whole-answer reward model of ratings or rankings."""
+    """The whole-answer reward model of ratings or rankings; all answers alike where no pair was decided."""
+    if not bought.prompts:
+        return learners.indifferent(learners.whole_features(ground.candidate_features))
     better = learners.whole_features(ground.see(bought.prompts, bought.answers))
     if bought.kind == "ratings":
         return learners.learn_from_ratings(better, bought.values, decay)
@@ -329,9 +331,9 @@ ARMS = {
     "rankings, best of n": Arm("rankings", choose, "decay", (0.1, 1.0), 1.0),
     "rankings, PPO": Arm("rankings", reinforce, "beta", (0.05, 0.2), 0.05),
     "rankings, DPO": Arm("rankings", prefer, "beta", (0.1, 0.5), 0.1),
-    "words, refined, SFT": Arm("words", imitate, "epochs", (3, 10), 3),
+    "words, SFT": Arm("words", imitate, "epochs", (3, 10), 3),
     "words, dense PPO": Arm("words", _dense, "beta", (0.05, 0.2), 0.05),
     "spans, best of n": Arm("spans", choose, "weight of R3", (0.5, 1.0), 1.0),
     "spans, dense PPO": Arm("spans", _dense, "beta", (0.05, 0.2), 0.05),
-    "spans, PPO at the end": Arm("spans", reinforce, "beta", (0.05, 0.2), 0.05),
+    "spans, PPO": Arm("spans", reinforce, "beta", (0.05, 0.2), 0.05),
 }

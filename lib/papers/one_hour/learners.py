@@ -68,6 +68,12 @@ def fit_scorer(features: torch.Tensor, misfit: Callable, decay: float) -> Scorer
     return Scorer(centre, scale, weight.detach())
 
 
+def indifferent(features: torch.Tensor) -> Scorer:
+    """A scorer that finds all answers alike: nothing was learned.  `features` (answers, width)."""
+    width = features.shape[1]
+    return Scorer(torch.zeros(width), torch.ones(width), torch.zeros(width + 1))
+
+
 def learn_from_ratings(features: torch.Tensor, values: np.ndarray, decay: float) -> Scorer:
     """Sparse feedback's regression on ratings (answers,) from 1 to 7."""
     targets = losses.rating_target(torch.tensor(values, dtype=torch.float32))
