@@ -40,7 +40,7 @@ def ground():
         words=world.vocabulary(), seed=0, hidden_size=32, num_key_value_heads=4
     )
     settings = arms.Settings(
-        best_of=2, steps=1, episodes=8, ppo_epochs=1, minibatch=4, max_new_tokens=8
+        best_of=2, steps=3, episodes=8, ppo_epochs=1, minibatch=4, max_new_tokens=8
     )
     prompts = arms.Prompts(PROMPTS[:6], PROMPTS[6:40], PROMPTS[40:])
     return arms.Ground(model, tokenizer, prompts, settings, 0)

@@ -230,8 +230,8 @@ def condition(
     )
     iterations, each, batch = 3, 4, s.minibatch
     config = loop.ConditioningConfig(
-        iterations=iterations, prompts_per_iteration=s.samples // iterations // each,
-        samples_per_prompt=each, steps=s.passes // iterations // batch, batch_size=batch,
+        iterations=iterations, prompts_per_iteration=max(1, s.samples // iterations // each),
+        samples_per_prompt=each, steps=max(1, s.passes // iterations // batch), batch_size=batch,
         forward_rows=s.episodes, learning_rate=learning_rate, max_new_tokens=s.max_new_tokens,
         seed=ground.seed,
     )  # fmt: skip
