@@ -24,7 +24,10 @@ from lib.papers.one_hour import annotator, learners, world
 from lib.rewards import RewardFunction
 
 DECAY = {"ratings": 1.0, "rankings": 1.0}  # of the reward models' heads, chosen with best of n
-WEIGHTS = (0.5, 0.5, 1.0)  # of R1, R2, R3 and of what words speak of; R3's chosen with best of n
+BETA = 0.05  # the price of KL for PPO on spans, whose own setting is a weight
+WORDS = (0.5, 0.5, 0.5)  # weights of what words speak of: true, asked, complete
+REFERENCE = 1000  # answers of the pool on which rewards are standardised
+DPO_BETA = 0.1
 REFINEMENTS = 5  # of which one is imitated, as in ILF
 
 
@@ -82,6 +85,11 @@ class Ground:
     def pool(self) -> generation.Samples:
         """Two answers to each annotated question: what the annotator may see."""
         return self.sample(self.first, self.prompts.annotated, 2, 1)
+
+    @functools.cached_property
+    def reference(self) -> generation.Samples:
+        """The pool's first answers: learned rewards have mean 0 and deviation 1 on them."""
+        return annotator.some_of(self.pool, range(min(REFERENCE, len(self.pool))))
 
     @functools.cached_property
     def candidates(self) -> generation.Samples:
@@ -178,35 +186,47 @@ def dense_of(ground: Ground, bought: annotator.Bought, weights: Sequence[float])
     features = ground.see(bought.prompts, bought.answers)
     if bought.kind == "words":
         return learners.reward_from_words(
-            features, bought, ground.see, ground.tokenizer, ground.pool, weights
+            features, bought, ground.see, ground.tokenizer, ground.reference, weights
         )
     models = toy_models.learn(features, bought.marks, len(bought.answers))
     scores = toy_models.scores_of(models, ground.first, ground.tokenizer)
-    return toy_arms.dense_reward(ground.tokenizer, ground.pool, weights, scores=scores)
+    return toy_arms.dense_reward(ground.tokenizer, ground.reference, weights, scores=scores)
 
 
-def reward_of(ground: Ground, bought: annotator.Bought, place: str) -> RewardFunction:
+def weights_of(kind: str, knob: float) -> tuple[float, float, float]:
+    """Of R1, R2, R3; the knob of spans is that of R1.
+
+    A true clause that nobody asked for earns R2's weight and costs R1's: padding pays unless R1 weighs more.
+    """
+    return (knob, 0.5, 0.5) if kind == "spans" else WORDS
+
+
+def reward_of(
+    ground: Ground, bought: annotator.Bought, place: str, knob: float = 1.0
+) -> RewardFunction:
     """What PPO is paid: a whole answer's score at its end, or parts at their own places ("dense")."""
     if bought.kind in DECAY:
         scorer = scorer_of(ground, bought, DECAY[bought.kind])
-        return learners.reward_of(scorer, ground.see, ground.tokenizer, ground.pool)
-    return toy_arms.PLACES[place](dense_of(ground, bought, WEIGHTS))
+        return learners.reward_of(scorer, ground.see, ground.tokenizer, ground.reference)
+    dense = dense_of(ground, bought, weights_of(bought.kind, knob))
+    return toy_arms.PLACES[place](dense)
 
 
 def choose(ground: Ground, bought: annotator.Bought, knob: float) -> tuple[list[str], Used]:
-    """Best of n by a reward model; the knob is its decay, or the weight of R3 beside 0.5 and 0.5."""
+    """Best of n by a reward model; the knob is its decay, or R1's weight where spans are summed up."""
     if bought.kind == "spans":
-        reward = dense_of(ground, bought, (0.5, 0.5, knob))
+        reward = dense_of(ground, bought, weights_of("spans", knob))
         return ground.best(rewards.totals(reward(ground.candidates), ground.candidates)), Used()
     scorer = scorer_of(ground, bought, knob)
     return ground.best(scorer.score(ground.candidate_features)), Used()
 
 
 def reinforce(
-    ground: Ground, bought: annotator.Bought, beta: float, place: str = "at the end"
+    ground: Ground, bought: annotator.Bought, knob: float, place: str = "at the end"
 ) -> tuple[list[str], Used]:
-    """PPO on a learned reward; the knob is the price of KL."""
-    reward, s = reward_of(ground, bought, place), ground.settings
+    """PPO on a learned reward; the knob is the price of KL, or R1's weight where spans pay."""
+    reward, s = reward_of(ground, bought, place, knob), ground.settings
+    beta = BETA if bought.kind == "spans" else knob
     config = ppo.PPOConfig(
         steps=s.steps, prompts_per_step=s.episodes, train="all", epochs=s.ppo_epochs,
         minibatch_size=s.minibatch, forward_rows=s.episodes, learning_rate=s.learning_rate,
@@ -291,15 +311,17 @@ def follows(answer: str, refinement: str, sentence: str) -> bool:
     return len(after) < len(before)
 
 
-def prefer(ground: Ground, bought: annotator.Bought, beta: float) -> tuple[list[str], Used]:
-    """DPO on the pairs; the knob is its beta."""
+def prefer(
+    ground: Ground, bought: annotator.Bought, learning_rate: float
+) -> tuple[list[str], Used]:
+    """DPO on the pairs, for at most ten epochs; the knob is its learning rate."""
     s, pairs = ground.settings, len(bought.answers)
     rounds = max(1, min(10, s.passes // (2 * max(pairs, 1))))
     policy = ground.policy()
     if pairs:
         learners.train_dpo(
-            policy, ground.tokenizer, bought.prompts, bought.answers, bought.rejected, beta=beta,
-            passes=rounds, learning_rate=s.learning_rate / 2, batch=s.minibatch // 2,
+            policy, ground.tokenizer, bought.prompts, bought.answers, bought.rejected, beta=DPO_BETA,
+            passes=rounds, learning_rate=learning_rate, batch=s.minibatch // 2,
             seed=ground.seed,
         )  # fmt: skip
     used = Used(0, rounds * 2 * pairs)
@@ -330,10 +352,10 @@ ARMS = {
     "ratings, ALT": Arm("ratings", _alt, "learning rate", (1e-3, 3e-3), 1e-3),
     "rankings, best of n": Arm("rankings", choose, "decay", (0.1, 1.0), 1.0),
     "rankings, PPO": Arm("rankings", reinforce, "beta", (0.05, 0.2), 0.05),
-    "rankings, DPO": Arm("rankings", prefer, "beta", (0.1, 0.5), 0.1),
+    "rankings, DPO": Arm("rankings", prefer, "learning rate", (1e-4, 3e-4), 1e-4),
     "words, SFT": Arm("words", imitate, "epochs", (3, 10), 3),
     "words, dense PPO": Arm("words", _dense, "beta", (0.05, 0.2), 0.05),
-    "spans, best of n": Arm("spans", choose, "weight of R3", (0.5, 1.0), 1.0),
-    "spans, dense PPO": Arm("spans", _dense, "beta", (0.05, 0.2), 0.05),
-    "spans, PPO": Arm("spans", reinforce, "beta", (0.05, 0.2), 0.05),
+    "spans, best of n": Arm("spans", choose, "weight of R1", (0.5, 1.0), 1.0),
+    "spans, dense PPO": Arm("spans", _dense, "weight of R1", (0.5, 1.0), 1.0),
+    "spans, PPO": Arm("spans", reinforce, "weight of R1", (0.5, 1.0), 1.0),
 }
