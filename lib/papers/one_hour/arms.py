@@ -345,15 +345,15 @@ _dense = functools.partial(reinforce, place="dense")
 _quark = functools.partial(condition, style="token")
 _alt = functools.partial(condition, style="text")
 ARMS = {
-    "demonstrations, SFT": Arm("demonstrations", imitate, "epochs", (10, 30), 10),
+    "demonstrations, SFT": Arm("demonstrations", imitate, "epochs", (10, 30, 100), 100),
     "ratings, best of n": Arm("ratings", choose, "decay", (0.1, 1.0), 1.0),
     "ratings, PPO": Arm("ratings", reinforce, "beta", (0.05, 0.2), 0.05),
     "ratings, Quark": Arm("ratings", _quark, "learning rate", (1e-3, 3e-3), 1e-3),
     "ratings, ALT": Arm("ratings", _alt, "learning rate", (1e-3, 3e-3), 1e-3),
     "rankings, best of n": Arm("rankings", choose, "decay", (0.1, 1.0), 1.0),
     "rankings, PPO": Arm("rankings", reinforce, "beta", (0.05, 0.2), 0.05),
-    "rankings, DPO": Arm("rankings", prefer, "learning rate", (1e-4, 3e-4), 1e-4),
-    "words, SFT": Arm("words", imitate, "epochs", (3, 10), 3),
+    "rankings, DPO": Arm("rankings", prefer, "learning rate", (1e-4, 5e-4), 1e-4),
+    "words, SFT": Arm("words", imitate, "epochs", (3, 10, 30), 10),
     "words, dense PPO": Arm("words", _dense, "beta", (0.05, 0.2), 0.05),
     "spans, best of n": Arm("spans", choose, "weight of R1", (0.5, 1.0), 1.0),
     "spans, dense PPO": Arm("spans", _dense, "weight of R1", (0.5, 1.0), 1.0),
