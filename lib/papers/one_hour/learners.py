@@ -92,11 +92,14 @@ def learn_from_pairs(better: torch.Tensor, worse: torch.Tensor, decay: float) ->
 def reward_of(scorer: Scorer, see: Callable, tokenizer, pool) -> RewardFunction:
     """A scorer's score, standardised on the pool's answers, paid at the last token.
 
-    `see(prompts, answers)`: the segments' features.
+    Nothing is paid beyond what the best of the pool's answers gets: a linear score has no end, and PPO
+    would go where it is highest, to answers of two tokens.  `see(prompts, answers)`: the segments' features.
     """
+    known = scorer.score(see(pool.prompts, pool.texts))
 
     def score(prompts, answers):
-        return scorer.score(see(prompts, answers))[:, None]
+        scores = scorer.score(see(prompts, answers))
+        return np.clip(scores, known.min(), known.max())[:, None]
 
     part = rewards.SegmentReward("score", toy.Segmenter("sequence"), score)
     return rewards.compose([part.fitted(pool.prompts, pool.texts)], tokenizer)
