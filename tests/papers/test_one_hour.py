@@ -147,6 +147,8 @@ def test_ratings_rise_with_quality_and_demonstrations_are_right(pool):
     bought = annotator.buy("ratings", 60, pool, error=0.0, seed=1)
     quality = annotator.quality_seen(bought.prompts, bought.answers, 0.0)
     np.testing.assert_array_equal(bought.values, 1 + np.rint(6 * quality))
+    blind = annotator.buy("ratings", 60, pool, error=0.5, seed=1)
+    assert set(blind.values) <= set(range(1, 8))
     written = annotator.buy("demonstrations", 60, pool, error=0.0, seed=1)
     assert (annotator.quality_seen(written.prompts, written.answers, 0.0) == 1).all()
 

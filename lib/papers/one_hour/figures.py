@@ -25,7 +25,8 @@ def quality_by_minutes(
     kinds = list(dict.fromkeys(table.kind))
     rows = -(-len(kinds) // 3)
     figure = Figure(figsize=(plots.WIDTH, 2.9 * rows), layout="constrained")
-    panels = figure.subplots(rows, min(3, len(kinds)), sharey=True, squeeze=False).flat
+    grid = figure.subplots(rows, min(3, len(kinds)), sharey=True, squeeze=False)
+    panels = iter(grid.flat)
     learners = pd.Categorical(table.learner, categories=list(dict.fromkeys(table.learner)))
     styles = plots.condition_styles(learners)
     for kind, axes in zip(kinds, panels, strict=False):
@@ -38,7 +39,8 @@ def quality_by_minutes(
         axes.xaxis.set_minor_locator(NullLocator())
     for axes in list(panels):  # panels without a kind
         axes.set_axis_off()
-    figure.axes[0].set_ylabel(ylabel)
+    for axes in grid[:, 0]:
+        axes.set_ylabel(ylabel)
     entries = {}
     for axes in figure.axes:
         entries |= dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
@@ -87,7 +89,7 @@ def pair_differences(
     names: Sequence[str] = list(differences.index)
     values = differences.to_numpy(dtype=float)
     plots.use_style()
-    side = 1.2 + 0.62 * len(names)
+    side = 1.2 + 0.52 * len(names)
     figure = Figure(figsize=(max(plots.WIDTH, side + 2.2), side), layout="constrained")
     axes = figure.subplots()
     largest = max(np.nanmax(np.abs(values)), 1e-9)

@@ -142,9 +142,9 @@ class Grade(NamedTuple):
 
 
 def grade(errors: toy.Errors) -> Grade:
-    """The grade of an answer with these errors."""
+    """The grade of an answer with these errors.  Eyes that err may see more right clauses than were asked."""
     right = int((errors.relevant & errors.true).sum())
-    return Grade(right / errors.asked, right / max(len(errors.true), 1))
+    return Grade(min(1.0, right / errors.asked), right / max(len(errors.true), 1))
 
 
 def measure(first, tokenizer, prompts: Sequence[str], answers: Sequence[str]) -> pd.DataFrame:
