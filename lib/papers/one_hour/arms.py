@@ -349,7 +349,7 @@ ARMS = {
     "ratings, best of n": Arm("ratings", choose, "decay", (0.1, 1.0), 1.0),
     "ratings, PPO": Arm("ratings", reinforce, "beta", (0.05, 0.3), 0.3),
     "ratings, Quark": Arm("ratings", _quark, "learning rate", (1e-3, 3e-3), 1e-3),
-    "ratings, ALT": Arm("ratings", _alt, "learning rate", (1e-3, 3e-3), 1e-3),
+    "ratings, ALT": Arm("ratings", _alt, "learning rate", (1e-3, 3e-3), 3e-3),
     "rankings, best of n": Arm("rankings", choose, "decay", (0.1, 1.0), 1.0),
     "rankings, PPO": Arm("rankings", reinforce, "beta", (0.05, 0.3), 0.3),
     "rankings, DPO": Arm("rankings", prefer, "learning rate", (1e-4, 5e-4), 1e-4),
