@@ -41,7 +41,8 @@ rloo           PPO's loop without a value function
 annotate       annotation pages that work offline in a browser
 fast           what is only about speed; everything works, with the same numbers, without it
 
-papers/        what one paper alone needs: rewardlm, sparse_feedback, ilf, fine_grained, alt
+papers/        what one paper alone needs: rewardlm, sparse_feedback, ilf, fine_grained, alt;
+               one_hour: the comparison of them all in notebook 90
 course/        what makes a notebook run: assets, gguf, fetch, record, place, show, notebooks, runner, report,
                site, publish, cli;
                arms, draw, confirm: effects of arms, their figures, the fresh seeds that decide;

@@ -225,6 +225,16 @@ def pairwise_loss(preferred: torch.Tensor, rejected: torch.Tensor) -> torch.Tens
     return -F.logsigmoid(preferred - rejected).mean()
 
 
+def dpo_loss(log_probs: torch.Tensor, ref_log_probs: torch.Tensor, beta: float) -> torch.Tensor:
+    """`pairwise_loss` of the implied rewards beta (log pi - log pi_ref) of whole answers: DPO.
+
+    Both (2 pairs,): first the preferred answers, then the rejected ones of the same pairs (Rafailov et al.
+    2023, equation 7).  ln 2 before training.
+    """
+    preferred, rejected = (beta * (log_probs - ref_log_probs)).chunk(2)
+    return pairwise_loss(preferred, rejected)
+
+
 def rating_target(score: torch.Tensor, lowest: float = 1.0, highest: float = 7.0) -> torch.Tensor:
     """Rating as a target in [0, 1]: (s - lowest) / (highest - lowest); (s - 1) / 6 for the scale 1 to 7."""
     if ((score < lowest) | (score > highest)).any():

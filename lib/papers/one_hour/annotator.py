@@ -1,0 +1,185 @@
+"""One annotator, one pair of eyes, five ways to say what it saw: what a budget of minutes buys (notebook 90).
+
+The annotator looks at each clause of an answer and misjudges with probability `error` whether it was asked
+for, and with the same probability whether it is true (`look`).  A rating, a comparison, a sentence or spans
+are then exact reports of that look; a demonstration has as many wrong values.  So kinds of feedback differ
+in what they report and in the time that takes, not in how well the annotator sees.
+
+`SECONDS` of an item.  ILF (Scheurer et al. 2023) timed comparison, feedback in words and an ideal summary on
+one task.  Fine-grained RLHF (Wu et al. 2023) states about 6 minutes for marking spans and about 15 for
+writing an answer, of another task: spans cost 6/15 of an ideal answer here.  No paper of this course timed
+a rating: it reads one answer where a comparison reads two, so it costs half.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from lib import generation, preferences, tables
+from lib.papers.fine_grained import toy
+from lib.papers.one_hour import world
+from lib.papers.sparse_feedback import sheets
+
+IDEAL = 195.5  # seconds
+SECONDS = {
+    "ratings": 61.5 / 2,
+    "rankings": 61.5,
+    "spans": IDEAL * 6 / 15,
+    "words": 182.5,
+    "demonstrations": IDEAL,
+}
+LOWEST, HIGHEST = 1, 7  # the ratings of sparse feedback
+
+
+@dataclass(frozen=True)
+class Bought:
+    """What some minutes bought of one kind; entries of the lists belong together.
+
+    ratings: `answers` and `values` (n,) from 1 to 7.  rankings: `answers` is the preferred, `rejected` the
+    other; equal pairs are left out, though they were paid for.  spans: `answers` and `marks`, name -> the
+    scores of each answer's segments (`toy_arms.PARTS`).  words: `answers` and `sentences`.
+    demonstrations: `answers` alone.
+    """
+
+    kind: str
+    items: int  # paid for
+    prompts: list[str]
+    answers: list[str]
+    rejected: list[str] = field(default_factory=list)
+    values: np.ndarray | None = None
+    marks: dict[str, list[np.ndarray]] = field(default_factory=dict)
+    sentences: list[str] = field(default_factory=list)
+
+    @property
+    def sides(self) -> tuple[list[str], list[str]]:
+        """The preferred answers of rankings, and the rejected ones."""
+        return self.answers, self.rejected
+
+
+def look(prompt: str, answer: str, error: float, *seed) -> toy.Errors:
+    """The errors that the annotator sees; another seed is another look."""
+    truth = toy.judge(prompt, answer)
+    rng = _rng(*seed, prompt, answer)
+    flips = rng.random((2, len(truth.true))) < error
+    relevant, true = truth.relevant ^ flips[0], truth.true ^ flips[1]
+    names = [(clause.split() or [""])[0] for clause in world.clauses_of(answer)]
+    sentences, new, stated, first = [], [], set(), 0
+    for start, end in toy.Segmenter("sentence").spans(answer):
+        last = first + len(world.clauses_of(answer[start:end]))
+        now = {name for name, fact in zip(names[first:last], true[first:last], strict=True) if fact}
+        sentences.append(bool(true[first:last].all()))
+        new.append(bool(now - stated))
+        stated |= now
+        first = last
+    covered = min(1.0, (relevant & true).sum() / truth.asked)
+    return toy.Errors(relevant, true, np.array(sentences), np.array(new), covered, truth.asked)
+
+
+def _rng(*key) -> np.random.Generator:
+    return np.random.default_rng(zlib.crc32(repr(key).encode()))
+
+
+def quality_seen(prompts, answers, error: float, *seed) -> np.ndarray:
+    """(answers,) complete x faithful as the annotator sees it."""
+    pairs = zip(prompts, answers, strict=True)
+    return np.array([world.grade(look(*pair, error, *seed)).quality for pair in pairs])
+
+
+def items_of(kind: str, minutes: float, seconds: Mapping[str, float] = SECONDS) -> int:
+    """How many items of a kind the minutes buy; at least two.  ValueError for an unknown kind."""
+    if kind not in seconds:
+        raise ValueError(f"kind is {kind!r}; allowed: {', '.join(seconds)}.")
+    return max(2, int(minutes * 60 / seconds[kind]))
+
+
+def buy(kind: str, items: int, pool: generation.Samples, *, error: float, seed: int) -> Bought:
+    """So many items of one kind, question by question; `pool` holds two answers to each question.
+
+    More items begin with the fewer ones.  ValueError where the pool has not so many questions.
+    """
+    if 2 * items > len(pool):
+        raise ValueError(f"{items} {kind}, but the pool has {len(pool) // 2} questions. Draw more.")
+    prompts = pool.prompts[: 2 * items : 2]
+    first, second = pool.texts[: 2 * items : 2], pool.texts[1 : 2 * items : 2]
+    if kind == "ratings":
+        seen = quality_seen(prompts, first, error, seed, kind)
+        values = LOWEST + np.rint((HIGHEST - LOWEST) * seen)
+        return Bought(kind, items, prompts, first, values=values)
+    if kind == "rankings":
+        return _ranked(items, prompts, first, second, error, seed)
+    if kind == "demonstrations":
+        return Bought(kind, items, prompts, [ideal(p, error, seed) for p in prompts])
+    looks = [look(*pair, error, seed, kind) for pair in zip(prompts, first, strict=True)]
+    if kind == "spans":
+        return Bought(kind, items, prompts, first, marks=marks_of(looks))
+    triples = zip(prompts, first, looks, strict=True)
+    said = [str(_rng(seed, p, a).choice(world.flaws_of(p, a, e))) for p, a, e in triples]
+    return Bought(kind, items, prompts, first, sentences=said)
+
+
+def from_sheet(path: Path | str) -> Bought:
+    """The decided comparisons of a sheet that `sparse_feedback.sheets` wrote and somebody filled in."""
+    columns = ("instruction", "input", "output (a)", "output (b)")
+    lines = tables.csv_records(Path(path).expanduser(), columns)
+    _, header = next(lines)
+    cells = [dict(zip(header, map(str, fields), strict=True)) for _, fields in lines]
+    shown = [[sheets.sheet_text(row[name]) for name in columns] for row in cells]
+    table = pd.DataFrame(shown, columns=preferences.RANKING[:-1])
+    ranked = preferences.decided(sheets.import_from_humans(path, table))
+    first = ranked.verdict == "(a)"
+    better = ranked.response1.where(first, ranked.response2).tolist()
+    worse = ranked.response2.where(first, ranked.response1).tolist()
+    return Bought("rankings", len(cells), ranked.instruction.tolist(), better, worse)
+
+
+def _ranked(items, prompts, first, second, error, seed) -> Bought:
+    a, b = (quality_seen(prompts, x, error, seed, "rankings") for x in (first, second))
+    rows = zip(prompts, first, second, a, b, strict=True)
+    rows = [(p, x, y) if u > v else (p, y, x) for p, x, y, u, v in rows if u != v]
+    asked, better, worse = map(list, zip(*rows, strict=True)) if rows else ([], [], [])
+    return Bought("rankings", items, asked, better, worse)
+
+
+def telling_example(pool: generation.Samples, error: float, seed: int) -> int:
+    """The number of an answer of four clauses, or about, of which one look misjudges one, or about."""
+    far = []
+    for prompt, answer in zip(pool.prompts, pool.texts, strict=True):
+        truth, seen = toy.judge(prompt, answer), look(prompt, answer, error, seed)
+        misjudged = (truth.true != seen.true).sum() + (truth.relevant != seen.relevant).sum()
+        kinds = len({*zip(truth.relevant, truth.true, strict=True)})
+        far.append(2 * abs(misjudged - 1) + abs(len(truth.true) - 4) - kinds)
+    return int(np.argmin(far))
+
+
+def some_of(samples: generation.Samples, rows: Sequence[int]) -> generation.Samples:
+    """These rows of some samples."""
+    columns = [f.name for f in fields(samples) if f.name != "seconds"]
+    return generation.Samples(*([getattr(samples, name)[i] for i in rows] for name in columns))
+
+
+def ideal(prompt: str, error: float, seed: int) -> str:
+    """What the annotator writes itself: all that was asked, each value wrong with probability `error`."""
+    question, rng = toy.read(prompt), _rng(seed, "ideal", prompt)
+    values = [
+        rng.choice(toy.ATTRIBUTES[name]) if rng.random() < error else question.facts[name]
+        for name in question.asked
+    ]
+    return (
+        ", ".join(f"{name} {value}" for name, value in zip(question.asked, values, strict=True))
+        + "."
+    )
+
+
+def marks_of(looks: Sequence[toy.Errors]) -> dict[str, list[np.ndarray]]:
+    """The scores that `toy_models.learn` takes, of the errors that were seen."""
+    return {
+        "R1": [2.0 * e.relevant - 1 for e in looks],
+        "R2": [np.where(e.sentences, e.new, -1.0) for e in looks],
+        "R3": [np.array([e.coverage]) for e in looks],
+    }
