@@ -156,6 +156,22 @@ class _Scripted(BaseHTTPRequestHandler):
         pass
 
 
+@pytest.fixture
+def cpu_seconds():
+    """CPU seconds of the processes that the test has started and waited for (0 on Windows).
+
+    A promise of time is kept on a machine that is busy with other tests too.
+    """
+    before = os.times()
+
+    def spent() -> float:
+        now = os.times()
+        both = ("children_user", "children_system")
+        return sum(getattr(now, name) - getattr(before, name) for name in both)
+
+    return spent
+
+
 def completion(content, finish_reason="stop", **message):
     """A chat completion's JSON with this content."""
     choice = {"index": 0, "finish_reason": finish_reason}

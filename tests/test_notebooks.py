@@ -276,11 +276,12 @@ def run_notebook(path, tmp_path, *parameters):
 
 
 @each_notebook
-def test_smoke(path, tmp_path):
+def test_smoke(path, tmp_path, cpu_seconds):
     folder = run_notebook(path, tmp_path)
     results = json.loads((folder / "results.json").read_text())
     record = json.loads((folder / "run.json").read_text())
-    assert record["status"] == "finished" and record["wall_seconds"] < 120  # promised: 60, alone
+    assert record["status"] == "finished"
+    assert cpu_seconds() < 120  # promised: a minute of two cores that do nothing else
     assert results["notebook"] == path.stem
     assert results["metrics"] and results["claims"]
     for name, metric in results["metrics"].items():

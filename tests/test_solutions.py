@@ -4,7 +4,6 @@ import os
 import re
 import subprocess
 import sys
-from datetime import datetime
 from pathlib import Path
 
 import nbformat
@@ -43,7 +42,7 @@ def test_form(path):
 
 
 @each_solution
-def test_runs_alone_at_smoke_without_a_network(path, tmp_path):
+def test_runs_alone_at_smoke_without_a_network(path, tmp_path, cpu_seconds):
     environment = os.environ | {
         "FEEDBACK_CACHE": str(tmp_path / "cache"), "FEEDBACK_RUN_DIR": str(tmp_path / "run"),
         "PYTHONPATH": str(ROOT), "PIP_NO_INDEX": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1",
@@ -53,9 +52,7 @@ def test_runs_alone_at_smoke_without_a_network(path, tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     book = nbformat.read(executed, as_version=4)
-    took = book.metadata.papermill
-    began, ended = (datetime.fromisoformat(took[name]) for name in ("start_time", "end_time"))
-    assert (ended - began).total_seconds() < 120  # promised: 60, alone
+    assert cpu_seconds() < 120  # promised: a minute of two cores that do nothing else
     assert any(cell.get("outputs") for cell in book.cells), "a solution shows its result"
 
 
