@@ -29,7 +29,7 @@ def skeleton(name, train="all", dtype=torch.float32, **size):
     "stage", ["sampling", "fine-tuning", "reward model", "PPO", "conditioning"]
 )
 @pytest.mark.parametrize("kind, width, layers", [
-    ("tiny", 256, 6), ("tiny", 384, 8), ("tiny", 512, 10), ("tiny-encoder-decoder", 384, 6),
+    ("tiny", 256, 3), ("tiny", 384, 4), ("tiny", 512, 5), ("tiny-encoder-decoder", 384, 3),
 ])  # fmt: skip
 def test_what_is_said_is_within_a_fifth_of_the_measured_peak(stage, kind, width, layers):
     if kind != "tiny" and stage == "reward model":
