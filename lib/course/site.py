@@ -137,6 +137,9 @@ def _finish_links(soup: BeautifulSoup, page: Page, known: dict, root: Path) -> N
         target, _, anchor = link["href"].partition("#")
         if re.match(r"\w+:", target) or not target:
             continue
+        if "runs" in PurePosixPath(target).parts:  # a file of the run that was published
+            link.unwrap()
+            continue
         goal = _goal(page, target, root)
         if goal in known:
             link["href"] = page.path_to(known[goal].place) + (f"#{anchor}" if anchor else "")
