@@ -13,9 +13,8 @@ from pathlib import Path
 
 from lib import runtime
 
-DDP = Path(__file__).with_name(
-    "ddp.yaml"
-)  # of accelerate: one GPU a process, each with the whole model
+# accelerate's settings: one GPU a process, each with the whole model
+DDP = Path(__file__).with_name("ddp.yaml")
 
 
 def command(module: str, *arguments: str, processes: int) -> list[str]:

@@ -54,7 +54,7 @@ def refinement_prompt(prompt: str, answer: str, feedback: str) -> str:
 
 def clauses_of(text: str) -> list[str]:
     """The clauses of an answer with their marks: "metal iron," "city rome."."""
-    return [text[a:b].strip() for a, b in toy.Segmenter("clause").spans(text)]
+    return toy.Segmenter("clause").texts(text)
 
 
 def mended(question: toy.Question, answer: str, feedback: str) -> str:
