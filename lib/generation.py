@@ -79,6 +79,11 @@ class Samples:
         """Sampled tokens in all."""
         return sum(map(len, self.response_ids))
 
+    def rows(self, numbers: Sequence[int]) -> Samples:
+        """Some of the rows, in this order."""
+        columns = [field.name for field in fields(self) if field.name != "seconds"]
+        return Samples(*([getattr(self, name)[i] for i in numbers] for name in columns))
+
     def to_frame(self) -> pd.DataFrame:
         """One row per sample: prompt_index, prompt, text, response_tokens, finished, log_prob (sum)."""
         return pd.DataFrame(

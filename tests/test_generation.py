@@ -208,6 +208,15 @@ def test_padded_tensors(tiny):
     assert torch.all(log_probs[mask == 0] == 0)
 
 
+def test_some_rows_of_samples(tiny):
+    model, tokenizer = tiny
+    drawn = sample(model, tokenizer, PROMPTS, n=2, max_new_tokens=4, seed=2)
+    some = drawn.rows([3, 0])
+    assert some.texts == [drawn.texts[3], drawn.texts[0]]
+    assert some.prompt_index == [drawn.prompt_index[3], drawn.prompt_index[0]]
+    assert len(some) == 2 and len(some.log_probs[0]) == len(some.response_ids[0])
+
+
 def test_token_ids_as_prompts_and_empty_list(tiny):
     model, tokenizer = tiny
     ids = tokenizer(PROMPTS)["input_ids"]

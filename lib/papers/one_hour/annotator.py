@@ -13,15 +13,14 @@ a rating: it reads one answer where a comparison reads two, so it costs half.
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from lib import generation, preferences, tables
+from lib import generation, preferences, tables, training
 from lib.papers.fine_grained import toy
 from lib.papers.one_hour import world
 from lib.papers.sparse_feedback import sheets
@@ -81,8 +80,8 @@ def look(prompt: str, answer: str, error: float, *seed) -> toy.Errors:
     return toy.Errors(relevant, true, np.array(sentences), np.array(new), covered, truth.asked)
 
 
-def _rng(*key) -> np.random.Generator:
-    return np.random.default_rng(zlib.crc32(repr(key).encode()))
+def _rng(seed, *key) -> np.random.Generator:
+    return np.random.default_rng(training.seed_for(seed, *key))
 
 
 def quality_seen(prompts, answers, error: float, *seed) -> np.ndarray:
@@ -155,12 +154,6 @@ def telling_example(pool: generation.Samples, error: float, seed: int) -> int:
         kinds = len({*zip(truth.relevant, truth.true, strict=True)})
         far.append(2 * abs(misjudged - 1) + abs(len(truth.true) - 4) - kinds)
     return int(np.argmin(far))
-
-
-def some_of(samples: generation.Samples, rows: Sequence[int]) -> generation.Samples:
-    """These rows of some samples."""
-    columns = [f.name for f in fields(samples) if f.name != "seconds"]
-    return generation.Samples(*([getattr(samples, name)[i] for i in rows] for name in columns))
 
 
 def ideal(prompt: str, error: float, seed: int) -> str:

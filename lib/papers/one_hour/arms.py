@@ -89,7 +89,7 @@ class Ground:
     @functools.cached_property
     def reference(self) -> generation.Samples:
         """The pool's first answers: learned rewards have mean 0 and deviation 1 on them."""
-        return annotator.some_of(self.pool, range(min(REFERENCE, len(self.pool))))
+        return self.pool.rows(range(min(REFERENCE, len(self.pool))))
 
     @functools.cached_property
     def candidates(self) -> generation.Samples:
