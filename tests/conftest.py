@@ -13,8 +13,8 @@ from pathlib import Path
 
 os.environ.setdefault("FEEDBACK_HEADLESS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-if "PYTEST_XDIST_WORKER" in os.environ:  # threads of several workers wait for each other's cores
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Threads of several workers wait for each other's cores; and a run in a process of its own has one.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import hypothesis
 import numpy as np
