@@ -160,10 +160,19 @@ def _finish_images(soup: BeautifulSoup, page: Page, root: Path) -> set[PurePosix
     return images
 
 
+LONG_CELL = 60  # characters
+
+
 def _finish_tables(soup: BeautifulSoup) -> None:
-    """A table wider than its page moves alone, by keyboard too; its sides are set by one style."""
+    """A table wider than its page moves alone, by keyboard too; its sides are set by one style.
+
+    A cell with a longer text keeps a width to be read in: on a phone it would be a column of single words.
+    """
     for table in soup.find_all("table"):
         del table["border"]
+        for cell in table.find_all("td"):
+            if len(cell.get_text()) > LONG_CELL:
+                cell["class"] = "long"
         box = {"class": "wide", "tabindex": "0", "role": "region", "aria-label": "Table"}
         table.wrap(soup.new_tag("div", attrs=box))
 

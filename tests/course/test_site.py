@@ -232,3 +232,13 @@ def test_the_menu_opens_on_a_phone_without_a_script(folder, chromium):
     page.locator("nav >> text=Glossary").click()
     assert page.title().startswith("Glossary")
     context.close()
+
+
+def test_long_texts_of_a_table_keep_a_width_and_short_ones_do_not():
+    texts = ["short", "word " * 30]
+    soup = BeautifulSoup(
+        f"<table><tr><td>{texts[0]}</td><td>{texts[1]}</td></tr></table>", "html.parser"
+    )
+    site._finish_tables(soup)
+    assert [cell.get("class") for cell in soup.find_all("td")] == [None, "long"]
+    assert "td.long" in site._styles()
