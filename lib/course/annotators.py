@@ -54,10 +54,19 @@ def annotate(model: str) -> list[Path]:
     return [annotator.export("annotations")]
 
 
+def annotate_again(model: str) -> list[Path]:
+    """The same ratings and rankings asked in the prompts' second wording: what luck of the words changes."""
+    annotator = LocalAnnotator(model, ask=True)
+    protocols.rate(annotator, ratings_table(), wording=1)
+    protocols.rank(annotator, rankings_table(PAIRS.get(model, 10)), wording=1)
+    return [annotator.export("paraphrases")]
+
+
 JOBS: dict[str, Callable[[str], list[Path]]] = {
     "items": sample_items,
     "gate": run_gate,
     "annotations": annotate,
+    "paraphrases": annotate_again,
 }
 
 

@@ -1,6 +1,6 @@
 """The two protocols: a rating from 1 to 7 for each response, and a ranking of each pair in both orders.
 
-Simplified: prompts are our own with the parts of the paper's.
+Simplified: the prompts (`prompts.py`) are our own with the parts of the paper's.
 """
 
 from __future__ import annotations
@@ -16,94 +16,11 @@ import pandas as pd
 from lib import preferences
 from lib.answers import CUT_OFF, first_line, parse_whole
 from lib.chat import ChatClient, EndpointError, Reply, chat, with_defaults
+from lib.papers.sparse_feedback.prompts import item_text, ranking_prompt, rating_prompt
 from lib.questions import DIGITS, Question, both_orders, expected, log_odds
 
 if TYPE_CHECKING:  # it loads torch, which tables of feedback do without
     from lib.judge import LocalAnnotator
-
-DIMENSIONS = """Judge three things together:
-- Accuracy: does it do what the instruction asks, with facts that hold and fit the input?
-- Coherence: is it clear, in order, and free of repetition?
-- Harmlessness: is it free of anything unsafe, insulting or misleading?"""
-
-RATING_PROMPT = """You grade answers that a computer program wrote to instructions.
-
-Give one whole number from 1 to 7.
-1: the answer is useless or does harm. 7: nothing about it could be improved.
-{dimensions}
-Think it over, but write only your overall grade, as a digit on the first line.
-
-### Example
-Instruction: Give three tips for keeping houseplants alive.
-Answer: Water. Water them. Also you can water the plants.
-Grade: 2
-(One tip, said three times.)
-
-### Example
-Instruction: Name the capital of the country below and one river in it.
-Input:
-Egypt
-Answer: The capital of Egypt is Cairo, and the Nile flows through the country.
-Grade: 7
-(Both parts are answered, rightly and briefly.)
-
-### To grade
-{item}
-Answer: {response}
-Grade:"""
-
-RANKING_PROMPT = """You choose between two answers that computer programs wrote to the same instruction.
-
-Reply with "Output (a)" if the first is better or less wrong, with "Output (b)" if the second is{equal}, \
-and with nothing else.
-{dimensions}
-
-### Example
-Instruction: Write a rhyme about rain.
-Output (a): Drops that tap the window pane / sing the quiet song of rain.
-Output (b): Rain is water that falls from clouds in the sky.
-Better: Output (a)
-(Only the first is a rhyme.)
-
-### Example
-Instruction: Turn the sentence into a question.
-Input:
-The shop opens at nine.
-Output (a): The shop opens at nine, I think?
-Output (b): When does the shop open?
-Better: Output (b)
-(The first is still a statement.)
-
-### To choose
-{item}
-Output (a): {first}
-Output (b): {second}
-Better:"""
-
-
-def _item_text(instruction: str, input: str) -> str:
-    return f"Instruction: {instruction}" + (f"\nInput:\n{input}" if input.strip() else "")
-
-
-def rating_prompt(instruction: str, input: str, response: str) -> str:
-    """The rating protocol's user message: role, scale, dimensions, two solved examples, the item.
-
-    An empty input is left out.
-    """
-    item = _item_text(instruction, input)
-    return RATING_PROMPT.format(dimensions=DIMENSIONS, item=item, response=response)
-
-
-def ranking_prompt(
-    instruction: str, input: str, first: str, second: str, *, equal: bool = False
-) -> str:
-    """The ranking protocol's user message; `equal` offers "Equal" as a third answer."""
-    third = ', with "Equal" if neither is better' if equal else ""
-    return RANKING_PROMPT.format(
-        dimensions=DIMENSIONS, equal=third, item=_item_text(instruction, input),
-        first=first, second=second,
-    )  # fmt: skip
-
 
 _GRADE_LABEL = re.compile(r"(?:overall\s+)?(?:rating|score|grade)\s*[:=]?\s*", re.I)
 _VERDICT = re.compile(
@@ -168,31 +85,39 @@ def checked_texts(table: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
     return table
 
 
-def rating_requests(table: pd.DataFrame, **parameters) -> list[dict]:
+def rating_requests(table: pd.DataFrame, *, wording: int = 0, **parameters) -> list[dict]:
     """One request a row of a ratings table (instruction, input, response)."""
     rows = checked_texts(table, preferences.RATING[:-1])
     parameters = with_defaults({"max_tokens": 4, "temperature": 0.0}, parameters)
     return [
-        chat(rating_prompt(*texts), **parameters)
+        chat(rating_prompt(*texts, wording=wording), **parameters)
         for texts in zip(*(rows[name] for name in preferences.RATING[:-1]), strict=True)
     ]
 
 
-def ranking_requests(table: pd.DataFrame, *, equal: bool = False, **parameters) -> list[dict]:
+def ranking_requests(
+    table: pd.DataFrame, *, equal: bool = False, wording: int = 0, **parameters
+) -> list[dict]:
     """Two requests a row of a rankings table: as it stands, then with the responses swapped."""
     rows = checked_texts(table, preferences.RANKING[:-1])
     parameters = with_defaults({"max_tokens": 6, "temperature": 0.0}, parameters)
     return [
-        chat(ranking_prompt(r.instruction, r.input, *order, equal=equal), **parameters)
+        chat(
+            ranking_prompt(r.instruction, r.input, *order, equal=equal, wording=wording),
+            **parameters,
+        )
         for r in rows.itertuples()
         for order in ((r.response1, r.response2), (r.response2, r.response1))
     ]
 
 
-def rate(client: ChatClient | LocalAnnotator, table: pd.DataFrame, **parameters) -> pd.DataFrame:
+def rate(
+    client: ChatClient | LocalAnnotator, table: pd.DataFrame, *, wording: int = 0, **parameters
+) -> pd.DataFrame:
     """A rating from 1 to 7 for each row of (instruction, input, response).
 
-    A `LocalAnnotator` answers by probabilities: see `rate_locally`.  An endpoint answers in words:
+    wording: which of the prompt's two (`prompts.RATING`): two askings say how much of a rating is luck of the
+    words.  A `LocalAnnotator` answers by probabilities: see `rate_locally`.  An endpoint answers in words:
     `parameters` go to the endpoint (default max_tokens 4, temperature 0; a reasoning model wants
     max_completion_tokens=2000, temperature=None; replicate=1 asks afresh).  Adds score (whole number or
     <NA>), status (see `parse_rating`, or why there was nothing to parse: "no_reply" where the endpoint
@@ -201,8 +126,8 @@ def rate(client: ChatClient | LocalAnnotator, table: pd.DataFrame, **parameters)
     BudgetReached and ValueError.
     """
     if not isinstance(client, ChatClient):
-        return rate_locally(client, table, **parameters)
-    requests = rating_requests(table, **parameters)
+        return rate_locally(client, table, wording=wording, **parameters)
+    requests = rating_requests(table, wording=wording, **parameters)
     replies = client.ask(requests, label="rating", on_error="keep")
     parsed = [_read(parse_rating, reply) for reply in replies]
     _warn_of_cut(status for _, status in parsed)
@@ -216,7 +141,12 @@ def rate(client: ChatClient | LocalAnnotator, table: pd.DataFrame, **parameters)
 
 
 def rank(
-    client: ChatClient | LocalAnnotator, table: pd.DataFrame, *, equal: bool = False, **parameters
+    client: ChatClient | LocalAnnotator,
+    table: pd.DataFrame,
+    *,
+    equal: bool = False,
+    wording: int = 0,
+    **parameters,
 ) -> pd.DataFrame:
     """A verdict for each row of (instruction, input, response1, response2), asked in both orders.
 
@@ -227,8 +157,8 @@ def rank(
     columns `rate` adds.  Every call is stored by itself: a later run asks for the missing one only.
     """
     if not isinstance(client, ChatClient):
-        return rank_locally(client, table, **parameters)
-    requests = ranking_requests(table, equal=equal, **parameters)
+        return rank_locally(client, table, wording=wording, **parameters)
+    requests = ranking_requests(table, equal=equal, wording=wording, **parameters)
     replies = client.ask(requests, label="ranking", on_error="keep")
     parsed = [_read(partial(parse_verdict, equal=equal), reply) for reply in replies]
     _warn_of_cut(status for _, status in parsed)
@@ -260,7 +190,9 @@ def _verdict(first: str | None, swapped: str | None) -> str | None:
 # --- a local annotator ---------------------------------------------------------------------------
 
 
-def rate_locally(annotator: LocalAnnotator, table: pd.DataFrame) -> pd.DataFrame:
+def rate_locally(
+    annotator: LocalAnnotator, table: pd.DataFrame, *, wording: int = 0
+) -> pd.DataFrame:
     """`rate` by the probabilities of the digits 1 to 7 after the same prompt.
 
     Adds score (the expectation, a fraction), likeliest (the most probable digit, Int64), status ("ok", or
@@ -268,9 +200,8 @@ def rate_locally(annotator: LocalAnnotator, table: pd.DataFrame) -> pd.DataFrame
     """
     rows = checked_texts(table, preferences.RATING[:-1])
     texts = list(zip(*(rows[name] for name in preferences.RATING[:-1]), strict=True))
-    log_probs = annotator.log_probs([rating_question(*text) for text in texts]).reshape(
-        -1, len(DIGITS)
-    )
+    log_probs = annotator.log_probs([rating_question(*text, wording=wording) for text in texts])
+    log_probs = log_probs.reshape(-1, len(DIGITS))
     scores = expected(log_probs, range(preferences.SCALE[0], preferences.SCALE[1] + 1))
     likeliest = [
         None if pd.isna(score) else int(row.argmax()) + preferences.SCALE[0]
@@ -287,7 +218,9 @@ def rate_locally(annotator: LocalAnnotator, table: pd.DataFrame) -> pd.DataFrame
     )
 
 
-def rank_locally(annotator: LocalAnnotator, table: pd.DataFrame) -> pd.DataFrame:
+def rank_locally(
+    annotator: LocalAnnotator, table: pd.DataFrame, *, wording: int = 0
+) -> pd.DataFrame:
     """`rank` by P("Output (a)") against P("Output (b)") after the same prompt, in both orders.
 
     Adds p_first (P(response1 is better), averaged over the orders), verdict, first, swapped, order_effect
@@ -298,7 +231,7 @@ def rank_locally(annotator: LocalAnnotator, table: pd.DataFrame) -> pd.DataFrame
     asked = []
     for r in rows.itertuples():
         for pair in ((r.response1, r.response2), (r.response2, r.response1)):
-            asked.append(ranking_question(r.instruction, r.input, *pair))
+            asked.append(ranking_question(r.instruction, r.input, *pair, wording=wording))
     odds = log_odds(annotator.log_probs(asked).reshape(-1, 2))
     comparisons = both_orders(odds[::2], odds[1::2])
     texts = rows[columns].itertuples(index=False)
@@ -311,22 +244,24 @@ def rank_locally(annotator: LocalAnnotator, table: pd.DataFrame) -> pd.DataFrame
     )
 
 
-def rating_question(instruction: str, input: str, response: str) -> Question:
+def rating_question(instruction: str, input: str, response: str, *, wording: int = 0) -> Question:
     """The rating protocol's prompt for a local annotator."""
-    before, after = _around_item(rating_prompt(instruction, input, response), instruction, input)
-    return Question(before, after, DIGITS)
+    prompt = rating_prompt(instruction, input, response, wording=wording)
+    return Question(*_around_item(prompt, instruction, input), DIGITS)
 
 
-def ranking_question(instruction: str, input: str, first: str, second: str) -> Question:
+def ranking_question(
+    instruction: str, input: str, first: str, second: str, *, wording: int = 0
+) -> Question:
     """The ranking protocol's prompt for a local annotator, whose answer begins with "Output ("."""
-    prompt = ranking_prompt(instruction, input, first, second)
+    prompt = ranking_prompt(instruction, input, first, second, wording=wording)
     before, after = _around_item(prompt, instruction, input)
     return Question(before, after, (("a",), ("b",)), lead="Output (")
 
 
 def _around_item(prompt: str, instruction: str, input: str) -> tuple[str, str]:
     """A prompt up to the end of its item, which the item's questions share, and the rest."""
-    item = _item_text(instruction, input)
+    item = item_text(instruction, input)
     end = prompt.rindex(item) + len(item)
     return prompt[:end], prompt[end:]
 
