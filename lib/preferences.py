@@ -139,6 +139,22 @@ def read_rankings(path: str | Path) -> pd.DataFrame:
     return table
 
 
+def read_to_annotate(path: str | Path) -> pd.DataFrame:
+    """A ratings or rankings table whose last column is still to come: a row a response, or a row a pair.
+
+    From CSV or JSON lines; the columns response1 and response2 make it rankings.  Raises ValueError for a
+    file that has neither.
+    """
+    path = Path(path).expanduser()
+    if path.suffix.lower() in (".json", ".jsonl"):
+        names = set(next(record for _, record in tables.json_records(path)))
+    else:
+        names = set(next(iter(tables.csv_records(path)))[1])
+    pairs = {"response1", "response2"} <= names
+    table, _ = _read_table(path, (RANKING if pairs else RATING)[:-1], "things to annotate")
+    return table
+
+
 def _warn_of_missing(table: pd.DataFrame, name: str) -> None:
     if missing := len(table) - len(judged(table)):
         column = "score" if "score" in table else "verdict"

@@ -206,3 +206,15 @@ def test_length_control_removes_a_bias_for_length():
     found = pf.length_controlled(table, resamples=100)
     assert found.low < expected < found.high and found.high - found.low < 0.3
     assert table.points.mean() > found.value
+
+
+def test_tables_that_are_still_to_be_annotated_are_read(tmp_path):
+    rated = pd.DataFrame({"instruction": ["do"], "input": [""], "response": ["one, two"]})
+    path = pf.write_table(rated, tmp_path / "ratings.csv")
+    assert pf.read_to_annotate(path).to_dict("records") == rated.to_dict("records")
+    pairs = rated.drop(columns="response").assign(response1="a", response2="b")
+    path = pf.write_table(pairs, tmp_path / "rankings.csv")
+    assert pf.read_to_annotate(path)["response2"].tolist() == ["b"]
+    path = pf.write_table(pairs.drop(columns="response2"), tmp_path / "neither.csv")
+    with pytest.raises(ValueError, match="response"):
+        pf.read_to_annotate(path)

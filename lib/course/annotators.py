@@ -7,15 +7,17 @@ versions give the same files, whether a job was killed or not.
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
 
-from lib import runtime, tables
-from lib.course import gate, items
+from lib import preferences, runtime, tables
+from lib.annotator import SimulatedAnnotator
+from lib.course import fetch, gate, items
 from lib.judge import LocalAnnotator
-from lib.papers.sparse_feedback import protocols
+from lib.papers.sparse_feedback import analysis, noise, protocols
 
 MODELS = ("qwen-0.5b", "qwen-1.5b")
 PAIRS = {
@@ -42,6 +44,9 @@ def run_gate(model: str) -> list[Path]:
     return [
         tables.write_csv(passed.round(4), folder() / f"gate-test-{annotator.file}.csv"),
         tables.write_csv(tried.round(4), folder() / f"gate-tuning-{annotator.file}.csv"),
+        tables.write_packed(
+            gate.build_cases().to_dict("records"), folder() / "gate-cases.jsonl.gz"
+        ),
         annotator.export("gate"),
     ]
 
@@ -62,11 +67,24 @@ def annotate_again(model: str) -> list[Path]:
     return [annotator.export("paraphrases")]
 
 
+def annotate_released(model: str) -> list[Path]:
+    """A model's ratings and rankings of what GPT-3.5 judged in the authors' released sample, where that is
+    at hand (`python -m lib fetch sparse_feedback`)."""
+    feedback = released_feedback()
+    if feedback is None:
+        return []
+    annotator = LocalAnnotator(model, ask=True)
+    protocols.rate(annotator, feedback[0])
+    protocols.rank(annotator, feedback[1])
+    return [annotator.export("released")]
+
+
 JOBS: dict[str, Callable[[str], list[Path]]] = {
     "items": sample_items,
     "gate": run_gate,
     "annotations": annotate,
     "paraphrases": annotate_again,
+    "released": annotate_released,
 }
 
 
@@ -97,6 +115,15 @@ def read_gate(part: str = "test") -> pd.DataFrame:
     return pd.concat(stored, ignore_index=True) if stored else pd.DataFrame()
 
 
+def read_cases(part: str = "test") -> pd.DataFrame:
+    """The gate's cases as they were asked (`gate.build_cases`), of one part.
+
+    Raises FileNotFoundError where no gate was run yet.
+    """
+    table = pd.DataFrame(tables.read_packed(folder() / "gate-cases.jsonl.gz"))
+    return table[table["part"] == part].reset_index(drop=True)
+
+
 def gate_markdown() -> str:
     """The gate's stored test table as Markdown, for docs/annotators.md."""
 
@@ -115,6 +142,17 @@ def gate_markdown() -> str:
         cells = [row["model"], row["kind"], row["asked"], str(row["n"])]
         lines.append("| " + " | ".join([*cells, *(shown(row, name) for name in names)]) + " |")
     return "\n".join(lines)
+
+
+def released_feedback() -> tuple[pd.DataFrame, pd.DataFrame] | None:
+    """GPT-3.5's ratings and rankings of the authors' sample, the first of each; None where it is not here."""
+    folder = fetch.released("sparse_feedback", "sample_generation.json", needed=False)
+    if folder is None:
+        return None
+    path = "feedback_{}_sample_generation.csv"
+    ratings = preferences.read_ratings(folder / path.format("ratings"))
+    rankings = preferences.read_rankings(folder / path.format("rankings"))
+    return preferences.first_of_each(ratings), preferences.first_of_each(rankings)
 
 
 def ratings_table(*parts: str) -> pd.DataFrame:
@@ -139,3 +177,56 @@ def rankings_table(pairs: int, *parts: str) -> pd.DataFrame:
             facts |= {"instruction": first["instruction"], "input": first["input"]}
             rows.append(facts | {"response1": texts[a], "response2": texts[b]})
     return pd.DataFrame(rows)
+
+
+# --- what a judge is like ------------------------------------------------------------------------
+
+
+def habits(model: str) -> dict[str, float]:
+    """What can be counted of a model's stored replies to the items; {} where they are not stored.
+
+    Ties: pairs with the same likeliest digit, and rankings whose orders contradict each other.  First place:
+    share of calls that took it.  Rubric: rank correlation of expected ratings, within prompts, with the
+    simulated annotator's.  Again: agreement with itself in the second wording.  GPT-3.5, on its released
+    sample where that is here: rank correlation with its ratings, share of its decided pairs preferred alike.
+    """
+    judge = LocalAnnotator(model, ask=False)
+    pairs = rankings_table(PAIRS.get(model, 10))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what is missing shows as NaN
+        rated = protocols.rate(judge, ratings_table())
+        ranked = protocols.rank(judge, pairs)
+        again = protocols.rate(judge, ratings_table(), wording=1)
+        again = again, protocols.rank(judge, pairs, wording=1)
+        gpt = _beside_gpt(judge)
+    if rated["score"].isna().any() or ranked["p_first"].isna().any():
+        return {}
+    digits = analysis.pair_verdicts(rated.assign(score=rated["likeliest"]), ranked)
+    calls = pd.concat([ranked["first"], ranked["swapped"]])
+    rubric = SimulatedAnnotator().quality(rated["input"], rated["response"])
+    prompts = rated["instruction"] + rated["input"]
+    row = {"ties, ratings": float((digits["derived"] == "equal").mean())}
+    row["ties, rankings"] = float((ranked["verdict"] == "equal").mean())
+    row["first place"] = float((calls == "(a)").mean())
+    row["rubric"] = analysis.rank_correlation(rated["score"], rubric, prompts).value
+    twice = noise.asked_twice((rated, again[0]), (ranked, again[1]))
+    if len(twice):
+        values = noise.agreements_of(*twice[noise.PREFERENCES].to_numpy().T)
+        row |= {f"again: {name}": values[name] for name in noise.WITHIN}
+    return row | gpt
+
+
+def _beside_gpt(judge: LocalAnnotator) -> dict[str, float]:
+    feedback = released_feedback()
+    if feedback is None:
+        return {}
+    ratings, rankings = feedback
+    prompts = ratings["instruction"] + ratings["input"]
+    scores = protocols.rate(judge, ratings)["score"]
+    decided = preferences.decided(rankings)
+    p_first = protocols.rank(judge, decided)["p_first"]
+    if scores.isna().any() or p_first.isna().any():
+        return {}
+    alike = (p_first > 0.5).to_numpy() == (decided["verdict"] == "(a)").to_numpy()
+    correlation = analysis.rank_correlation(scores, ratings["score"], prompts)
+    return {"GPT-3.5: ratings": correlation.value, "GPT-3.5: pairs": float(alike.mean())}

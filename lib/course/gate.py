@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 
 from lib import data, preferences, questions, runtime, stats
+from lib.annotator import SimulatedAnnotator
 from lib.course import items
 from lib.judge import LocalAnnotator
 from lib.papers.sparse_feedback import protocols
@@ -205,7 +206,7 @@ def _paper_rating(case: dict, response: str) -> Question:
 
 
 def _reference_rating(case: dict, response: str) -> Question:
-    reference = _first_sentences(case["text"])
+    reference = first_sentences(case["text"])
     task = f"{_task(case['text'])}\n\nA good answer (for comparison): {reference}"
     return questions.rating_question(task, response)
 
@@ -229,7 +230,8 @@ def _calibrated_ratings(annotator: LocalAnnotator, cases: pd.DataFrame) -> np.nd
     return _ratings(log_probs).reshape(-1, 2)
 
 
-def _first_sentences(text: str) -> str:
+def first_sentences(text: str) -> str:
+    """The first two sentences: what a case's judge sees as a reference, where it sees one."""
     return " ".join(sentence.strip() for sentence in _SENTENCES.texts(text)[:2])
 
 
@@ -267,7 +269,7 @@ def run(annotator: LocalAnnotator) -> tuple[pd.DataFrame, pd.DataFrame]:
     the threshold that tuning cases give, and threshold_accuracy with it.
     """
     cases = build_cases()
-    cases["reference"] = cases["text"].map(_first_sentences)
+    cases["reference"] = cases["text"].map(first_sentences)
     tuning, test = (cases[cases["part"] == part] for part in CASES)
     tried, passed = [], []
     for kind, askings in KINDS.items():
@@ -282,6 +284,21 @@ def run(annotator: LocalAnnotator) -> tuple[pd.DataFrame, pd.DataFrame]:
         facts = {"model": annotator.name, "kind": kind, "part": "test", "asked": best["asked"]}
         passed.append(facts | row)
     return pd.DataFrame(passed), pd.DataFrame(tried)
+
+
+def run_simulated(annotator: SimulatedAnnotator, cases: pd.DataFrame) -> pd.DataFrame:
+    """The two open kinds for the simulated annotator, which knows no statements: rows as those of `run`.
+
+    A comparison counts as log odds of 1 for the place that it names.
+    """
+    texts, better, worse = (cases[name].tolist() for name in ("text", "better", "worse"))
+    ratings = np.stack([annotator.rate(texts, answers) for answers in (better, worse)], 1)
+    calls = [annotator.compare(texts, *pair) for pair in ((better, worse), (worse, better))]
+    places = np.stack([np.where(np.array(letters) == "(a)", 1.0, -1.0) for letters in calls], 1)
+    rows = []
+    for kind, scores in (("open rating", ratings), ("open pair", places)):
+        rows.append({"kind": kind, "asked": "its rubric"} | measure(kind, cases, scores, scores))
+    return pd.DataFrame(rows).assign(model="simulated", part="test")
 
 
 def measure(kind: str, cases: pd.DataFrame, scores: np.ndarray, tuning: np.ndarray) -> dict:

@@ -1,13 +1,16 @@
 """The annotators' items, gate and jobs: cases by hand, figures by hand, files that come again."""
 
 import re
+from functools import partial
 
 import numpy as np
 import pandas as pd
 import pytest
 
 from lib import generation, models, questions, tables
+from lib.annotator import SimulatedAnnotator
 from lib.course import annotators, assets, cli, gate, items
+from lib.judge import LocalAnnotator
 from lib.replies import ReplyStore
 
 
@@ -255,6 +258,60 @@ def test_the_whole_gate_chooses_on_tuning_cases_and_reports_test_cases(cases):
     assert passed.set_index("kind").loc["grounded yes/no", "threshold_accuracy"] == 1
 
 
+def test_the_simulated_annotator_passes_where_its_rubric_sees_the_damage(cases):
+    rows = gate.run_simulated(SimulatedAnnotator(rating_noise=0, ranking_noise=0), cases[:24])
+    assert rows["kind"].tolist() == ["open rating", "open pair"] and (rows["n"] == 24).all()
+    assert (rows["accuracy_low"] > 0.5).all() and (rows["model"] == "simulated").all()
+
+
+def test_cases_as_they_were_asked_are_stored():
+    if not (annotators.folder() / "gate-cases.jsonl.gz").exists():
+        pytest.skip("no gate was run")
+    assert len(annotators.read_cases()) == gate.CASES["test"]
+    assert len(annotators.read_cases("tuning")) == gate.CASES["tuning"]
+
+
+def test_stored_cases_are_those_that_the_program_builds(cases):
+    for part in gate.CASES:
+        built = cases[cases["part"] == part].reset_index(drop=True)
+        pd.testing.assert_frame_equal(annotators.read_cases(part), built)
+
+
+# --- habits --------------------------------------------------------------------------------------
+
+
+class Habitual(LocalAnnotator):
+    """Rates by length, and takes the first place unless the other response is much longer."""
+
+    def _answer(self, asked):
+        return [self.reply(question) for question in asked]
+
+    def reply(self, question):
+        if len(question.options) == 7:
+            size = len(question.rest.split("Answer: ")[1]) / 100
+            return [-((k - 1 - size) ** 2) for k in range(7)]
+        first, second = question.rest.split("Output (b): ")
+        odds = 1.0 + (len(first) - len(second)) / 200
+        return [-np.logaddexp(0, -odds).item(), -np.logaddexp(0, odds).item()]
+
+
+def test_habits_are_counted_from_stored_replies(tmp_path, monkeypatch):
+    monkeypatch.setenv("FEEDBACK_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(annotators, "folder", lambda: tmp_path)
+    monkeypatch.setattr(annotators, "ANNOTATED", ("tuning",))
+    monkeypatch.setattr(annotators, "released_feedback", lambda: None)
+    judge = partial(Habitual, shipped=tmp_path)
+    monkeypatch.setattr(annotators, "LocalAnnotator", judge)
+    assert annotators.habits("tiny") == {}
+    annotators.annotate("tiny")
+    row = annotators.habits("tiny")
+    assert row["first place"] > 0.8 and row["ties, rankings"] > 0.5 and "rubric" in row
+    assert not any(name.startswith("again") for name in row)
+    annotators.annotate_again("tiny")
+    assert annotators.habits("tiny")["again: ratings, asked twice"] > 0.99
+    assert annotators.annotate_released("tiny") == []
+
+
 # --- the command ---------------------------------------------------------------------------------
 
 
@@ -271,7 +328,7 @@ def test_the_command_writes_what_a_job_makes_and_refuses_unknown_ones(
     assert cli.main(["replies", "gate"]) == 0
     assert made[1:] == list(annotators.MODELS)
     assert cli.main(["replies", "nosuch"]) == 2
-    assert "allowed: items, gate, annotations, paraphrases" in capsys.readouterr().err
+    assert "allowed: items, gate, annotations, paraphrases, released" in capsys.readouterr().err
 
 
 def test_stored_gate_tables_are_read_and_shown_together(tmp_path, monkeypatch):

@@ -20,6 +20,7 @@ from lib.papers.sparse_feedback.prompts import item_text, ranking_prompt, rating
 from lib.questions import DIGITS, Question, both_orders, expected, log_odds
 
 if TYPE_CHECKING:  # it loads torch, which tables of feedback do without
+    from lib.annotator import SimulatedAnnotator
     from lib.judge import LocalAnnotator
 
 _GRADE_LABEL = re.compile(r"(?:overall\s+)?(?:rating|score|grade)\s*[:=]?\s*", re.I)
@@ -185,6 +186,20 @@ def _verdict(first: str | None, swapped: str | None) -> str | None:
     if first and swapped and "equal" in (first, swapped):
         return "equal"
     return preferences.verdict_of_orders(first, swapped)
+
+
+def simulate(
+    annotator: SimulatedAnnotator, ratings: pd.DataFrame, rankings: pd.DataFrame, occasion: int = 0
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Ratings with score, and rankings with first, swapped and verdict, by the simulated annotator."""
+    rated, ranked = ratings.copy(), rankings.copy()
+    rated["score"] = annotator.rate(rated["input"], rated["response"], occasion)
+    first, second = ranked["response1"], ranked["response2"]
+    ranked["first"] = annotator.compare(ranked["input"], first, second, occasion)
+    ranked["swapped"] = annotator.compare(ranked["input"], second, first, occasion)
+    calls = zip(ranked["first"], ranked["swapped"], strict=True)
+    ranked["verdict"] = [preferences.verdict_of_orders(*pair) for pair in calls]
+    return rated, ranked
 
 
 # --- a local annotator ---------------------------------------------------------------------------
