@@ -24,8 +24,8 @@ from lib.papers.ilf import refine
 from lib.papers.ilf.refine import SENTENCES, AnnotatorWriter
 from lib.text import words
 
-# Chosen on the tuning part: of its own sentences the 135M student has two thirds supported, the 0.5B model nine
-# tenths; both state a third of the article's.  The judge told what the first two sentences of an article state
+# Chosen on the tuning part: two thirds of the 135M student's sentences are supported, nine tenths of the 0.5B
+# model's; both state a third of the article's.  The judge told what an article's first two sentences state
 # from what they do not in all cases.
 STUDENT, WRITER, JUDGE = "policy", "qwen-1.5b", "qwen-0.5b"
 PARTS = {"tuning": 24, "test": 96, "train": 160}  # articles; more can be added to a part at its end
