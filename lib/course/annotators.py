@@ -17,6 +17,7 @@ from lib import preferences, runtime, tables
 from lib.annotator import SimulatedAnnotator
 from lib.course import fetch, gate, items
 from lib.judge import LocalAnnotator
+from lib.papers.ilf import study
 from lib.papers.sparse_feedback import analysis, noise, protocols
 
 MODELS = ("qwen-0.5b", "qwen-1.5b")
@@ -79,13 +80,45 @@ def annotate_released(model: str) -> list[Path]:
     return [annotator.export("released")]
 
 
+def refine_with_feedback(_: str) -> list[Path]:
+    """The texts of notebooks 30 and 31, and the judge's answers on them, for every part of the study."""
+    roles = (study.STUDENT, study.WRITER, study.JUDGE)
+    annotators = [LocalAnnotator(name, ask=True) for name in roles]
+    for part in study.PARTS:
+        study_tables(part, *annotators)
+    return [annotator.export("refinements") for annotator in annotators]
+
+
+def study_tables(
+    part: str,
+    student: LocalAnnotator,
+    writer: LocalAnnotator,
+    judge: LocalAnnotator,
+    n: int | None = None,
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Articles with summary and feedback, and all texts, judged (`lib.papers.ilf.study`), of one part.
+
+    The judge's threshold is the one that the gate fitted.  Articles of the items and of the gate are not
+    among them.
+    """
+    known = [items.read_prompts(), *(read_cases(name) for name in gate.CASES)]
+    articles = study.select_articles(part, n, taken=pd.concat(known)["title"].tolist())
+    articles = study.criticise(writer, study.first_summaries(student, articles))
+    texts = study.texts(writer, articles)
+    gates = read_gate().set_index(["model", "kind"])
+    threshold = gates.loc[(judge.name, "grounded yes/no"), "threshold"]
+    return articles, study.judge(judge, articles, texts, threshold)
+
+
 JOBS: dict[str, Callable[[str], list[Path]]] = {
     "items": sample_items,
     "gate": run_gate,
     "annotations": annotate,
     "paraphrases": annotate_again,
     "released": annotate_released,
+    "refinements": refine_with_feedback,
 }
+ONCE = ("items", "refinements")  # jobs whose models are fixed
 
 
 def run(jobs: list[str], chosen: list[str]) -> list[Path]:
@@ -97,7 +130,7 @@ def run(jobs: list[str], chosen: list[str]) -> list[Path]:
         raise ValueError(f"job {min(unknown)!r}; allowed: {', '.join(JOBS)}.")
     written = []
     for job in jobs or JOBS:
-        for model in [""] if job == "items" else chosen or MODELS:
+        for model in [""] if job in ONCE else chosen or MODELS:
             paths = JOBS[job](model)
             written += paths
             for path in paths:
