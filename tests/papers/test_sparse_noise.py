@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from lib import stats
 from lib.papers.sparse_feedback import noise, prompts, protocols
 
 
@@ -68,6 +69,30 @@ def test_two_yardsticks_are_seen_through_the_noise():
     assert rows.loc[noise.EFFECT, "high"] < -0.05
     assert rows.loc[noise.EXPECTED, "low"] > rows.loc[noise.ACROSS, "high"]
     assert (rows["n"] == 150).all()
+
+
+@pytest.mark.parametrize("uneven", [0.5, 1.0, 1.5])
+def test_pairs_of_uneven_difficulty_make_at_most_the_effect_that_the_rule_allows_for(uneven):
+    options = {"apart": 0.0, "seed": 0, "uneven": uneven}
+    for sizes in ((0.2, 4.0), (4.0, 0.2), (0.2, 2.0), (0.5, 0.5), (1.0, 2.0)):
+        table = noise.simulate(60_000, 1, noise=sizes, **options)
+        effect = noise.agreements_of(*table[noise.PREFERENCES].to_numpy().T)[noise.EFFECT]
+        assert -noise.UNEVEN - 0.004 < effect < 0.01
+
+
+@pytest.mark.parametrize(
+    ("bounds", "verdict"),
+    [
+        ((-0.09, -0.12, -0.06), ("same direction", False)),
+        ((-0.04, -0.045, -0.031), ("same direction", True)),  # there, and too small to matter
+        ((-0.02, -0.04, -0.005), ("not demonstrated", True)),  # uneven pairs may have made it
+        ((0.0, -0.02, 0.02), ("not demonstrated", True)),
+        ((0.0, -0.06, 0.06), ("not demonstrated", False)),
+        ((0.03, 0.01, 0.05), ("opposite", False)),
+    ],
+)
+def test_the_rule_by_hand(bounds, verdict):
+    assert noise.decide(stats.Interval(*bounds, 154)) == verdict
 
 
 def test_both_wordings_ask_the_same_of_the_same_item():

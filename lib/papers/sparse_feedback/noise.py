@@ -5,6 +5,10 @@ yardstick behind both protocols, and noise of its own on every asking, the corre
 the geometric mean of the correlations within (Spearman's attenuation, 1904).  For normal preferences the
 share of pairs with the same sign is 1/2 + arcsin(correlation) / pi (Sheppard, 1899).  So the two agreements
 within say which agreement across one yardstick gives; what is missing below that is the protocols' own.
+
+Simplified: preferences of real pairs are not normal.  Where some pairs are much easier than others and one
+protocol is much noisier, one yardstick agrees a little less than the formula says: in what a test tries, by
+`UNEVEN` at most.  So an effect is one only below that.
 """
 
 from __future__ import annotations
@@ -18,6 +22,8 @@ from lib import preferences, stats
 
 WITHIN = ("ratings, asked twice", "rankings, asked twice")
 ACROSS, EXPECTED, EFFECT = "ratings against rankings", "one yardstick", "protocol effect"
+SMALLEST = 0.05  # effect that matters
+UNEVEN = 0.03  # shown by one yardstick as an effect, at most, where pairs are not equally hard
 PREFERENCES = ["rating_0", "rating_1", "ranking_0", "ranking_1"]
 
 
@@ -95,7 +101,13 @@ def agreements(pairs: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
 
 
 def simulate(
-    prompts: int, pairs: int, *, noise: tuple[float, float], apart: float, seed: int
+    prompts: int,
+    pairs: int,
+    *,
+    noise: tuple[float, float],
+    apart: float,
+    seed: int,
+    uneven: float = 0.0,
 ) -> pd.DataFrame:
     """Preferences of an annotator made by hand, as `asked_twice` gives them.
 
@@ -103,6 +115,8 @@ def simulate(
         noise: standard deviation of what every rating and every ranking adds by chance; the yardstick's
             own is 1.
         apart: the angle between the two yardsticks, 0 (one and the same) to pi / 2 (independent).
+        uneven: how much pairs differ in difficulty: the standard deviation of the logarithm of the
+            yardstick's size, over pairs.
     """
     rng = np.random.default_rng(seed)
     n = prompts * pairs
@@ -112,4 +126,19 @@ def simulate(
     for k in (0, 1):
         table[f"rating_{k}"] = one + noise[0] * rng.standard_normal(n)
         table[f"ranking_{k}"] = second + noise[1] * rng.standard_normal(n)
+    if uneven:
+        extra = np.exp(uneven * rng.standard_normal(n)) - 1
+        table[PREFERENCES[:2]] += (extra * one)[:, None]
+        table[PREFERENCES[2:]] += (extra * second)[:, None]
     return table
+
+
+def decide(effect: stats.Interval) -> tuple[str, bool]:
+    """The verdict on "they disagree more than noise explains", and whether the protocols are alike.
+
+    Same direction: the interval lies below -`UNEVEN`; opposite: above 0.  Alike: within `SMALLEST` of 0.
+    """
+    alike = effect.low > -SMALLEST and effect.high < SMALLEST
+    if effect.high < -UNEVEN:
+        return "same direction", alike
+    return stats.decide(effect, better="lower") if effect.low > 0 else "not demonstrated", alike
