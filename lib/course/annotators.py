@@ -21,10 +21,8 @@ from lib.papers.ilf import study
 from lib.papers.sparse_feedback import analysis, noise, protocols
 
 MODELS = ("qwen-0.5b", "qwen-1.5b")
-PAIRS = {
-    "qwen-0.5b": 10,
-    "qwen-1.5b": 4,
-}  # of the ten that five responses make, compared for each prompt
+# of the ten pairs that five responses make, compared for each prompt
+PAIRS = {"policy": 4, "qwen-0.5b": 10, "qwen-1.5b": 4}
 ANNOTATED = ("train", "tuning", "test")  # parts; the pool is rated by whoever chooses from it
 
 
