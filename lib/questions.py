@@ -46,12 +46,15 @@ def support_question(text: str, statement: str) -> Question:
     return Question(f"Text: {text}\n\n", rest, YES_NO, CHECKER)
 
 
-def rating_question(prompt: str, response: str) -> Question:
-    """How good is the response, from 1 to 7?"""
-    rest = (
-        f"Answer: {response}\n\nHow good is the answer: right, complete and clear? Reply with a number "
-        "from 1 (useless) to 7 (nothing could be improved)."
-    )
+def rating_question(prompt: str, response: str, wording: int = 0) -> Question:
+    """How good is the response, from 1 to 7?  In one of two wordings."""
+    asked = (
+        "How good is the answer: right, complete and clear? Reply with a number from 1 (useless) to 7 "
+        "(nothing could be improved).",
+        "Mark the answer with a number from 1 to 7 for being true, whole and easy to read: 7 could not be "
+        "better, 1 is of no use.",
+    )[wording]
+    rest = f"Answer: {response}\n\n{asked}"
     return Question(f"Task: {prompt}\n\n", rest, DIGITS, GRADER)
 
 
@@ -61,6 +64,29 @@ def pair_question(prompt: str, first: str, second: str) -> Question:
         f"Answer A: {first}\n\nAnswer B: {second}\n\nWhich answer is better: right, complete and clear? "
         "Reply with A or B."
     )
+    return Question(f"Task: {prompt}\n\n", rest, LETTERS, REFEREE)
+
+
+CRITERIA = (  # each in two wordings
+    (
+        "The answer says only what the passage says.",
+        "The answer claims nothing that the passage does not.",
+    ),
+    (
+        "The answer states what matters most in the passage.",
+        "The answer holds the passage's main points.",
+    ),
+    (
+        "The answer keeps to the subject of the passage.",
+        "The answer does not stray from the passage's subject.",
+    ),
+)
+
+
+def criterion_pair_question(prompt: str, first: str, second: str, criterion: str) -> Question:
+    """Of which of two responses is a criterion truer, A or B?"""
+    asked = f'Of which answer is it truer to say: "{criterion}" Reply with A or B.'
+    rest = f"Answer A: {first}\n\nAnswer B: {second}\n\n{asked}"
     return Question(f"Task: {prompt}\n\n", rest, LETTERS, REFEREE)
 
 

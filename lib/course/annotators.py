@@ -66,6 +66,15 @@ def annotate_again(model: str) -> list[Path]:
     return [annotator.export("paraphrases")]
 
 
+def judge_items(model: str) -> list[Path]:
+    """Ratings and rankings of the items, asked as the gate found to work best, in both wordings."""
+    annotator = LocalAnnotator(model, ask=True)
+    for wording in (0, 1):
+        protocols.judge_ratings(annotator, ratings_table(), wording=wording)
+        protocols.judge_rankings(annotator, rankings_table(PAIRS.get(model, 10)), wording=wording)
+    return [annotator.export("judgements")]
+
+
 def annotate_released(model: str) -> list[Path]:
     """A model's ratings and rankings of what GPT-3.5 judged in the authors' released sample, where that is
     at hand (`python -m lib fetch sparse_feedback`)."""
@@ -113,6 +122,7 @@ JOBS: dict[str, Callable[[str], list[Path]]] = {
     "gate": run_gate,
     "annotations": annotate,
     "paraphrases": annotate_again,
+    "judgements": judge_items,
     "released": annotate_released,
     "refinements": refine_with_feedback,
 }

@@ -21,18 +21,14 @@ from lib.annotator import SimulatedAnnotator
 from lib.course import items
 from lib.judge import LocalAnnotator
 from lib.papers.sparse_feedback import protocols
-from lib.questions import DIGITS, LETTERS, Question
+from lib.questions import DIGITS, Question
 from lib.segments import Segmenter
 
 CASES = {"tuning": 24, "test": 108}
 WRONG = ("number", "sentence", "description")  # what is wrong with a statement
 WORSE = ("number", "dropped", "added", "foreign")  # what is wrong with an answer
 TASK = "Write a summary of the passage in two or three sentences."
-CRITERIA = (
-    "The answer says only what the passage says.",
-    "The answer states what matters most in the passage.",
-    "The answer keeps to the subject of the passage.",
-)
+CRITERIA = [wordings[0] for wordings in questions.CRITERIA]
 _NUMBER = re.compile(r"(?<![\w.,])\d{1,3}(?:,\d{3})+|(?<![\w.,])\d{2,}(?![\w]|[.,]\d)")
 _SENTENCES = Segmenter("sentence")
 
@@ -171,12 +167,7 @@ def _reference_pair(text: str, reference: str, a: str, b: str) -> Question:
 
 
 def _criterion_pair(criterion: str) -> Callable:
-    def question(text: str, a: str, b: str) -> Question:
-        asked = f'Of which answer is it truer to say: "{criterion}" Reply with A or B.'
-        rest = f"Answer A: {a}\n\nAnswer B: {b}\n\n{asked}"
-        return Question(f"Task: {_task(text)}\n\n", rest, LETTERS, questions.REFEREE)
-
-    return question
+    return lambda text, a, b: questions.criterion_pair_question(_task(text), a, b, criterion)
 
 
 def _calibrated_pairs(annotator: LocalAnnotator, cases: pd.DataFrame) -> np.ndarray:

@@ -285,3 +285,62 @@ def test_serve_a_local_model(tmp_path):
         raise ZeroDivisionError
     with pytest.raises(OSError):
         urllib.request.urlopen(url.replace("/v1", "/health"), timeout=2)
+
+
+class Literal:
+    """An annotator that reads literally: a longer answer is better, and the first place is worth a little."""
+
+    name = "literal"
+
+    def __init__(self):
+        self.asked = []
+
+    def log_probs(self, asked):
+        self.asked += asked
+        return np.array([self.answer(question) for question in asked])
+
+    def answer(self, question):
+        if len(question.options) == 7:
+            size = len(question.rest.split("\n\n")[0].removeprefix("Answer: "))
+            return [-abs(k - size) for k in range(1, 8)]
+        first, second, _ = question.rest.split("\n\n")
+        odds = 0.5 + len(first) - len(second)
+        return [-np.logaddexp(0, -odds), -np.logaddexp(0, odds)]
+
+
+def test_judgements_are_asked_plainly_and_by_single_criteria_in_both_orders():
+    judge = Literal()
+    table = pd.DataFrame(
+        {"instruction": "Sum up.", "input": ["text", ""], "response": ["abc", "abcde"]}
+    )
+    rated = protocols.judge_ratings(judge, table)
+    assert rated["likeliest"].tolist() == [3, 5]
+    assert judge.asked[0].shared == "Task: Sum up.\n\nPassage: text\n\n"
+    assert judge.asked[1].shared == "Task: Sum up.\n\n"
+    again = protocols.judge_ratings(judge, table, wording=1)
+    assert again["score"].tolist() == rated["score"].tolist()
+    assert judge.asked[0].rest != judge.asked[2].rest
+    pairs = pd.DataFrame(
+        {
+            "instruction": "Sum up.",
+            "input": "text",
+            "response1": ["abc", "a"],
+            "response2": ["a", "a"],
+        }
+    )
+    judge.asked.clear()
+    ranked = protocols.judge_rankings(judge, pairs)
+    assert len(judge.asked) == 2 * 2 * 3 and len({q.rest for q in judge.asked}) == 9
+    assert ranked["verdict"].tolist()[0] == "(a)" and ranked["p_first"][1] == pytest.approx(0.5)
+    assert ranked["order_effect"][1] > 0.1
+
+
+def test_judgements_that_are_missing_stay_missing():
+    class Silent(Literal):
+        def answer(self, question):
+            return [np.nan] * len(question.options)
+
+    table = pd.DataFrame({"instruction": ["i"], "input": "x", "response": ["abc"]})
+    assert protocols.judge_ratings(Silent(), table)[["score", "likeliest"]].isna().all(axis=None)
+    pairs = pd.DataFrame({"instruction": ["i"], "input": "x", "response1": "a", "response2": "b"})
+    assert protocols.judge_rankings(Silent(), pairs)["verdict"].isna().all()

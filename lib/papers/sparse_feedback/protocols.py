@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pandas as pd
 
-from lib import preferences
+from lib import preferences, questions
 from lib.answers import CUT_OFF, first_line, parse_whole
 from lib.chat import ChatClient, EndpointError, Reply, chat, with_defaults
 from lib.papers.sparse_feedback.prompts import item_text, ranking_prompt, rating_prompt
@@ -257,6 +258,57 @@ def rank_locally(
         protocol="ranking",
         model=annotator.name,
     )
+
+
+def judge_ratings(
+    annotator: LocalAnnotator, table: pd.DataFrame, *, wording: int = 0
+) -> pd.DataFrame:
+    """`rate_locally` as the gate found to work better than the paper's prompt: asked plainly.
+
+    Adds score and likeliest.
+    """
+    rows = checked_texts(table, preferences.RATING[:-1])
+    columns = (rows[name] for name in preferences.RATING[:-1])
+    asked = [
+        questions.rating_question(task_of(instruction, input), response, wording)
+        for instruction, input, response in zip(*columns, strict=True)
+    ]
+    log_probs = annotator.log_probs(asked).reshape(-1, len(DIGITS))
+    known = ~np.isnan(log_probs).any(1)
+    likeliest = pd.Series(log_probs.argmax(1) + preferences.SCALE[0]).where(known)
+    scores = expected(log_probs, range(preferences.SCALE[0], preferences.SCALE[1] + 1))
+    return rows.assign(score=scores, likeliest=likeliest.astype("Int64"))
+
+
+def judge_rankings(
+    annotator: LocalAnnotator, table: pd.DataFrame, *, wording: int = 0
+) -> pd.DataFrame:
+    """`rank_locally` as the gate found to work better: by single criteria, in both orders.
+
+    The log odds of a pair are the mean over `questions.CRITERIA`.  Adds the columns of
+    `questions.both_orders`; the verdict is the mean's over both orders, so it is never "equal".
+    """
+    rows = checked_texts(table, preferences.RANKING[:-1])
+    asked = [
+        questions.criterion_pair_question(
+            task_of(r.instruction, r.input), *pair, criterion[wording]
+        )
+        for r in rows.itertuples()
+        for pair in ((r.response1, r.response2), (r.response2, r.response1))
+        for criterion in questions.CRITERIA
+    ]
+    odds = log_odds(annotator.log_probs(asked).reshape(-1, 2))
+    odds = odds.reshape(-1, 2, len(questions.CRITERIA)).mean(-1)
+    comparisons = both_orders(odds[:, 0], odds[:, 1])
+    letters = comparisons["p_first"].map(
+        lambda p: None if pd.isna(p) else "(a)" if p > 0.5 else "(b)"
+    )
+    return rows.assign(**comparisons).assign(verdict=letters.astype(object))
+
+
+def task_of(instruction: str, input: str) -> str:
+    """What was asked, as the gate's plain questions show it: the instruction, and the passage under it."""
+    return f"{instruction}\n\nPassage: {input}" if input.strip() else instruction
 
 
 def rating_question(instruction: str, input: str, response: str, *, wording: int = 0) -> Question:
