@@ -75,9 +75,19 @@ def choose_openers(openers: Sequence[str], n: int, seed: int) -> list[str]:
 
 
 def tidy(text: str | None) -> str | None:
-    """The first line of a critique without quotes, at most `CRITIC_WORDS` words; None where none is left."""
+    """The first line of a critique without quotes, at most `CRITIC_WORDS` words; None where none is left.
+
+    What is longer ends with its last whole sentence, if there is one.
+    """
     lines = [line.strip(" \"'*") for line in (text or "").splitlines() if line.strip(" \"'*")]
-    return " ".join(lines[0].split()[:CRITIC_WORDS]) if lines else None
+    if not lines:
+        return None
+    every = lines[0].split()
+    part = every[:CRITIC_WORDS]
+    if len(every) > CRITIC_WORDS or lines[0][-1] not in ".!?":
+        ends = [k for k, word in enumerate(part, 1) if word[-1] in ".!?"]
+        part = part[: ends[-1]] if ends else part
+    return " ".join(part)
 
 
 def local_critic(annotator: LocalAnnotator) -> critics.Feedback:
