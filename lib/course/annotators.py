@@ -17,6 +17,7 @@ from lib import preferences, runtime, tables
 from lib.annotator import SimulatedAnnotator
 from lib.course import fetch, gate, items
 from lib.judge import LocalAnnotator
+from lib.papers.alt import real
 from lib.papers.ilf import study
 from lib.papers.sparse_feedback import analysis, noise, protocols
 
@@ -132,8 +133,9 @@ JOBS: dict[str, Callable[[str], list[Path]]] = {
     "judgements": judge_items,
     "released": annotate_released,
     "refinements": refine_with_feedback,
+    "critiques": real.make_critiques,
 }
-ONCE = ("items", "refinements")  # jobs whose models are fixed
+ONCE = ("items", "refinements", "critiques")  # jobs whose models are fixed
 
 
 def run(jobs: list[str], chosen: list[str]) -> list[Path]:

@@ -727,7 +727,11 @@ def test_filtered_cloning_and_free_text_run_in_the_same_loop():
         style="text", labeller=FreeText(), feedback=critic, config={"exemplar": "pool"},
         requests={"none": ()},
     )  # fmt: skip
-    assert list(history["missing"]) == [1, 1] and set(evaluation.request) == {"none", "pool"}
+    assert list(history["missing"]) == [1, 1] and set(evaluation.request) == {
+        "none",
+        "pool",
+        "pool, worst",
+    }
     assert pool.items[0].round == 1 and set(history["direction"]) == {"forward"}
 
 

@@ -149,6 +149,7 @@ class Task:
         judge: scores those samples.
         requests: name -> condition; None: no condition, and each label's tags.
         validation: prompts that choose the weights with which an iteration ends (`check`).
+        first: samples of the first iteration, where they are there already; none: they are drawn.
 
     Raises ValueError where there is no prompt, or no judge for held-out or validation prompts.
     """
@@ -161,6 +162,7 @@ class Task:
     judge: Judge | None = None
     requests: Mapping[str, labels.Condition] | None = None
     validation: Sequence[str] = ()
+    first: Sequence[labels.Item] = ()
 
     def __post_init__(self):
         if not len(self.prompts):
@@ -337,6 +339,8 @@ def sample_items(
     learner: Learner, task: Task, pool: labels.DataPool, iteration: int
 ) -> list[labels.Item]:
     """Items without feedback; prompts go round in a new random order each time through."""
+    if iteration == 1 and task.first:
+        return list(task.first)
     config = learner.config
     count = config.prompts_per_iteration or len(task.prompts)
     turn = range((iteration - 1) * count, iteration * count)
@@ -353,17 +357,20 @@ def sample_items(
 
 
 def exemplars(
-    learner: Learner, pool: labels.DataPool, count: int, iteration: int
+    learner: Learner, pool: labels.DataPool, count: int, iteration: int, worst: bool = False
 ) -> list[labels.Condition]:
-    """What sampling asks for: the best tag, a fixed sentence, or feedback of the best label there is."""
+    """What sampling asks for: the best tag, a fixed sentence, or feedback of the best label there is.
+
+    worst: that of the worst label, to see whether a request is obeyed.
+    """
     config, labeller = learner.config, pool.labeller
     if config.exemplar == "best":
-        return [labeller.condition(None, labeller.labels()[0])] * count
+        return [labeller.condition(None, labeller.labels()[-1 if worst else 0])] * count
     if config.exemplar != "pool":
         return [(config.exemplar,)] * count
     present = set(pool.labels())
-    best = [label for label in labeller.labels() if label in present][:1]
-    items = pool.select(only=best)
+    ordered = [label for label in labeller.labels() if label in present]
+    items = pool.select(only=ordered[-1:] if worst else ordered[:1])
     generator = training.generator_for(config.seed, "exemplar", iteration)
     places = torch.randint(len(items), (count,), generator=generator)
     return [pool.condition(*items[place]) for place in places.tolist()]
@@ -660,7 +667,9 @@ def evaluate(learner: Learner, task: Task, pool: labels.DataPool, iteration: int
         return []
     requests = dict(task.requests)
     if learner.config.exemplar == "pool":
-        requests["pool"] = exemplars(learner, pool, len(task.held_out), 0)
+        count = len(task.held_out)
+        requests["pool"] = exemplars(learner, pool, count, 0)
+        requests["pool, worst"] = exemplars(learner, pool, count, 0, worst=True)
     return measure(learner, task, requests).assign(iteration=iteration).to_dict("records")
 
 
@@ -754,7 +763,8 @@ class _Store:
                 dict(task.requests),
                 list(task.validation),
             )
-            key = (*settings, *texts, start)
+            first = [[item.key for item in task.first]] if task.first else []
+            key = (*settings, *texts, *first, start)
             self.folder = training.claim_folder(folder, "conditional training", *key)
             _restore(learner, self.folder)
 
