@@ -19,7 +19,6 @@ ALT_IS_CAPTION = {
     "22_reward_models_best_of_n",
     "30_refine_with_language_feedback",
     "31_learn_from_refinements",
-    "51_alt_on_a_real_model",
 }
 
 
