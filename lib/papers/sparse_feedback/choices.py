@@ -1,0 +1,311 @@
+"""Which protocol's reward model makes the better policy?  They choose from a pool, and both protocols judge.
+
+One annotator has rated and ranked the same responses.  A seed draws prompts with replacement, and on these
+three reward models are trained: on the ratings, on the rankings, and on the control, which are the rankings that
+the ratings imply, as many of them turned round, by chance, as the real rankings contradict.  So the control
+has the rankings' loss, pairs and share of contradictions; what it lacks is whatever the rankings want *in
+particular*.  Each model chooses the best of n of a prompt's pool; the annotator rates the chosen responses,
+and ranks them against a reference, which is the response that stands first in a random order of the pool.
+
+Simplified: the ranking that counts is by the averaged probability of both orders, never "equal".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+from scipy.special import logit
+
+from lib import preferences, reward_models, runtime, tables
+from lib.course import items
+from lib.papers.sparse_feedback import protocols
+
+if TYPE_CHECKING:
+    from lib.judge import LocalAnnotator
+
+ARMS = ("ratings", "rankings", "control")
+SEEDS = (11, 12, 13, 14, 15, 16)  # none of them was looked at while backbone and head were chosen
+SIZES = (4, 16, 64)  # responses among which the best is chosen; of one, it is the reference
+CURVE_SEEDS = (11, 12)  # those that choose among fewer than all, too
+SMALLEST = (
+    0.35  # the interaction that matters, in deviations of one response: ten points of win rate
+)
+TAUGHT = ("train", "tuning")  # parts whose feedback teaches; the test part and the pool are new
+BACKBONE = {"name": "encoder", "keep_layers": 4}
+HEAD = {"learning_rate": 1e-3, "weight_decay": 30.0, "epochs": 20}
+
+
+# --- feedback ------------------------------------------------------------------------------------
+
+
+def by_probability(rankings: pd.DataFrame) -> pd.DataFrame:
+    """A rankings table whose verdicts say which response is likelier to be better, over both orders."""
+    verdicts = [
+        None if pd.isna(p) else "(a)" if p > 0.5 else "(b)" if p < 0.5 else "equal"
+        for p in rankings["p_first"]
+    ]
+    return rankings.assign(verdict=pd.Series(verdicts, index=rankings.index, dtype=object))
+
+
+def prompts_of(table: pd.DataFrame) -> np.ndarray:
+    """Number of each row's prompt, in order of appearance."""
+    return pd.factorize(table["instruction"] + "\x1f" + table["input"])[0]
+
+
+def implied(ratings: pd.DataFrame, rankings: pd.DataFrame) -> pd.Series:
+    """The verdict that the ratings imply for each ranked pair; None where a rating is missing."""
+    scores = {
+        key: score
+        for *key, score in ratings[preferences.RATING].itertuples(index=False)
+        for key in [tuple(key)]
+    }
+    verdicts = []
+    for row in rankings.itertuples():
+        sides = [(row.instruction, row.input, text) for text in (row.response1, row.response2)]
+        first, second = (scores.get(side, np.nan) for side in sides)
+        known = not (pd.isna(first) or pd.isna(second))
+        verdicts.append(("equal", "(a)", "(b)")[int(np.sign(first - second))] if known else None)
+    return pd.Series(verdicts, index=rankings.index, dtype=object)
+
+
+def contradicted(ratings: pd.DataFrame, rankings: pd.DataFrame, seed: int) -> pd.DataFrame:
+    """The control: the ratings' own verdicts on the ranked pairs, with the rankings' share of contradictions.
+
+    Which pairs are turned round is chance.  Pairs that either side leaves undecided are left out.
+    """
+    table = rankings.assign(implied=implied(ratings, rankings))
+    table = table[table[["implied", "verdict"]].isin(["(a)", "(b)"]).all(axis=1)]
+    turned = np.random.default_rng(seed).permutation(table["implied"] != table["verdict"])
+    other = table["implied"].map({"(a)": "(b)", "(b)": "(a)"})
+    return table.assign(verdict=other.where(turned, table["implied"])).drop(columns="implied")
+
+
+def teach(ratings: pd.DataFrame, rankings: pd.DataFrame, seed: int) -> dict[str, pd.DataFrame]:
+    """What each arm of a seed learns from: a ratings table, and two rankings tables of the same pairs."""
+    return {
+        "ratings": ratings,
+        "rankings": rankings,
+        "control": contradicted(ratings, rankings, seed),
+    }
+
+
+def resampled(feedback: reward_models.Feedback, seed: int) -> reward_models.Feedback:
+    """The feedback on as many prompts, drawn with replacement: what another set of prompts might have taught.
+
+    The same prompts are drawn for every arm of a seed.  A prompt that is drawn twice counts twice.
+    """
+    prompts = sorted(set(feedback.prompts))
+    rows_of = {p: [] for p in prompts}
+    for row, prompt in enumerate(feedback.prompts):
+        rows_of[prompt].append(row)
+    rows, group, pairs = [], [], []
+    for number, k in enumerate(
+        np.random.default_rng(seed).integers(len(prompts), size=len(prompts))
+    ):
+        own = np.array(rows_of[prompts[k]])
+        if feedback.pairs is not None:
+            mine = feedback.pairs[np.isin(feedback.pairs[:, 0], own)]
+            pairs.append(np.searchsorted(own, mine) + len(rows))
+        rows += own.tolist()
+        group += [number] * len(own)
+    return reward_models.Feedback(
+        [feedback.prompts[row] for row in rows],
+        [feedback.responses[row] for row in rows],
+        np.array(group),
+        None if feedback.targets is None else feedback.targets[rows],
+        np.concatenate(pairs) if pairs else None,
+    )
+
+
+# --- reward models -------------------------------------------------------------------------------
+
+
+def prompt_of(instruction: str, input: str) -> str:
+    """What a reward model reads before the response: the passage, or the instruction where there is none."""
+    return input or instruction
+
+
+class Learner:
+    """One backbone, many trainings, each from the same start.
+
+    Where the backbone is frozen its features are computed once, and a training of the head takes a second.
+    """
+
+    def __init__(self, reward: reward_models.RewardModel, **config):
+        self.reward, self.config = reward, config
+        self.start = reward.trained_state()
+        frozen = not any(p.requires_grad for p in reward.backbone.parameters())
+        self.store = reward_models.FeatureStore(reward) if frozen else None
+
+    def fit(
+        self,
+        table: pd.DataFrame,
+        seed: int,
+        *,
+        resample: bool = False,
+        shuffled: bool = False,
+        folder: Path | None = None,
+    ) -> tuple[dict, pd.DataFrame]:
+        """The weights that a ratings or a rankings table teaches, and the history of the training.
+
+        resample: on prompts drawn with replacement by the seed.  shuffled: on labels dealt out at random.
+        """
+        read = reward_models.from_ratings if "score" in table else reward_models.from_rankings
+        rows = read(table, prompt_of)
+        rows = resampled(rows, seed) if resample else rows
+        rows = reward_models.shuffled(rows, seed) if shuffled else rows
+        self.reward.load_state_dict(self.start, strict=False)
+        features = self.store(rows.prompts, rows.responses) if self.store else None
+        config = reward_models.TrainConfig(**self.config, seed=seed)
+        history = reward_models.train(self.reward, rows, config, features=features, folder=folder)
+        return self.reward.trained_state(), history
+
+    def score(self, weights: dict, table: pd.DataFrame, column: str = "response") -> np.ndarray:
+        """(rows,) the logits of a table's responses under some weights."""
+        self.reward.load_state_dict(weights, strict=False)
+        prompts = list(map(prompt_of, table["instruction"], table["input"]))
+        texts = list(table[column])
+        if self.store:
+            return self.reward.score_features(self.store(prompts, texts))
+        return self.reward.score(prompts, texts)
+
+
+def load_learner(name: str, keep_layers: int | None = None, **config) -> Learner:
+    """A `Learner` on a frozen backbone."""
+    backbone, tokenizer = reward_models.load_backbone(name, keep_layers=keep_layers)
+    backbone.requires_grad_(False)
+    return Learner(reward_models.RewardModel(backbone, tokenizer), **config)
+
+
+# --- choices -------------------------------------------------------------------------------------
+
+
+def shuffled_pool(responses: pd.DataFrame) -> pd.DataFrame:
+    """Pools in an order by hash, with each response's place in it.
+
+    responses: columns id, instruction, input, response, generator, sample.  The response at place 0 is the
+    reference, and the best of n is chosen among places 0 to n - 1.
+    """
+    names = ["id", "instruction", "input", "response", "generator", "sample"]
+    parts = []
+    for _, group in responses[names].groupby("id", sort=False):
+        keys = [
+            runtime.content_hash("pool", r.id, r.generator, r.sample) for r in group.itertuples()
+        ]
+        parts.append(group.iloc[np.argsort(keys)].assign(place=range(len(group))))
+    return pd.concat(parts, ignore_index=True)
+
+
+def course_pool() -> pd.DataFrame:
+    """The course's pool: 60 prompts, 64 responses each."""
+    return shuffled_pool(items.read_responses("pool"))
+
+
+def best_of(pool: pd.DataFrame, scores: Sequence[float], n: int) -> pd.DataFrame:
+    """The row of the best-scored of each prompt's first n, the first on ties."""
+    table = pool.assign(z=scores)
+    table = table[table["place"] < n]
+    return pool.loc[table.groupby("id", sort=False)["z"].idxmax()]
+
+
+def choose(
+    learner: Learner,
+    ratings: pd.DataFrame,
+    rankings: pd.DataFrame,
+    pool: pd.DataFrame,
+    *,
+    seeds: Sequence[int] = (),
+    sizes: Sequence[int] = (),
+    curve_seeds: Sequence[int] = CURVE_SEEDS,
+) -> pd.DataFrame:
+    """What every arm of every seed chooses: columns id, arm, seed, n, place, generator, sample.
+
+    seeds, sizes: default `SEEDS`, `SIZES`.  Seeds that are not among `curve_seeds` choose among the largest
+    size only.
+    """
+    rows, sizes = [], sizes or SIZES
+    for seed in runtime.progress(list(seeds or SEEDS), label="reward models", unit="seed"):
+        for arm, table in teach(ratings, rankings, seed).items():
+            weights, _ = learner.fit(table, seed, resample=True)
+            scores = learner.score(weights, pool)
+            for n in sizes if seed in curve_seeds else sizes[-1:]:
+                picked = best_of(pool, scores, n)[["id", "place", "generator", "sample"]]
+                rows.append(picked.assign(arm=arm, seed=seed, n=n))
+    table = pd.concat(rows, ignore_index=True)
+    return table[["id", "arm", "seed", "n", "place", "generator", "sample"]]
+
+
+# --- judging -------------------------------------------------------------------------------------
+
+
+def judge(annotator: LocalAnnotator, picks: pd.DataFrame, pool: pd.DataFrame) -> pd.DataFrame:
+    """Both protocols' judgement of every response that was chosen: one row each, whoever chose it.
+
+    The pool's columns, then reference (its text), rating (expected, 1 to 7), plain (a rating asked as the
+    gate found to work best), reference_rating, reference_plain, and p_better (the ranking's P(chosen is
+    better than the reference), over both orders).  The reference itself has a row, with p_better 1/2.
+    """
+    first = pool[pool["place"] == 0][["id", "response"]]
+    wanted = pd.concat([picks[["id", "place"]], first[["id"]].assign(place=0)])
+    rows = pool.merge(wanted.drop_duplicates(), on=["id", "place"])
+    rows = rows.merge(first.rename(columns={"response": "reference"}), on="id")
+    rows["rating"] = protocols.rate(annotator, rows)["score"].to_numpy(float)
+    rows["plain"] = protocols.judge_ratings(annotator, rows)["score"].to_numpy(float)
+    asked = rows[rows["response"] != rows["reference"]]
+    pairs = asked.rename(columns={"response": "response2", "reference": "response1"})
+    rows["p_better"] = 0.5
+    rows.loc[asked.index, "p_better"] = 1 - protocols.rank(annotator, pairs)["p_first"].to_numpy()
+    for name in ("rating", "plain"):
+        of_first = rows[rows["place"] == 0].set_index("id")[name]
+        rows[f"reference_{name}"] = rows["id"].map(of_first)
+    return rows
+
+
+def units(ratings: pd.DataFrame, rankings: pd.DataFrame) -> dict[str, float]:
+    """How far two responses to a prompt are apart in the annotator's numbers, over the root of two.
+
+    rating: of expected ratings, ranking: of the log odds that one is better.  So measured, a response's
+    deviation is 1 under either protocol.
+    """
+    spread = ratings.groupby(prompts_of(ratings))["score"].std()
+    return {
+        "rating": float(np.sqrt((spread**2).mean())),
+        "ranking": float(np.sqrt((logit(rankings["p_first"]) ** 2).mean() / 2)),
+    }
+
+
+def measured(picks: pd.DataFrame, judged: pd.DataFrame, unit: dict[str, float]) -> pd.DataFrame:
+    """The picks with what they are worth against the reference, by either protocol.
+
+    Adds rating, ranking (in deviations of one response, see `units`; 0: like the reference), difference
+    (ranking minus rating: what the interaction is made of), wins by rating, wins by ranking and wins by plain
+    rating (100, 50 for the same, 0), words and reference_words.
+    """
+    table = picks.merge(judged.drop(columns=["generator", "sample"]), on=["id", "place"])
+    won = preferences.win_points
+    table["wins by rating"] = 100 * won(table["rating"], table["reference_rating"])
+    table["wins by ranking"] = 100 * won(table["p_better"], np.full(len(table), 0.5))
+    table["wins by plain rating"] = 100 * won(table["plain"], table["reference_plain"])
+    table["rating"] = (table["rating"] - table["reference_rating"]) / unit["rating"]
+    table["ranking"] = logit(table["p_better"]) / unit["ranking"]
+    table["difference"] = table["ranking"] - table["rating"]
+    for name, column in (("words", "response"), ("reference_words", "reference")):
+        table[name] = table[column].str.split().str.len()
+    return table
+
+
+# --- the stored choices --------------------------------------------------------------------------
+
+
+def path() -> Path:
+    """Where the choices are kept that the stored replies judge."""
+    return runtime.project_root() / "data" / "results" / "annotators" / "choices.csv"
+
+
+def read_choices() -> pd.DataFrame | None:
+    """The stored table of `choose`; None where it was not made yet."""
+    return tables.read_csv(path()) if path().exists() else None
