@@ -329,7 +329,7 @@ def test_the_command_writes_what_a_job_makes_and_refuses_unknown_ones(
     assert made[1:] == list(annotators.MODELS)
     assert cli.main(["replies", "nosuch"]) == 2
     assert (
-        "allowed: items, gate, annotations, paraphrases, judgements, released, refinements"
+        "allowed: items, gate, annotations, paraphrases, judgements, released, choices, refinements"
         in capsys.readouterr().err
     )
 

@@ -1,11 +1,11 @@
 """Which protocol's reward model makes the better policy?  They choose from a pool, and both protocols judge.
 
 One annotator has rated and ranked the same responses.  A seed draws prompts with replacement, and on these
-three reward models are trained: on the ratings, on the rankings, and on the control, which are the rankings that
-the ratings imply, as many of them turned round, by chance, as the real rankings contradict.  So the control
-has the rankings' loss, pairs and share of contradictions; what it lacks is whatever the rankings want *in
-particular*.  Each model chooses the best of n of a prompt's pool; the annotator rates the chosen responses,
-and ranks them against a reference, which is the response that stands first in a random order of the pool.
+three reward models are trained: on the ratings, on the rankings, and on the control, which are the rankings
+that the ratings imply, as many of them turned round, by chance, as the real rankings contradict.  So the
+control has the rankings' loss, pairs and share of contradictions; what it lacks is whatever the rankings want
+*in particular*.  Each model chooses the best of n of a prompt's pool; the annotator rates the chosen
+responses, and ranks them against a reference: the response that stands first in a random order of the pool.
 
 Simplified: the ranking that counts is by the averaged probability of both orders, never "equal".
 """
