@@ -21,11 +21,10 @@ from lib.papers.ilf import study
 from lib.papers.sparse_feedback import analysis, choices, noise, protocols
 
 MODELS = ("qwen-0.5b", "qwen-1.5b")
-PAIRS = {
-    "qwen-0.5b": 10,
-    "qwen-1.5b": 4,
-}  # of the ten that five responses make, compared for each prompt
+# of the ten pairs that five responses make, compared for each prompt
+PAIRS = {"policy": 4, "qwen-0.5b": 10, "qwen-1.5b": 4}
 TEACHER = "qwen-1.5b"  # whose annotations teach notebook 22's reward models
+REMOVAL_PROMPTS = 40  # sentences a setting of the word-removal test
 ANNOTATED = ("train", "tuning", "test")  # parts; the pool is rated by whoever chooses from it
 
 
@@ -131,33 +130,39 @@ def taught(*parts: str, model: str = "") -> tuple[pd.DataFrame, pd.DataFrame]:
 
 
 def refine_with_feedback(_: str) -> list[Path]:
-    """The texts of notebooks 30 and 31, and the judge's answers on them, for every part of the study."""
+    """The texts of notebooks 30 and 31 and the judge's answers on them, for every part of the study; who
+    chooses among the test part's refinements; word removal by the writer and the judge."""
     roles = (study.STUDENT, study.WRITER, study.JUDGE)
-    annotators = [LocalAnnotator(name, ask=True) for name in roles]
+    student, writer, judge = [LocalAnnotator(name, ask=True) for name in roles]
+    threshold, _ = study.fit_threshold(judge, study_articles("tuning"))
+    for annotator in (judge, writer):
+        study.word_removal(annotator, REMOVAL_PROMPTS)
     for part in study.PARTS:
-        study_tables(part, *annotators)
-    return [annotator.export("refinements") for annotator in annotators]
+        articles, texts = study_tables(study_articles(part), student, writer, judge, threshold)
+        if part == "test":
+            study.instruct_rm(writer, study.candidates(articles, texts))
+    return [annotator.export("refinements") for annotator in (student, writer, judge)]
+
+
+def study_articles(part: str, n: int | None = None) -> pd.DataFrame:
+    """Articles of a part of the study; those of the items and of the gate are not among them."""
+    known = [items.read_prompts(), *(read_cases(name) for name in gate.CASES)]
+    return study.select_articles(part, n, taken=pd.concat(known)["title"].tolist())
 
 
 def study_tables(
-    part: str,
-    student: LocalAnnotator,
-    writer: LocalAnnotator,
-    judge: LocalAnnotator,
-    n: int | None = None,
+    articles: pd.DataFrame, student, writer, judge: LocalAnnotator, threshold: float
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Articles with summary and feedback, and all texts, judged (`lib.papers.ilf.study`), of one part.
+    """The articles with summary and feedback (a person's, where they have it), and every text, judged.
 
-    The judge's threshold is the one that the gate fitted.  Articles of the items and of the gate are not
-    among them.
+    student, writer: local annotators, or writers such as `refine.ApiWriter`.  threshold: the judge's, of
+    `study.fit_threshold` on tuning articles.
     """
-    known = [items.read_prompts(), *(read_cases(name) for name in gate.CASES)]
-    articles = study.select_articles(part, n, taken=pd.concat(known)["title"].tolist())
-    articles = study.criticise(writer, study.first_summaries(student, articles))
-    texts = study.texts(writer, articles)
-    gates = read_gate().set_index(["model", "kind"])
-    threshold = gates.loc[(judge.name, "grounded yes/no"), "threshold"]
-    return articles, study.judge(judge, articles, texts, threshold)
+    if "summary" not in articles:
+        articles = study.first_summaries(student, articles)
+    if "feedback" not in articles:
+        articles = study.criticise(writer, articles)
+    return articles, study.judge(judge, articles, study.texts(writer, articles), threshold)
 
 
 JOBS: dict[str, Callable[[str], list[Path]]] = {

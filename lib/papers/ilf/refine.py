@@ -491,17 +491,18 @@ class InstructRM:
 
 
 def chooser_report(
-    table: pd.DataFrame, scores: dict[str, np.ndarray], *, seed: int = 0
-) -> pd.DataFrame:
+    table: pd.DataFrame, scores: dict[str, np.ndarray], *, seed: int = 0,
+    measures: Sequence[str] = ("incorporated", "score", "words"),
+) -> pd.DataFrame:  # fmt: skip
     """What each chooser takes, against a random choice, from a measured table: a row a chooser and measure.
 
     Columns chooser, measure, value, low, high, n (articles), and difference, difference_low,
-    difference_high to a random choice, paired by article.  Measures: incorporated, score, words, and
+    difference_high to a random choice, paired by article.  Measures: those named (score is one), and
     points, the choice's score against a random candidate's (1 higher, 0.5 the same, 0 lower).  The random
     choice is exact, the mean over an article's candidates that are not empty; its rows are "random".
     """
     some = _choosable(table)
-    means = some.groupby("id", sort=False)[["incorporated", "score", "words"]].mean()
+    means = some.groupby("id", sort=False)[list(measures)].mean()
     arms = {"random": means.assign(points=0.5)}
     for name, values in scores.items():
         chosen = choose(table, values).set_index("id")
@@ -509,7 +510,7 @@ def chooser_report(
         points = ((1 + np.sign(gap.round(9))) / 2).groupby(some["id"]).mean()
         arms[name] = chosen.assign(points=points)
     rows = []
-    for name, measured in itertools.product(arms, ("incorporated", "score", "points", "words")):
+    for name, measured in itertools.product(arms, (*measures, "points")):
         here = arms[name][measured].to_numpy(float)
         there = arms["random"].loc[arms[name].index, measured].to_numpy(float)
         change = stats.paired_difference(there, here, seed=seed, resamples=1000)

@@ -22,9 +22,12 @@ from scipy.special import logit
 
 from lib import preferences, reward_models, runtime, tables
 from lib.course import items
-from lib.papers.sparse_feedback import protocols
+from lib.papers.sparse_feedback import analysis, protocols
+from lib.papers.sparse_feedback.conversions import read_generations, to_rankings_table
+from lib.stats import Interval
 
 if TYPE_CHECKING:
+    from lib.annotator import SimulatedAnnotator
     from lib.judge import LocalAnnotator
 
 ARMS = ("ratings", "rankings", "control")
@@ -181,6 +184,63 @@ def load_learner(name: str, keep_layers: int | None = None, **config) -> Learner
     return Learner(reward_models.RewardModel(backbone, tokenizer), **config)
 
 
+def pairs_of(ratings: pd.DataFrame, rankings: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """The ranked pairs with the verdicts of "ratings" and of "rankings", to test a reward model on."""
+    return {
+        "ratings": rankings.assign(verdict=implied(ratings, rankings)),
+        "rankings": rankings,
+    }
+
+
+def margins(learner: Learner, weights: dict, pairs: pd.DataFrame) -> pd.DataFrame:
+    """Decided pairs with the model's margin (`analysis.pair_margins`)."""
+    sides = [learner.score(weights, pairs, f"response{k}") for k in (1, 2)]
+    return analysis.pair_margins(pairs, *sides)
+
+
+def leave_one_out(
+    learner: Learner, table: pd.DataFrame, texts: pd.DataFrame, seed: int, *, shuffled: bool = False
+) -> dict[tuple[str, str], float]:
+    """(input, response) -> logit, each prompt scored by a model that was trained on the other prompts.
+
+    table: a ratings or rankings table; texts: columns instruction, input, response.
+    """
+    scores: dict[tuple[str, str], float] = {}
+    for prompt in dict.fromkeys(texts["input"]):
+        weights, _ = learner.fit(table[table["input"] != prompt], seed, shuffled=shuffled)
+        mine = texts[texts["input"] == prompt].drop_duplicates("response")
+        keys = zip(mine["input"], mine["response"], strict=True)
+        scores |= dict(zip(keys, learner.score(weights, mine), strict=True))
+    return scores
+
+
+def released_feedback(folder: Path) -> dict[str, pd.DataFrame]:
+    """The authors' released sample: ratings, rankings, and every pair with the verdict that ratings imply.
+
+    Keys ratings, rankings, "ratings, as pairs"; line ends are made alike.
+    """
+    sample = "sample_generation"
+    pairs = to_rankings_table(read_generations(folder / f"{sample}.json"))
+    path = "feedback_{}_" + f"{sample}.csv"
+    ratings = preferences.read_ratings(folder / path.format("ratings"))
+    rankings = preferences.read_rankings(folder / path.format("rankings"))
+    ratings, rankings, pairs = (
+        table.replace("\r\n", "\n", regex=True) for table in (ratings, rankings, pairs)
+    )
+    rated = analysis.pair_verdicts(ratings, pairs.assign(verdict="equal"))
+    rated = rated.assign(verdict=rated["derived"])
+    return {"ratings": ratings, "rankings": rankings, "ratings, as pairs": rated}
+
+
+def accuracy_of(scores: dict[tuple[str, str], float], pairs: pd.DataFrame, seed: int) -> Interval:
+    """Pairwise accuracy of known logits on a table of pairs."""
+    sides = [
+        [scores[key] for key in zip(pairs["input"], pairs[name], strict=True)]
+        for name in ("response1", "response2")
+    ]
+    return analysis.pairwise_accuracy(analysis.pair_margins(pairs, *sides), seed=seed)
+
+
 # --- choices -------------------------------------------------------------------------------------
 
 
@@ -296,6 +356,39 @@ def measured(picks: pd.DataFrame, judged: pd.DataFrame, unit: dict[str, float]) 
     for name, column in (("words", "response"), ("reference_words", "reference")):
         table[name] = table[column].str.split().str.len()
     return table
+
+
+def by_simulated(
+    person: SimulatedAnnotator,
+    learner: Learner,
+    ratings: pd.DataFrame,
+    rankings: pd.DataFrame,
+    pool: pd.DataFrame,
+    seed: int,
+) -> pd.DataFrame:
+    """The whole chain with an annotator whose taste is known: columns prompt, policy, protocol, points.
+
+    It annotates the responses of the two tables anew, a reward model is trained on each kind, and what both
+    choose from the pool, and the reference ("base"), is judged by the same annotator: 100, 50 or 0.
+    """
+    rated = ratings.assign(score=person.rate(ratings["input"], ratings["response"]))
+    pairs = rankings["input"], rankings["response1"], rankings["response2"]
+    ranked = rankings.assign(verdict=person.rank(*pairs))
+    first = pool[pool["place"] == 0]
+    policies = {"base": first}
+    for name, table in (("ratings RM", rated), ("rankings RM", ranked)):
+        weights, _ = learner.fit(table, seed)
+        policies[name] = best_of(pool, learner.score(weights, pool), len(pool))
+    source, against, rows = list(first["input"]), list(first["response"]), []
+    for name, picked in policies.items():
+        texts = list(picked["response"])
+        ahead = preferences.win_points(person.rate(source, texts), person.rate(source, against))
+        verdicts = pd.Series(person.rank(source, against, texts))
+        won = verdicts.map({"(a)": 0.0, "equal": 0.5, "(b)": 1.0}).to_numpy()
+        for protocol, value in (("rating", ahead), ("ranking", won)):
+            part = pd.DataFrame({"prompt": range(len(first)), "points": 100 * value})
+            rows.append(part.assign(policy=name, protocol=protocol))
+    return pd.concat(rows, ignore_index=True)
 
 
 # --- the stored choices --------------------------------------------------------------------------

@@ -99,7 +99,7 @@ def read_outputs(path: str | Path) -> list[dict]:
 
 
 def read_pool(path: str | Path) -> pd.DataFrame:
-    """A pool of responses, as `read_generations` reads it: id, instruction, input, response, generator, sample.
+    """A pool in a generation file, a row a response: id, instruction, input, response, generator, sample.
 
     Raises ValueError where instructions have different numbers of responses, or fewer than two.
     """
