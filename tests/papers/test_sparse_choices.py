@@ -163,6 +163,9 @@ def test_the_job_chooses_once_and_asks_all_that_the_notebook_reads(small):
     table = choices.read_choices()
     assert set(table["arm"]) == set(choices.ARMS) and set(table["seed"]) == set(choices.SEEDS)
     assert set(table[table["seed"] == choices.SEEDS[-1]]["n"]) == {choices.SIZES[-1]}
+    assert set(table[(table["seed"] == 11) & (table["arm"] == "rankings")]["n"]) == set(
+        choices.SIZES
+    )
     before = choices.path().read_bytes()
     assert [path.name for path in annotators.judge_choices("tiny")] == ["tiny.choices.jsonl.gz"]
     assert choices.path().read_bytes() == before

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 ARMS = ("ratings", "rankings", "control")
 SEEDS = (11, 12, 13, 14, 15, 16)  # none of them was looked at while backbone and head were chosen
 SIZES = (4, 16, 64)  # responses among which the best is chosen; of one, it is the reference
-CURVE_SEEDS = (11, 12)  # those that choose among fewer than all, too
+CURVE_SEEDS = (11,)  # those whose arms, but the control, choose among fewer than all, too
 SMALLEST = (
     0.35  # the interaction that matters, in deviations of one response: ten points of win rate
 )
@@ -284,15 +284,16 @@ def choose(
 ) -> pd.DataFrame:
     """What every arm of every seed chooses: columns id, arm, seed, n, place, generator, sample.
 
-    seeds, sizes: default `SEEDS`, `SIZES`.  Seeds that are not among `curve_seeds` choose among the largest
-    size only.
+    seeds, sizes: default `SEEDS`, `SIZES`.  Seeds that are not among `curve_seeds`, and the control, choose
+    among the largest size only.
     """
     rows, sizes = [], sizes or SIZES
     for seed in runtime.progress(list(seeds or SEEDS), label="reward models", unit="seed"):
         for arm, table in teach(ratings, rankings, seed).items():
             weights, _ = learner.fit(table, seed, resample=True)
             scores = learner.score(weights, pool)
-            for n in sizes if seed in curve_seeds else sizes[-1:]:
+            curve = seed in curve_seeds and arm != ARMS[-1]
+            for n in sizes if curve else sizes[-1:]:
                 picked = best_of(pool, scores, n)[["id", "place", "generator", "sample"]]
                 rows.append(picked.assign(arm=arm, seed=seed, n=n))
     table = pd.concat(rows, ignore_index=True)
