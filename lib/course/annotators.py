@@ -112,15 +112,19 @@ def choose_from_pool() -> Path:
     return tables.write_csv(table, choices.path())
 
 
-def taught(*parts: str, model: str = "") -> tuple[pd.DataFrame, pd.DataFrame]:
-    """A model's ratings and rankings (by probability) of some parts of the items; default: `TEACHER`'s.
+def taught(
+    *parts: str, model: str = "", n: int | None = None, ask: bool | None = None
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """A model's ratings and rankings (by probability) of the items' first n prompts of some parts, or of all.
 
-    Raises ValueError where replies are missing.
+    model: default `TEACHER`.  Raises ValueError where replies are missing.
     """
     model = model or TEACHER
-    annotator = LocalAnnotator(model)
-    ratings = protocols.rate(annotator, ratings_table(*parts))
-    rankings = protocols.rank(annotator, rankings_table(PAIRS.get(model, 10), *parts))
+    annotator = LocalAnnotator(model, ask=ask)
+    pairs = rankings_table(PAIRS.get(model, PAIRS[TEACHER]), *parts)
+    ids = pairs["id"].unique()[:n]
+    rows = (table[table["id"].isin(ids)] for table in (ratings_table(*parts), pairs))
+    ratings, rankings = protocols.rate(annotator, next(rows)), protocols.rank(annotator, next(rows))
     if missing := int(ratings["score"].isna().sum() + rankings["p_first"].isna().sum()):
         raise ValueError(
             f"{missing} of {len(ratings) + len(rankings)} annotations of {model} are missing. Try: "

@@ -20,7 +20,8 @@ import numpy as np
 import pandas as pd
 from scipy.special import logit
 
-from lib import preferences, reward_models, runtime, tables
+from lib import data, generation, preferences, reward_models, runtime, tables
+from lib.answers import without_reasoning
 from lib.course import items
 from lib.papers.sparse_feedback import analysis, protocols
 from lib.papers.sparse_feedback.conversions import read_generations, to_rankings_table
@@ -263,6 +264,35 @@ def shuffled_pool(responses: pd.DataFrame) -> pd.DataFrame:
 def course_pool() -> pd.DataFrame:
     """The course's pool: 60 prompts, 64 responses each."""
     return shuffled_pool(items.read_responses("pool"))
+
+
+def sampled_pool(
+    policy, tokenizer, prompts: pd.DataFrame, name: str, *, n: int, seed: int, **decoding
+) -> pd.DataFrame:
+    """A pool of n responses a prompt from a policy, in random order; prompts: id, instruction, input."""
+    asked = list(map(items.user_message, prompts["instruction"], prompts["input"]))
+    shown = data.apply_template(asked, tokenizer, "chat")
+    drawn = generation.sample(policy, tokenizer, shown, n=n, seed=seed, **decoding)
+    rows = prompts.loc[prompts.index.repeat(n), ["id", "instruction", "input"]]
+    texts = [without_reasoning(text).strip() for text in drawn.texts]
+    return shuffled_pool(
+        rows.assign(response=texts, generator=name, sample=list(range(n)) * len(prompts))
+    )
+
+
+def split(tables: Sequence[pd.DataFrame], share: float = 0.2) -> list[list[pd.DataFrame]]:
+    """Tables for training, and tables of the other `share` of prompts (by hash) for testing."""
+    keys = [list(zip(t["instruction"], t["input"], strict=True)) for t in tables]
+    prompts = sorted({k for part in keys for k in part}, key=lambda k: runtime.content_hash(*k))
+    test = set(prompts[: round(share * len(prompts))])
+    inside = [np.array([key in test for key in part]) for part in keys]
+    return [
+        [
+            table[rows == side].reset_index(drop=True)
+            for table, rows in zip(tables, inside, strict=True)
+        ]
+        for side in (False, True)
+    ]
 
 
 def best_of(pool: pd.DataFrame, scores: Sequence[float], n: int) -> pd.DataFrame:
