@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -182,6 +183,8 @@ def learned_from_released(
         texts += [table.rename(columns={f"response{k}": "response"}) for k in (1, 2)]
     texts = pd.concat([part[[*_ITEM, "response"]] for part in texts])
     rows, own = [], {}
+    with warnings.catch_warnings(action="ignore"):  # `reward.truncated` counts prompts that are cut
+        learner.score(learner.start, texts)
     for kind in judges:
         z = choices.leave_one_out(learner, tables[kind], texts, run.seed)
         value, other = (choices.accuracy_of(z, judges[k], run.seed) for k in (kind, OTHER[kind]))
@@ -206,10 +209,37 @@ def learned_from_released(
     return pd.DataFrame(rows), own
 
 
+def interaction_of_released(
+    run: Run, rated: dict[str, pd.DataFrame], ranked: dict[str, pd.DataFrame]
+) -> tuple[pd.DataFrame, Interval]:
+    """The report on a judge of the released outputs, and the interaction in points; win rates are printed.
+
+    rated: of davinci003, ratings_alpaca, rankings_alpaca; ranked: of the last two against the first.
+    """
+    rated, ranked = (
+        {name: protocols.usable(table) for name, table in tables.items()}
+        for tables in (rated, ranked)
+    )
+    report = analysis.judge_report(pd.concat(rated.values()), pd.concat(ranked.values()))
+    points = {}
+    for name in ranked:
+        points[name] = preferences.common_points(
+            preferences.win_points_by_rating(rated["davinci003"], rated[name]),
+            preferences.win_points_by_ranking(ranked[name]),
+        )
+        for protocol in ("rating", "ranking"):
+            rate = preferences.win_rate(points[name][protocol])
+            print(f"{name}, {protocol} evaluation: {rate}")
+    lead = points["rankings_alpaca"] - points["ratings_alpaca"]
+    interaction = stats.bootstrap(100 * (lead["ranking"] - lead["rating"]).dropna(), seed=run.seed)
+    run.metric("released/interaction_points", interaction)
+    return report, interaction
+
+
 def claim_learned(
     run: Run, text: str, value: Interval, chance: np.ndarray, *, rule: str, why: str
 ) -> str:
-    """Claim that a reward model learned: its accuracy lies above 0.5, and every shuffled training below it."""
+    """Claim that a reward model learned: accuracy above 0.5, and every shuffled training below it."""
     verdict = stats.decide(value, better="higher", threshold=0.5)
     if verdict == "same direction" and value.value <= chance.max():
         verdict = "not demonstrated"
@@ -246,7 +276,7 @@ def win_table(arms: Arms, judge: str) -> pd.DataFrame:
 
 
 def curve(run: Run, measured: pd.DataFrame, seed: int) -> pd.DataFrame:
-    """Win rate by how many are chosen among (k), of one seed, as `plots.curve_by_k` takes it, and protocol."""
+    """Win rates by protocol and number to choose among (k), of one seed, for `plots.curve_by_k`."""
     rows = []
     table = measured[(measured["seed"] == seed) & (measured["arm"] != "control")]
     for protocol in ("rating", "ranking"):
