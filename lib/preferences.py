@@ -155,6 +155,23 @@ def read_to_annotate(path: str | Path) -> pd.DataFrame:
     return table
 
 
+def read_feedback(path: str | Path) -> pd.DataFrame:
+    """A ratings or a rankings table, whichever a file holds: what `read_ratings`, `read_rankings` read.
+
+    A header with response1 and response2, or five columns without a header, are rankings.
+    """
+    path = Path(path).expanduser()
+    if path.suffix.lower() in (".json", ".jsonl"):
+        names = next(record for _, record in tables.json_records(path))
+        pairs = {"response1", "response2"} <= set(names)
+    else:
+        names = next(iter(tables.csv_records(path)))[1]
+        pairs = {"response1", "response2"} <= set(names) or (
+            not set(RATING) <= set(names) and len(names) == len(RANKING)
+        )
+    return read_rankings(path) if pairs else read_ratings(path)
+
+
 def _warn_of_missing(table: pd.DataFrame, name: str) -> None:
     if missing := len(table) - len(judged(table)):
         column = "score" if "score" in table else "verdict"

@@ -19,11 +19,12 @@ from lib.course import fetch, gate, items
 from lib.judge import LocalAnnotator
 from lib.papers.alt import real
 from lib.papers.ilf import study
-from lib.papers.sparse_feedback import analysis, noise, protocols
+from lib.papers.sparse_feedback import analysis, choices, noise, protocols
 
 MODELS = ("qwen-0.5b", "qwen-1.5b")
 # of the ten pairs that five responses make, compared for each prompt
 PAIRS = {"policy": 4, "qwen-0.5b": 10, "qwen-1.5b": 4}
+TEACHER = "qwen-1.5b"  # whose annotations teach notebook 22's reward models
 REMOVAL_PROMPTS = 40  # sentences a setting of the word-removal test
 ANNOTATED = ("train", "tuning", "test")  # parts; the pool is rated by whoever chooses from it
 
@@ -89,6 +90,50 @@ def annotate_released(model: str) -> list[Path]:
     return [annotator.export("released")]
 
 
+def judge_choices(model: str) -> list[Path]:
+    """A model's judgements of what notebook 22's reward models choose from the pool, all that it reads.
+
+    The reward models learn from `TEACHER`'s stored annotations; what they choose is computed once.
+    """
+    written = []
+    if choices.read_choices() is None:
+        written.append(choose_from_pool())
+    annotator = LocalAnnotator(model, ask=True)
+    choices.judge(annotator, choices.read_choices(), choices.course_pool())
+    return [*written, annotator.export("choices")]
+
+
+def choose_from_pool() -> Path:
+    """Write what the reward models of every seed choose (`choices.choose`); return the file's path."""
+    table = choices.choose(
+        choices.load_learner(**choices.BACKBONE, **choices.HEAD),
+        *taught(*choices.TAUGHT),
+        choices.course_pool(),
+    )
+    return tables.write_csv(table, choices.path())
+
+
+def taught(
+    *parts: str, model: str = "", n: int | None = None, ask: bool | None = None
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """A model's ratings and rankings (by probability) of the items' first n prompts of some parts, or of all.
+
+    model: default `TEACHER`.  Raises ValueError where replies are missing.
+    """
+    model = model or TEACHER
+    annotator = LocalAnnotator(model, ask=ask)
+    pairs = rankings_table(PAIRS.get(model, PAIRS[TEACHER]), *parts)
+    ids = pairs["id"].unique()[:n]
+    rows = (table[table["id"].isin(ids)] for table in (ratings_table(*parts), pairs))
+    ratings, rankings = protocols.rate(annotator, next(rows)), protocols.rank(annotator, next(rows))
+    if missing := int(ratings["score"].isna().sum() + rankings["p_first"].isna().sum()):
+        raise ValueError(
+            f"{missing} of {len(ratings) + len(rankings)} annotations of {model} are missing. Try: "
+            f"python -m lib replies annotations --model {model}"
+        )
+    return ratings, choices.by_probability(rankings)
+
+
 def refine_with_feedback(_: str) -> list[Path]:
     """The texts of notebooks 30 and 31 and the judge's answers on them, for every part of the study; who
     chooses among the test part's refinements; word removal by the writer and the judge."""
@@ -132,6 +177,7 @@ JOBS: dict[str, Callable[[str], list[Path]]] = {
     "paraphrases": annotate_again,
     "judgements": judge_items,
     "released": annotate_released,
+    "choices": judge_choices,
     "refinements": refine_with_feedback,
     "critiques": real.make_critiques,
 }

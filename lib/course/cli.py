@@ -130,7 +130,8 @@ def _bench(options: argparse.Namespace) -> int:
 
 
 def _add_replies_options(replies: argparse.ArgumentParser) -> None:
-    text = "items, gate, annotations, paraphrases, judgements, released, refinements, critiques (or all)"
+    text = "items, gate, annotations, paraphrases, judgements, released, choices, refinements, "
+    text += "critiques (all if none is named)"
     replies.add_argument("jobs", nargs="*", metavar="JOB", help=text)
     text = "annotator: qwen-0.5b, qwen-1.5b (both if none is named), or another model; several too"
     replies.add_argument("--model", action="append", default=[], metavar="NAME", help=text)

@@ -328,7 +328,7 @@ def test_the_command_writes_what_a_job_makes_and_refuses_unknown_ones(
     assert cli.main(["replies", "gate"]) == 0
     assert made[1:] == list(annotators.MODELS)
     assert cli.main(["replies", "nosuch"]) == 2
-    assert "paraphrases, judgements, released, refinements, critiques" in capsys.readouterr().err
+        "paraphrases, judgements, released, choices, refinements, critiques"
 
 
 def test_stored_gate_tables_are_read_and_shown_together(tmp_path, monkeypatch):

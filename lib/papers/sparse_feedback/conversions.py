@@ -13,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 import pydantic
 
-from lib import tables
+from lib import runtime, tables
 from lib.preferences import RANKING, RATING, alpaca_prompt, decided
 
 
@@ -27,6 +27,16 @@ class _Record(pydantic.BaseModel):
 class _Instruction(_Record):
     input: str | None = None
 
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _other_names(cls, record):
+        """Dolly calls the input `context`; Self-Instruct's user-oriented set has it in `instances`."""
+        if not isinstance(record, dict) or "input" in record:
+            return record
+        first = next(iter(record.get("instances") or ()), None)
+        own = first.get("input") if isinstance(first, dict) else record.get("context")
+        return record | {"input": own}
+
     @pydantic.field_validator("input", mode="before")
     @classmethod
     def _missing(cls, value):
@@ -35,6 +45,14 @@ class _Instruction(_Record):
 
 class _Generation(_Instruction):
     responses: list[str]
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _outputs(cls, record):
+        """The reference's pools of 64 say `outputs`."""
+        if isinstance(record, dict) and "outputs" in record and "responses" not in record:
+            return record | {"responses": record["outputs"]}
+        return record
 
 
 class _Output(_Record):
@@ -62,18 +80,59 @@ def _read_json(path: str | Path, kind: type[_Record]) -> list[dict]:
 
 
 def read_instructions(path: str | Path) -> list[dict]:
-    """instructions.json: a list of {instruction, input}; a missing or null input becomes ""."""
+    """instructions.json: a list of {instruction, input}; a missing or null input becomes "".
+
+    The paper's three sets are read as they are: Dolly ({instruction, context, ...}), Self-Instruct's
+    user-oriented one ({instruction, instances: [{input, output}]}) and Super-Natural Instructions.
+    """
     return [r | {"input": r["input"] or ""} for r in _read_json(path, _Instruction)]
 
 
 def read_generations(path: str | Path) -> list[dict]:
-    """A generation file: a list of {instruction, input, responses: [text, ...]}."""
+    """A generation file: a list of {instruction, input, responses: [text, ...]}, or `outputs` for pools."""
     return [r | {"input": r["input"] or ""} for r in _read_json(path, _Generation)]
 
 
 def read_outputs(path: str | Path) -> list[dict]:
     """Model outputs in AlpacaEval's form: a list of {dataset, instruction, output, generator}."""
     return _read_json(path, _Output)
+
+
+def read_pool(path: str | Path) -> pd.DataFrame:
+    """A pool in a generation file, a row a response: id, instruction, input, response, generator, sample.
+
+    Raises ValueError where instructions have different numbers of responses, or fewer than two.
+    """
+    items = read_generations(path)
+    sizes = sorted({len(item["responses"]) for item in items})
+    if len(sizes) != 1 or sizes[0] < 2:
+        raise ValueError(
+            f"{Path(path).name}: {', '.join(map(str, sizes))} responses an instruction; a pool has the same "
+            "number, two or more, for each."
+        )
+    return pd.DataFrame(
+        [
+            {
+                "id": runtime.content_hash(item["instruction"], item["input"])[:12],
+                "instruction": item["instruction"],
+                "input": item["input"],
+                "response": text,
+                "generator": Path(path).name,
+                "sample": k,
+            }
+            for item in items
+            for k, text in enumerate(item["responses"])
+        ]
+    )
+
+
+def to_outputs(picked: pd.DataFrame, generator: str, dataset: str = "pool") -> list[dict]:
+    """Chosen responses in AlpacaEval's form, as `read_outputs` reads them: the reference's re-ranked file."""
+    return [
+        {"dataset": dataset, "instruction": r.instruction, "input": r.input}
+        | {"output": r.response, "generator": generator}
+        for r in picked.itertuples()
+    ]
 
 
 # --- the five conversions (section 1.3 of the reference's pipeline) ------------------------------
