@@ -328,7 +328,8 @@ def test_the_command_writes_what_a_job_makes_and_refuses_unknown_ones(
     assert cli.main(["replies", "gate"]) == 0
     assert made[1:] == list(annotators.MODELS)
     assert cli.main(["replies", "nosuch"]) == 2
-        "paraphrases, judgements, released, choices, refinements, critiques"
+    allowed = ", ".join(annotators.JOBS)
+    assert f"allowed: {allowed}" in capsys.readouterr().err
 
 
 def test_stored_gate_tables_are_read_and_shown_together(tmp_path, monkeypatch):
