@@ -122,7 +122,7 @@ def taught(
     """
     model = model or TEACHER
     annotator = LocalAnnotator(model, ask=ask)
-    pairs = rankings_table(PAIRS.get(model, PAIRS[TEACHER]), *parts)
+    pairs = rankings_table(PAIRS.get(model, 10), *parts)
     ids = pairs["id"].unique()[:n]
     rows = (table[table["id"].isin(ids)] for table in (ratings_table(*parts), pairs))
     ratings, rankings = protocols.rate(annotator, next(rows)), protocols.rank(annotator, next(rows))
