@@ -286,7 +286,9 @@ class World:
         learner, task, _ = self.start(plain, "untrained")
         requests = {trials.NO_REQUEST: (), **task.requests}
         table = loop.measure(learner, task, requests)
-        measured = {"base": Measured(self.rows(table, all_arms["cloning"]), table)}
+        bare = table[table.request == trials.NO_REQUEST]
+        measured = {"base": Measured(self.rows(bare, all_arms["cloning"]), bare)}
+        table = table[table.request != trials.NO_REQUEST]
         measured["asking"] = Measured(self.rows(table, plain), table)
         if critic := all_arms.get("critic"):
             learner, task, _ = self.start(critic, "untrained")
