@@ -631,7 +631,7 @@ def token_table(
     logits = logits_of(learner, batch.conditioned)[0]
     reference = logits_of(learner, batch.raw, reference=True)[0]
     ids = batch.ids[0]
-    tokens = learner.tokenizer.convert_ids_to_tokens(ids.tolist())
+    tokens = [learner.tokenizer.decode([i]).strip() or "(blank)" for i in ids.tolist()]
     table = pd.DataFrame(index=pd.Index(tokens, name="token"))
     places = torch.arange(len(ids))
     table["log p(token | label)"] = logits.log_softmax(-1)[places, ids].cpu().numpy()
