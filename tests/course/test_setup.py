@@ -101,6 +101,7 @@ def test_there_is_one_address_and_nothing_is_fetched_from_another():
     known |= {
         "allenai/FineGrainedRLHF",
         "GXimingLu/Quark",
+        "Hritikbansal/sparse_feedback",
         "sauc-abadal/ALT",
     }  # read, never fetched
     for name, text in tracked_texts():
