@@ -72,9 +72,10 @@ def annotate_again(model: str) -> list[Path]:
 def judge_items(model: str) -> list[Path]:
     """Ratings and rankings of the items, asked as the gate found to work best, in both wordings."""
     annotator = LocalAnnotator(model, ask=True)
-    for wording in (0, 1):
-        protocols.judge_ratings(annotator, ratings_table(), wording=wording)
-        protocols.judge_rankings(annotator, rankings_table(PAIRS.get(model, 10)), wording=wording)
+    for wording, part in itertools.product((0, 1), ANNOTATED):
+        pairs = rankings_table(PAIRS.get(model, 10), part)
+        protocols.judge_ratings(annotator, ratings_table(part), wording=wording)
+        protocols.judge_rankings(annotator, pairs, wording=wording)
     return [annotator.export("judgements")]
 
 
