@@ -94,13 +94,15 @@ def annotate_released(model: str) -> list[Path]:
 def judge_choices(model: str) -> list[Path]:
     """A model's judgements of what notebook 22's reward models choose from the pool, all that it reads.
 
-    The reward models learn from `TEACHER`'s stored annotations; what they choose is computed once.
+    The reward models learn from `TEACHER`'s stored judgements; what they choose is computed once.  Only the
+    teacher compares: the smaller model's comparisons do not pass the gate.
     """
     written = []
     if choices.read_choices() is None:
         written.append(choose_from_pool())
     annotator = LocalAnnotator(model, ask=True)
-    choices.judge(annotator, choices.read_choices(), choices.course_pool())
+    picks, pool = choices.read_choices(), choices.course_pool()
+    choices.judge(annotator, picks, pool, compare=model == TEACHER)
     return [*written, annotator.export("choices")]
 
 
@@ -117,7 +119,8 @@ def choose_from_pool() -> Path:
 def taught(
     *parts: str, model: str = "", n: int | None = None, ask: bool | None = None
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """A model's ratings and rankings (by probability) of the items' first n prompts of some parts, or of all.
+    """A model's ratings and rankings, asked as the gate found to work best, of the items' first n prompts of
+    some parts, or of all.
 
     model: default `TEACHER`.  Raises ValueError where replies are missing.
     """
@@ -126,13 +129,14 @@ def taught(
     pairs = rankings_table(PAIRS.get(model, 10), *parts)
     ids = pairs["id"].unique()[:n]
     rows = (table[table["id"].isin(ids)] for table in (ratings_table(*parts), pairs))
-    ratings, rankings = protocols.rate(annotator, next(rows)), protocols.rank(annotator, next(rows))
+    ratings = protocols.judge_ratings(annotator, next(rows))
+    rankings = protocols.judge_rankings(annotator, next(rows))
     if missing := int(ratings["score"].isna().sum() + rankings["p_first"].isna().sum()):
         raise ValueError(
-            f"{missing} of {len(ratings) + len(rankings)} annotations of {model} are missing. Try: "
-            f"python -m lib replies annotations --model {model}"
+            f"{missing} of {len(ratings) + len(rankings)} judgements of {model} are missing. Try: "
+            f"python -m lib replies judgements --model {model}"
         )
-    return ratings, choices.by_probability(rankings)
+    return ratings, rankings
 
 
 def refine_with_feedback(_: str) -> list[Path]:

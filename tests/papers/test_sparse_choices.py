@@ -20,11 +20,6 @@ def rankings_of(verdicts):
     return pd.DataFrame(rows, columns=["instruction", "input", "response1", "response2", "verdict"])
 
 
-def test_probabilities_decide_also_where_the_written_verdict_is_equal():
-    table = pd.DataFrame({"p_first": [0.51, 0.2, 0.5, np.nan], "verdict": "equal"})
-    assert choices.by_probability(table)["verdict"].tolist() == ["(a)", "(b)", "equal", None]
-
-
 def test_the_control_has_the_contradictions_but_not_where_the_rankings_have_them():
     texts = [f"t{k}" for k in range(40)]
     ratings = ratings_of({text: 7 - k / 10 for k, text in enumerate(texts)})
@@ -157,7 +152,7 @@ def small(monkeypatch, tmp_path):
 
 
 def test_the_job_chooses_once_and_asks_all_that_the_notebook_reads(small):
-    annotators.annotate("tiny")
+    annotators.judge_items("tiny")
     paths = annotators.judge_choices("tiny")
     assert [path.name for path in paths] == ["choices.csv", "tiny.choices.jsonl.gz"]
     table = choices.read_choices()
@@ -172,7 +167,7 @@ def test_the_job_chooses_once_and_asks_all_that_the_notebook_reads(small):
     silent = LocalAnnotator("tiny", ask=False)
     silent.store = type("Empty", (), {"get_many": lambda self, keys: {}})()
     judged = choices.judge(silent, table, choices.course_pool())
-    assert not judged[["rating", "plain", "p_better"]].isna().any(axis=None)
+    assert not judged[["rating", "p_better"]].isna().any(axis=None)
     again = choices.choose(
         choices.load_learner(**choices.BACKBONE, **choices.HEAD),
         *annotators.taught(*choices.TAUGHT, model="tiny"),
@@ -183,11 +178,20 @@ def test_the_job_chooses_once_and_asks_all_that_the_notebook_reads(small):
     pd.testing.assert_frame_equal(again[columns], table[columns])
 
 
-def test_missing_annotations_are_named(small, monkeypatch):
+def test_missing_judgements_are_named(small, monkeypatch):
     def rate(annotator, table):
         return table.assign(score=np.nan)
 
-    monkeypatch.setattr(protocols, "rate", rate)
-    monkeypatch.setattr(protocols, "rank", lambda a, table: table.assign(p_first=0.4))
-    with pytest.raises(ValueError, match="25 of .* annotations of tiny are missing"):
+    monkeypatch.setattr(protocols, "judge_ratings", rate)
+    monkeypatch.setattr(protocols, "judge_rankings", lambda a, table: table.assign(p_first=0.4))
+    with pytest.raises(ValueError, match="25 of .* judgements of tiny are missing"):
         annotators.taught("train", model="tiny")
+
+
+def test_a_judge_that_does_not_compare_has_no_win_rate_by_ranking():
+    pool = pool_of(n=1)
+    picks = pd.DataFrame({"id": "p0", "place": [0, 3, 5], "arm": list("abc"), "seed": 11, "n": 8})
+    judged = choices.judge(Scores(), picks, pool, compare=False)
+    table = choices.measured(picks, judged, {"rating": 0.5, "ranking": 2.0})
+    assert table[["rating", "wins by rating"]].notna().all(axis=None)
+    assert table[["ranking", "wins by ranking", "difference"]].isna().all(axis=None)

@@ -7,7 +7,8 @@ control has the rankings' loss, pairs and share of contradictions; what it lacks
 *in particular*.  Each model chooses the best of n of a prompt's pool; the annotator rates the chosen
 responses, and ranks them against a reference: the response that stands first in a random order of the pool.
 
-Simplified: the ranking that counts is by the averaged probability of both orders, never "equal".
+Simplified: both protocols are asked as the gate found to work best (`protocols.judge_ratings`, plainly, and
+`judge_rankings`, by single criteria in both orders), not by the paper's prompts; no ranking is "equal".
 """
 
 from __future__ import annotations
@@ -44,15 +45,6 @@ HEAD = {"learning_rate": 1e-3, "weight_decay": 30.0, "epochs": 20}
 
 
 # --- feedback ------------------------------------------------------------------------------------
-
-
-def by_probability(rankings: pd.DataFrame) -> pd.DataFrame:
-    """A rankings table whose verdicts say which response is likelier to be better, over both orders."""
-    verdicts = [
-        None if pd.isna(p) else "(a)" if p > 0.5 else "(b)" if p < 0.5 else "equal"
-        for p in rankings["p_first"]
-    ]
-    return rankings.assign(verdict=pd.Series(verdicts, index=rankings.index, dtype=object))
 
 
 def prompts_of(table: pd.DataFrame) -> np.ndarray:
@@ -333,26 +325,28 @@ def choose(
 # --- judging -------------------------------------------------------------------------------------
 
 
-def judge(annotator: LocalAnnotator, picks: pd.DataFrame, pool: pd.DataFrame) -> pd.DataFrame:
+def judge(
+    annotator: LocalAnnotator, picks: pd.DataFrame, pool: pd.DataFrame, *, compare: bool = True
+) -> pd.DataFrame:
     """Both protocols' judgement of every response that was chosen: one row each, whoever chose it.
 
-    The pool's columns, then reference (its text), rating (expected, 1 to 7), plain (a rating asked as the
-    gate found to work best), reference_rating, reference_plain, and p_better (the ranking's P(chosen is
-    better than the reference), over both orders).  The reference itself has a row, with p_better 1/2.
+    The pool's columns, then reference (its text), rating (expected, 1 to 7), reference_rating, and p_better
+    (the ranking's P(chosen is better than the reference), over both orders; NaN without `compare`).  The
+    reference itself has a row, with p_better 1/2.
     """
     first = pool[pool["place"] == 0][["id", "response"]]
     wanted = pd.concat([picks[["id", "place"]], first[["id"]].assign(place=0)])
     rows = pool.merge(wanted.drop_duplicates(), on=["id", "place"])
     rows = rows.merge(first.rename(columns={"response": "reference"}), on="id")
-    rows["rating"] = protocols.rate(annotator, rows)["score"].to_numpy(float)
-    rows["plain"] = protocols.judge_ratings(annotator, rows)["score"].to_numpy(float)
-    asked = rows[rows["response"] != rows["reference"]]
-    pairs = asked.rename(columns={"response": "response2", "reference": "response1"})
-    rows["p_better"] = 0.5
-    rows.loc[asked.index, "p_better"] = 1 - protocols.rank(annotator, pairs)["p_first"].to_numpy()
-    for name in ("rating", "plain"):
-        of_first = rows[rows["place"] == 0].set_index("id")[name]
-        rows[f"reference_{name}"] = rows["id"].map(of_first)
+    rows["rating"] = protocols.judge_ratings(annotator, rows)["score"].to_numpy(float)
+    of_first = rows[rows["place"] == 0].set_index("id")["rating"]
+    rows["reference_rating"] = rows["id"].map(of_first)
+    rows["p_better"] = 0.5 if compare else np.nan
+    if compare:
+        asked = rows[rows["response"] != rows["reference"]]
+        pairs = asked.rename(columns={"response": "response2", "reference": "response1"})
+        compared = protocols.judge_rankings(annotator, pairs)
+        rows.loc[asked.index, "p_better"] = 1 - compared["p_first"].to_numpy()
     return rows
 
 
@@ -373,14 +367,14 @@ def measured(picks: pd.DataFrame, judged: pd.DataFrame, unit: dict[str, float]) 
     """The picks with what they are worth against the reference, by either protocol.
 
     Adds rating, ranking (in deviations of one response, see `units`; 0: like the reference), difference
-    (ranking minus rating: what the interaction is made of), wins by rating, wins by ranking and wins by plain
-    rating (100, 50 for the same, 0), words and reference_words.
+    (ranking minus rating: what the interaction is made of), wins by rating and wins by ranking (100, 50 for
+    the same, 0; NaN where nothing was compared), words and reference_words.
     """
     table = picks.merge(judged.drop(columns=["generator", "sample"]), on=["id", "place"])
     won = preferences.win_points
     table["wins by rating"] = 100 * won(table["rating"], table["reference_rating"])
-    table["wins by ranking"] = 100 * won(table["p_better"], np.full(len(table), 0.5))
-    table["wins by plain rating"] = 100 * won(table["plain"], table["reference_plain"])
+    compared = won(table["p_better"], np.full(len(table), 0.5))
+    table["wins by ranking"] = 100 * pd.Series(compared).where(table["p_better"].notna())
     table["rating"] = (table["rating"] - table["reference_rating"]) / unit["rating"]
     table["ranking"] = logit(table["p_better"]) / unit["ranking"]
     table["difference"] = table["ranking"] - table["rating"]

@@ -17,11 +17,7 @@ from lib.papers.sparse_feedback import analysis, choices, protocols
 from lib.stats import Interval
 
 OTHER = {"ratings": "rankings", "rankings": "ratings"}
-WINS = {  # protocol -> column of `choices.measured`
-    "rating": "wins by rating",
-    "ranking": "wins by ranking",
-    "plain rating": "wins by plain rating",
-}
+WINS = {"rating": "wins by rating", "ranking": "wins by ranking"}  # columns of `choices.measured`
 TASTES = {  # weight of coverage when rating, and when ranking
     "protocols differ (1, 0)": (1.0, 0.0),
     "differ a little (.7, .3)": (0.7, 0.3),
@@ -261,10 +257,12 @@ def arms_of(run: Run, measured: pd.DataFrame, n: int) -> Arms:
 def win_table(arms: Arms, judge: str) -> pd.DataFrame:
     """Win rates of every arm by every protocol, each a metric: a row each, with judge, arm and more words.
 
-    more words: words that the arm's choices are longer than the reference.
+    more words: words that the arm's choices are longer than the reference.  A protocol that was not asked has
+    no row.
     """
     rows = []
-    for protocol, column in WINS.items():
+    asked = {name: x for name, x in WINS.items() if arms.names and arms.table[x].notna().any()}
+    for protocol, column in asked.items():
         for arm in arms.names:
             level = arms.level(arm, column)
             arms.run.metric(f"win_rate_pct/{judge}/{protocol}/{arm} RM", level)
