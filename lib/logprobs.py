@@ -1,8 +1,8 @@
 """log p(response | prompt) in every form: of tokens, answers and texts; perplexity; KL between two models.
 
 All of it goes through one pass (`response_states`), and so do reward models: prompts that begin alike have
-that beginning encoded once, the output layer reads no more than what predicts a response, and rows come in
-batches of like length.
+that beginning encoded once (and a beginning within it, too), the output layer reads no more than what predicts
+a response, and rows come in batches of like length.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from lib import encoding, generation, models, runtime
 from lib.text import is_empty
 
+LEAST_START = 32  # tokens from which on a shared start is worth a pass of its own
 LOGITS_AT_ONCE = 128  # response tokens whose logits stand in memory together
 # settings of models that change logits after their output layer
 AFTER_OUTPUT_LAYER = (
@@ -44,63 +45,79 @@ def response_states(
     reads, logits for a model that `changes_logits`, and the last hidden states of a network without output
     layer.  An encoder-decoder has the prompt in its encoder, the response in its decoder.
     """
-    starts, runs = shared_starts(prompts)
+    starts, order = nested_starts(prompts)
     if model.config.is_encoder_decoder:
-        starts = [0] * len(prompts)
+        starts = [()] * len(prompts)
     read = _read_decoder if model.config.is_encoder_decoder else _read_after_starts
     alone = [i for i in range(len(prompts)) if not starts[i]]
     sharing = [i for i in range(len(prompts)) if starts[i]]
     for rows in (sharing, alone):
         lengths = [len(prompts[i]) + len(responses[i]) for i in rows]
-        together = [(-starts[i], runs[i]) for i in rows]
+        together = [order[i] for i in rows]
         for batch in encoding.token_batches(lengths, tokens_per_batch, together=together):
             places = [rows[j] for j in batch]
             yield places, read(model, [(prompts[i], responses[i], starts[i]) for i in places])
 
 
-def shared_starts(prompts: Sequence[list[int]]) -> tuple[list[int], list[int]]:
-    """How many first tokens each prompt has in common with all of its run, and the run's number.
+def nested_starts(
+    prompts: Sequence[list[int]],
+) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+    """The starts that each prompt shares with others, one within the other, and a key that sorts sharers.
 
-    A run is of consecutive prompts that share at least half of their tokens with its first: samples of one
-    prompt, questions about one text.  A prompt that is alone in its run shares nothing.
+    Starts are numbers of first tokens: (220, 360) for a question that shares 220 tokens, a text, with all
+    questions about it, and 140 more, two answers, with those about the same answers.  A start is shared where
+    it is at least half of the prompt, or so long that a pass of its own pays (`LEAST_START`).
+    """
+    starts: list[tuple[int, ...]] = [()] * len(prompts)
+    order: list[tuple[int, ...]] = [()] * len(prompts)
+    for number, (start, rows) in enumerate(shared_starts(prompts)):
+        tails = [prompts[i][start:] for i in rows]
+        within, keys = nested_starts(tails) if start else ([()], [()])
+        for i, inner, key in zip(rows, within, keys, strict=True):
+            if start:
+                longer = [start + more for more in inner if inner[0] >= LEAST_START]
+                starts[i], order[i] = (start, *longer), (-start, number, *key)
+    return starts, order
+
+
+def shared_starts(prompts: Sequence[list[int]]) -> list[tuple[int, list[int]]]:
+    """Runs of prompts that begin alike: how many first tokens a run shares, and its prompts' numbers.
+
+    Samples of one prompt, questions about one text.  A prompt that is alone in its run shares nothing.
     """
     runs: list[list[int]] = []
-    shared = 0
-    for i, prompt in enumerate(prompts):
+    for i in sorted(
+        range(len(prompts)), key=prompts.__getitem__
+    ):  # those that begin alike, adjacent
         if runs:
-            first = prompts[runs[-1][0]]
+            first, prompt = prompts[runs[-1][0]], prompts[i]
             common = encoding.count_shared([first, prompt])
-            if 0 < max(len(first), len(prompt)) <= 2 * common:
+            if common >= LEAST_START or 0 < max(len(first), len(prompt)) <= 2 * common:
                 runs[-1].append(i)
                 continue
         runs.append([i])
-    starts = [0] * len(prompts)
-    numbers = [0] * len(prompts)
-    for number, run in enumerate(runs):
-        shared = encoding.count_shared([prompts[i] for i in run]) if len(run) > 1 else 0
-        for i in run:
-            starts[i] = shared
-            numbers[i] = number if shared else 0
-    return starts, numbers
+    counts = [encoding.count_shared([prompts[i] for i in run]) for run in runs]
+    return [(n if len(run) > 1 else 0, run) for n, run in zip(counts, runs, strict=True)]
 
 
-def _read_after_starts(model, rows: Sequence[tuple[list, list, int]]) -> list[torch.Tensor]:
-    """States of a decoder's (prompt, response, shared start) rows; each start goes through it once.
+Rows = Sequence[tuple[list[int], list[int], tuple[int, ...]]]  # prompt, response, shared starts
+
+
+def _read_after_starts(model, rows: Rows) -> list[torch.Tensor]:
+    """States of a decoder's (prompt, response, shared starts) rows; each start goes through it once.
 
     All rows have a start to share, or none has.
     """
-    rest = [prompt[start:] + response for prompt, response, start in rows]
+    cache = seen = None
+    *levels, (rest, parents) = _levels(rows)
+    for parts, above in levels:
+        ids, mask = (x.to(model.device) for x in encoding.pad_rows(parts, 0, "left"))
+        cache, seen = _grown(cache, seen, above, mask)
+        inputs = encoding.decoder_inputs(model, ids, seen, cache, use_cache=True)
+        _, cache = last_states(model, inputs, 1)
     ids, mask = (x.to(model.device) for x in encoding.pad_rows(rest, 0, "right"))
-    cache = None
-    if rows[0][2]:
-        starts = [tuple(prompt[:start]) for prompt, _, start in rows]
-        number = {start: i for i, start in enumerate(dict.fromkeys(starts))}
-        once, seen = (x.to(model.device) for x in encoding.pad_rows([*number], 0, "left"))
-        _, cache = last_states(model, encoding.decoder_inputs(model, once, seen, use_cache=True), 1)
-        places = torch.tensor([number[start] for start in starts], device=model.device)
-        cache.batch_select_indices(places)
-        mask = torch.cat([seen[places], mask], 1)
-    skips = [len(prompt) - start for prompt, _, start in rows]
+    cache, mask = _grown(cache, seen, parents, mask)
+    skips = [len(part) - len(row[1]) for part, row in zip(rest, rows, strict=True)]
     keep = ids.shape[1] - min(skips)
     states, _ = last_states(model, encoding.decoder_inputs(model, ids, mask, cache), keep)
     first = ids.shape[1] - states.shape[1]  # position of the first state that was handed out
@@ -108,6 +125,41 @@ def _read_after_starts(model, rows: Sequence[tuple[list, list, int]]) -> list[to
         row[skip - first : skip - first + len(response)]
         for row, skip, (_, response, _) in zip(states, skips, rows, strict=True)
     ]
+
+
+def _levels(rows: Rows) -> list[tuple[list[list[int]], list[int]]]:
+    """The passes that read some rows: their parts, and the number of the part that each follows.
+
+    The last pass has a part for each row.  The parts of a pass are padded to the longest, so not every
+    shared start is worth a pass: all, the first and the last, or the first, whichever reads the fewest tokens.
+    """
+    starts = [own for *_, own in rows]
+    plans = [starts, [own[:1] + own[1:][-1:] for own in starts], [own[:1] for own in starts]]
+    passes = [_passes(rows, plan) for plan in plans]
+    return min(passes, key=lambda plan: sum(len(x) * max(map(len, x)) for x, _ in plan))
+
+
+def _passes(rows: Rows, starts: Sequence[tuple[int, ...]]) -> list:
+    """`_levels` by these shared starts."""
+    passes, begun, number = [], [()] * len(rows), {(): 0}  # what of each prompt is read; its place
+    for level in range(max(map(len, starts))):
+        ends = [own[min(level, len(own) - 1)] for own in starts]
+        longer = [tuple(prompt[:end]) for (prompt, *_), end in zip(rows, ends, strict=True)]
+        before = dict(zip(longer, begun, strict=True))
+        parts = [list(start[len(old) :]) for start, old in before.items()]
+        passes.append((parts, [number[old] for old in before.values()]))
+        begun, number = longer, {start: i for i, start in enumerate(before)}
+    rest = [prompt[len(old) :] + said for (prompt, said, _), old in zip(rows, begun, strict=True)]
+    return [*passes, (rest, [number[old] for old in begun])]
+
+
+def _grown(cache, seen, places: list[int], mask: torch.Tensor) -> tuple:
+    """The cache's rows at these places, and the mask of what they hold and of what comes next."""
+    if cache is None:
+        return None, mask
+    rows = torch.tensor(places, device=mask.device)
+    cache.batch_select_indices(rows)
+    return cache, torch.cat([seen[rows], mask], 1)
 
 
 def _read_decoder(model, rows: Sequence[tuple[list, list, int]]) -> list[torch.Tensor]:

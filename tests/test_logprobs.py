@@ -78,16 +78,42 @@ def test_questions_that_begin_alike_share_the_beginning(tiny):
             assert score == pytest.approx(by_hand(model, *pair).sum(), abs=1e-4)
 
 
-@given(st.lists(st.lists(st.integers(0, 2), max_size=6), max_size=12))
-def test_what_a_run_shares_is_its_common_beginning(prompts):
-    starts, runs = logprobs.shared_starts(prompts)
-    for i, (start, run) in enumerate(zip(starts, runs, strict=True)):
-        mates = [j for j in range(len(prompts)) if runs[j] == run and starts[j]]
-        assert start <= len(prompts[i])
-        if start:
-            assert len(mates) > 1 and mates == list(range(mates[0], mates[-1] + 1))
-            assert {starts[j] for j in mates} == {start}
-            assert len({tuple(prompts[j][:start]) for j in mates}) == 1
+def test_questions_about_two_answers_share_the_text_and_then_the_answers(tiny):
+    model = copy.deepcopy(tiny[0])
+    sizes = tokens_read(model)
+    draw = np.random.default_rng(0)
+    text, *answers = (draw.integers(5, 20, size=n).tolist() for n in (50, 40, 36))
+    prompts = [text + answer + [5 + k] * (k + 2) for answer in answers for k in range(3)]
+    prompts += [text + [6, 7], [8, 9, 10]]  # shares the text alone; shares nothing
+    starts, _ = logprobs.nested_starts(prompts)
+    assert starts == [(50, 90)] * 3 + [(50, 86)] * 3 + [(50,), ()]
+    responses = [[4, 5 + k] for k in range(len(prompts))]
+    rows = [*zip(prompts, responses, strict=True)]
+    read = dict(_states(model, prompts, responses))
+    assert sizes[0] == 50 and sum(sizes) < sum(map(len, prompts)) / 2
+    for i, (prompt, response) in enumerate(rows):
+        ids = torch.tensor([prompt + response])
+        whole = model.model(input_ids=ids).last_hidden_state[0, len(prompt) :]
+        torch.testing.assert_close(read[i], whole, atol=1e-5, rtol=1e-4)
+
+
+def _states(model, prompts, responses):
+    with torch.inference_mode():
+        for places, states in logprobs.response_states(model, prompts, responses, 4096):
+            yield from zip(places, states, strict=True)
+
+
+@given(st.lists(st.lists(st.integers(0, 2), max_size=6), max_size=12), st.integers(1, 4))
+def test_what_prompts_share_is_their_common_beginning(prompts, least):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(logprobs, "LEAST_START", least)
+        starts, order = logprobs.nested_starts(prompts)
+    for i, own in enumerate(starts):
+        assert list(own) == sorted(set(own)) and all(0 < n <= len(prompts[i]) for n in own)
+        for n in own:
+            mates = [j for j, other in enumerate(starts) if n in other and j != i]
+            assert any(prompts[j][:n] == prompts[i][:n] for j in mates)
+        assert bool(own) == bool(order[i])
 
 
 @pytest.mark.parametrize("kind", ["gemma2", "gpt2", "opt"])

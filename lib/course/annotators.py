@@ -72,7 +72,7 @@ def annotate_again(model: str) -> list[Path]:
 def judge_items(model: str) -> list[Path]:
     """Ratings and rankings of the items, asked as the gate found to work best, in both wordings."""
     annotator = LocalAnnotator(model, ask=True)
-    for wording, part in itertools.product((0, 1), ANNOTATED):
+    for wording, part in itertools.product((0, 1), ("train", "test", "tuning")):
         pairs = rankings_table(PAIRS.get(model, 10), part)
         protocols.judge_ratings(annotator, ratings_table(part), wording=wording)
         protocols.judge_rankings(annotator, pairs, wording=wording)

@@ -39,7 +39,7 @@ CURVE_SEEDS = (11,)  # those whose arms, but the control, choose among fewer tha
 SMALLEST = (
     0.35  # the interaction that matters, in deviations of one response: ten points of win rate
 )
-TAUGHT = ("train", "tuning")  # parts whose feedback teaches; the test part and the pool are new
+TAUGHT = ("train",)  # parts whose feedback teaches; the test part and the pool are new
 BACKBONE = {"name": "encoder", "keep_layers": 4}
 HEAD = {"learning_rate": 1e-3, "weight_decay": 30.0, "epochs": 20}
 

@@ -289,17 +289,16 @@ def judge_rankings(
     `questions.both_orders`; the verdict is the mean's over both orders, so it is never "equal".
     """
     rows = checked_texts(table, preferences.RANKING[:-1])
-    asked = [
-        questions.criterion_pair_question(
-            task_of(r.instruction, r.input), *pair, criterion[wording]
-        )
-        for r in rows.itertuples()
-        for pair in ((r.response1, r.response2), (r.response2, r.response1))
+    shown = list(zip(rows["response1"], rows["response2"], strict=True))
+    asked = [  # all as shown, then all swapped: more of them begin alike
+        questions.criterion_pair_question(task_of(*item), *pair, criterion[wording])
+        for pairs in (shown, [pair[::-1] for pair in shown])
+        for *item, pair in zip(rows["instruction"], rows["input"], pairs, strict=True)
         for criterion in questions.CRITERIA
     ]
     odds = log_odds(annotator.log_probs(asked).reshape(-1, 2))
-    odds = odds.reshape(-1, 2, len(questions.CRITERIA)).mean(-1)
-    comparisons = both_orders(odds[:, 0], odds[:, 1])
+    odds = odds.reshape(2, -1, len(questions.CRITERIA)).mean(-1)
+    comparisons = both_orders(*odds)
     letters = comparisons["p_first"].map(
         lambda p: None if pd.isna(p) else "(a)" if p > 0.5 else "(b)"
     )
