@@ -1,8 +1,8 @@
 """log p(response | prompt) in every form: of tokens, answers and texts; perplexity; KL between two models.
 
 All of it goes through one pass (`response_states`), and so do reward models: prompts that begin alike have
-that beginning encoded once (and a beginning within it, too), the output layer reads no more than what predicts
-a response, and rows come in batches of like length.
+that beginning encoded once (and a beginning within it, too), the output layer reads no more than what
+predicts a response, and rows come in batches of like length.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def _levels(rows: Rows) -> list[tuple[list[list[int]], list[int]]]:
     """The passes that read some rows: their parts, and the number of the part that each follows.
 
     The last pass has a part for each row.  The parts of a pass are padded to the longest, so not every
-    shared start is worth a pass: all, the first and the last, or the first, whichever reads the fewest tokens.
+    shared start is worth a pass: all, the first and the last, or the first, whichever reads fewest tokens.
     """
     starts = [own for *_, own in rows]
     plans = [starts, [own[:1] + own[1:][-1:] for own in starts], [own[:1] for own in starts]]
