@@ -13,11 +13,12 @@ from lib import preferences, runtime, stats
 from lib.annotator import Rubric, SimulatedAnnotator
 from lib.course.arms import Arms
 from lib.course.record import Run
-from lib.papers.sparse_feedback import analysis, choices, protocols
+from lib.papers.sparse_feedback import analysis, choices, conversions, protocols
 from lib.stats import Interval
 
 OTHER = {"ratings": "rankings", "rankings": "ratings"}
 WINS = {"rating": "wins by rating", "ranking": "wins by ranking"}  # columns of `choices.measured`
+RELEASED = ("ratings_alpaca", "rankings_alpaca")  # the authors' files of both policies' choices
 TASTES = {  # weight of coverage when rating, and when ranking
     "protocols differ (1, 0)": (1.0, 0.0),
     "differ a little (.7, .3)": (0.7, 0.3),
@@ -203,6 +204,38 @@ def learned_from_released(
         row |= {"shuffled labels": "{:.3f} to {:.3f}".format(*bounds), "other protocol": str(other)}
         rows.append(row | {"Spearman": str(spearman)})
     return pd.DataFrame(rows), own
+
+
+def released_outputs(run: Run, folder: Path) -> dict[str, list[dict]]:
+    """The released outputs of davinci003 and of both policies; how their 553 choices differ is a metric.
+
+    Rankings minus ratings: characters, and distinct words.
+    """
+    names = ("davinci003", *RELEASED)
+    outputs = {name: conversions.read_outputs(folder / f"{name}.json") for name in names}
+    sides = [{row["instruction"]: row["output"] for row in outputs[name]} for name in RELEASED]
+    counts = {"characters": len, "distinct_words": lambda text: len(set(text.split()))}
+    for name, count in counts.items():
+        sizes = [[count(side[key]) for key in sides[0]] for side in sides]
+        more = stats.paired_difference(*sizes, seed=run.seed)
+        run.metric(f"released/rankings_minus_ratings_{name}", more)
+        print(f"rankings-RM choice minus ratings-RM choice, {name}: {more}")
+    return outputs
+
+
+def plan_on_released(outputs: dict[str, list[dict]], **request) -> tuple[dict, dict, list[dict]]:
+    """What a judge would be asked of the released outputs: tables to rate and to rank, and all requests."""
+    wanted = {row["instruction"] for row in outputs[RELEASED[0]]}
+    sets = {
+        name: [row for row in part if row["instruction"] in wanted]
+        for name, part in outputs.items()
+    }
+    to_rate = {name: conversions.to_rating_eval(part) for name, part in sets.items()}
+    first = sets["davinci003"]
+    to_rank = {name: conversions.to_ranking_eval(first, sets[name]) for name in RELEASED}
+    plan = [protocols.rating_requests(table, **request) for table in to_rate.values()]
+    plan += [protocols.ranking_requests(table, **request) for table in to_rank.values()]
+    return to_rate, to_rank, [one for requests in plan for one in requests]
 
 
 def interaction_of_released(
