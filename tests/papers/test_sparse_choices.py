@@ -167,7 +167,9 @@ def test_the_job_chooses_once_and_asks_all_that_the_notebook_reads(small):
     silent = LocalAnnotator("tiny", ask=False)
     silent.store = type("Empty", (), {"get_many": lambda self, keys: {}})()
     judged = choices.judge(silent, table, choices.course_pool())
-    assert not judged[["rating", "p_better"]].isna().any(axis=None)
+    worth = choices.measured(table, judged, {"rating": 1.0, "ranking": 1.0})
+    assert worth["rating"].notna().all()
+    assert worth["ranking"].isna().any() and worth["ranking"][worth["n"] == 6].notna().all()
     again = choices.choose(
         choices.load_learner(**choices.BACKBONE, **choices.HEAD),
         *annotators.taught(*choices.TAUGHT, model="tiny"),

@@ -40,8 +40,8 @@ SMALLEST = (
     0.35  # the interaction that matters, in deviations of one response: ten points of win rate
 )
 TAUGHT = ("train",)  # parts whose feedback teaches; the test part and the pool are new
-BACKBONE = {"name": "encoder", "keep_layers": 4}
-HEAD = {"learning_rate": 1e-3, "weight_decay": 30.0, "epochs": 20}
+BACKBONE = {"name": "encoder", "keep_layers": 3}
+HEAD = {"learning_rate": 1e-3, "weight_decay": 10.0, "epochs": 20}
 
 
 # --- feedback ------------------------------------------------------------------------------------
@@ -331,8 +331,9 @@ def judge(
     """Both protocols' judgement of every response that was chosen: one row each, whoever chose it.
 
     The pool's columns, then reference (its text), rating (expected, 1 to 7), reference_rating, and p_better
-    (the ranking's P(chosen is better than the reference), over both orders; NaN without `compare`).  The
-    reference itself has a row, with p_better 1/2.
+    (the ranking's P(chosen is better than the reference), over both orders).  Compared are the best of the
+    most responses alone: p_better is NaN for others, and without `compare`.  The reference itself has a row,
+    with p_better 1/2.
     """
     first = pool[pool["place"] == 0][["id", "response"]]
     wanted = pd.concat([picks[["id", "place"]], first[["id"]].assign(place=0)])
@@ -341,9 +342,11 @@ def judge(
     rows["rating"] = protocols.judge_ratings(annotator, rows)["score"].to_numpy(float)
     of_first = rows[rows["place"] == 0].set_index("id")["rating"]
     rows["reference_rating"] = rows["id"].map(of_first)
-    rows["p_better"] = 0.5 if compare else np.nan
+    rows["p_better"] = np.where(compare & (rows["response"] == rows["reference"]), 0.5, np.nan)
     if compare:
-        asked = rows[rows["response"] != rows["reference"]]
+        last = picks[picks["n"] == picks["n"].max()].set_index(["id", "place"]).index
+        among = pd.MultiIndex.from_frame(rows[["id", "place"]]).isin(last)
+        asked = rows[among & (rows["response"] != rows["reference"])]
         pairs = asked.rename(columns={"response": "response2", "reference": "response1"})
         compared = protocols.judge_rankings(annotator, pairs)
         rows.loc[asked.index, "p_better"] = 1 - compared["p_first"].to_numpy()

@@ -307,18 +307,16 @@ def win_table(arms: Arms, judge: str) -> pd.DataFrame:
 
 
 def curve(run: Run, measured: pd.DataFrame, seed: int) -> pd.DataFrame:
-    """Win rates by protocol and number to choose among (k), of one seed, for `plots.curve_by_k`."""
+    """Win rates by rating and by number to choose among (k), of one seed, for `plots.curve_by_k`."""
     rows = []
     table = measured[(measured["seed"] == seed) & (measured["arm"] != "control")]
-    for protocol in ("rating", "ranking"):
-        for (arm, k), part in table.groupby(["arm", "n"], sort=False):
-            interval = stats.bootstrap(part[WINS[protocol]], seed=run.seed)
-            row = {"protocol": protocol, "condition": f"{arm} RM", "k": k, **interval._asdict()}
-            rows.append(row)
-            if k == table["n"].max():
-                run.metric(f"best_of_{k}/{arm} RM/{protocol}_win_rate_pct", interval)
-                one = {"k": 1, "value": 50.0, "low": 50.0, "high": 50.0}  # the reference itself
-                rows.append(row | one)
+    for (arm, k), part in table.groupby(["arm", "n"], sort=False):
+        interval = stats.bootstrap(part[WINS["rating"]], seed=run.seed)
+        rows.append({"condition": f"{arm} RM", "k": k, **interval._asdict()})
+        if k == table["n"].max():
+            run.metric(f"best_of_{k}/{arm} RM/rating_win_rate_pct", interval)
+            one = {"k": 1, "value": 50.0, "low": 50.0, "high": 50.0}  # the reference itself
+            rows.append(rows[-1] | one)
     return pd.DataFrame(rows)
 
 
