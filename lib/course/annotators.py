@@ -141,7 +141,7 @@ def taught(
 
 def refine_with_feedback(_: str) -> list[Path]:
     """The texts of notebooks 30 and 31 and the judge's answers on them, for every part of the study; who
-    chooses among the test part's refinements; word removal by the writer and the judge."""
+    chooses among the refinements of the train and test parts; word removal by the writer and the judge."""
     roles = (study.STUDENT, study.WRITER, study.JUDGE)
     student, writer, judge = [LocalAnnotator(name, ask=True) for name in roles]
     threshold, _ = study.fit_threshold(judge, study_articles("tuning"))
@@ -149,7 +149,7 @@ def refine_with_feedback(_: str) -> list[Path]:
         study.word_removal(annotator, REMOVAL_PROMPTS)
     for part in study.PARTS:
         articles, texts = study_tables(study_articles(part), student, writer, judge, threshold)
-        if part == "test":
+        if part != "tuning":
             study.instruct_rm(writer, study.candidates(articles, texts))
     return [annotator.export("refinements") for annotator in (student, writer, judge)]
 

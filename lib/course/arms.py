@@ -114,6 +114,21 @@ class Arms:
                 rows.append(row)
         return pd.DataFrame(rows)
 
+    def levels(self, columns: Sequence[str], name: str = "{arm}/{column}") -> pd.DataFrame:
+        """A row for each arm and column, as `plots.interval_plot` draws them; each becomes the metric `name`.
+
+        Columns: group (the arm), condition (what was measured), value, low, high, n, seeds.
+        """
+        rows = []
+        for arm in self.names:
+            for column in columns:
+                level = self.level(arm, column)
+                self.run.metric(name.format(arm=arm, column=column), level)
+                row = {"group": arm, "condition": column, "value": level.value, "low": level.low}
+                rows.append(row | {"high": level.high, "n": level.n, "seeds": level.seeds})
+        columns = ["group", "condition", "value", "low", "high", "n", "seeds"]
+        return pd.DataFrame(rows, columns=columns)
+
     def claim(
         self,
         claim: str,

@@ -125,6 +125,18 @@ def test_effects_become_metrics_and_rows_of_a_plot(run):
     assert len(rows["by seed"][0].split()) == 4
 
 
+def test_levels_of_every_arm_become_metrics_and_rows_of_a_plot(run):
+    arms = filled(run, np.random.default_rng(7), {"PPO": 0.0, "DPO": 1.0})
+    rows = arms.levels(["score"], "here/{arm}/{column}")
+    assert rows["group"].tolist() == ["PPO", "DPO"] and rows["n"].tolist() == [40, 40]
+    assert (
+        rows["value"][1]
+        == run.metrics["here/DPO/score"]["value"]
+        == arms.level("DPO", "score").value
+    )
+    assert Arms(run).levels(["score"]).empty
+
+
 def test_power_says_how_wide_the_interval_will_be(run):
     rng = np.random.default_rng(5)
     tuned = filled(run, rng, {"a": 0.0, "b": 0.3}, seeds=(0, 1, 2), noise=0.3)

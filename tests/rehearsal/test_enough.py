@@ -50,6 +50,12 @@ def names(number, text, **more):
     return space
 
 
+def test_22_has_passages_for_training_and_evaluation():
+    counts = full_counts("22")
+    found = names("22", "def passages", chosen=counts)["passages"]()
+    assert len(found) == counts["n_train"] + counts["n_eval"] == 1553
+
+
 def test_40_has_pairs_for_training_and_held_out_loss():
     counts = full_counts("40")
     wanted = counts["n_train"] + counts["n_held_out"]
