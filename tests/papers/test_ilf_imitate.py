@@ -1,13 +1,11 @@
 """Learning from refinements: targets of every arm, what carries loss, likelihood, choices, reward pairs."""
 
-import json
-
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
-from lib import generation, logprobs, models, reward_models, runtime, sft
+from lib import generation, logprobs, models, reward_models, sft
 from lib.data import apply_template
 from lib.papers.ilf import imitate as im
 from lib.papers.ilf import refine as rf
@@ -325,12 +323,3 @@ def test_text_log_probs_are_those_of_the_tokens(tiny):
     places = range(len(prompt) - 1, len(prompt) + len(text) - 1)
     by_hand = sum(logits[p, t].item() for p, t in zip(places, text, strict=True))
     assert np.isclose(scored, by_hand)
-
-
-def test_the_settings_that_decide_are_those_of_the_design():
-    """The planned runs train arms that there are, the controls among them, at both sizes."""
-    folder = runtime.project_root() / "data/results/31_learn_from_refinements"
-    design = json.loads((folder / "design.json").read_text(encoding="utf-8"))
-    assert set(design["parameters"]["ARMS"]) <= {*im.ARMS, "reward model"}
-    assert {"initial", "refinement", "shuffled", study.OWN} <= set(design["parameters"]["ARMS"])
-    assert design["parameters"]["SIZES"] == [40, 160]
