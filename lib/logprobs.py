@@ -71,12 +71,13 @@ def nested_starts(
     starts: list[tuple[int, ...]] = [()] * len(prompts)
     order: list[tuple[int, ...]] = [()] * len(prompts)
     for number, (start, rows) in enumerate(shared_starts(prompts)):
-        tails = [prompts[i][start:] for i in rows]
-        within, keys = nested_starts(tails) if start else ([()], [()])
-        for i, inner, key in zip(rows, within, keys, strict=True):
-            if start:
-                longer = [start + more for more in inner if inner[0] >= LEAST_START]
-                starts[i], order[i] = (start, *longer), (-start, number, *key)
+        if not start:
+            continue
+        for i, inner, key in zip(
+            rows, *nested_starts([prompts[i][start:] for i in rows]), strict=True
+        ):
+            longer = [start + more for more in inner if inner[0] >= LEAST_START]
+            starts[i], order[i] = (start, *longer), (-start, number, *key)
     return starts, order
 
 
@@ -86,9 +87,8 @@ def shared_starts(prompts: Sequence[list[int]]) -> list[tuple[int, list[int]]]:
     Samples of one prompt, questions about one text.  A prompt that is alone in its run shares nothing.
     """
     runs: list[list[int]] = []
-    for i in sorted(
-        range(len(prompts)), key=prompts.__getitem__
-    ):  # those that begin alike, adjacent
+    alike = sorted(range(len(prompts)), key=prompts.__getitem__)  # what begins alike is adjacent
+    for i in alike:
         if runs:
             first, prompt = prompts[runs[-1][0]], prompts[i]
             common = encoding.count_shared([first, prompt])

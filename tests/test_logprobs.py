@@ -156,3 +156,25 @@ def test_the_reference_is_the_policy_at_its_start(tiny):
     again = logprobs.token_log_probs(model, [[3, 4]], [[5, 6]])[0]
     np.testing.assert_array_equal(again, moved)
     assert np.abs(moved - before).max() > 1e-3
+
+
+def test_text_log_probs_are_those_of_the_tokens(tiny):
+    model, tokenizer = tiny
+    asked, said = "the cat sat on the mat", "a dog"
+    (scored,) = logprobs.text_log_probs(model, tokenizer, [asked], [said])
+    prompt, text = (tokenizer(t)["input_ids"] for t in (asked, said))
+    assert np.isclose(scored, by_hand(model, prompt, text).sum())
+
+
+def test_kl_to_itself_is_zero_and_to_another_is_positive(tiny):
+    model, tokenizer = tiny
+    same = logprobs.sequence_kl(model, model, tokenizer, n=8, max_new_tokens=6)
+    assert set(same["direction"]) == {"forward", "reverse"} and abs(same["value"]).max() < 1e-5
+    other = copy.deepcopy(model)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        other.lm_head.weight.mul_(3)
+    apart = logprobs.sequence_kl(other, model, tokenizer, n=200, max_new_tokens=6)
+    assert (apart.groupby("direction")["value"].mean() > 0).all()

@@ -26,7 +26,7 @@ MODELS = ("qwen-0.5b", "qwen-1.5b")
 PAIRS = {"policy": 4, "qwen-0.5b": 10, "qwen-1.5b": 4}
 TEACHER = "qwen-1.5b"  # whose annotations teach notebook 22's reward models
 REMOVAL_PROMPTS = 40  # sentences a setting of the word-removal test
-ANNOTATED = ("train", "tuning", "test")  # parts; the pool is rated by whoever chooses from it
+ANNOTATED = ("train", "test", "tuning")  # parts; the pool is rated by whoever chooses from it
 
 
 def folder() -> Path:
@@ -72,7 +72,7 @@ def annotate_again(model: str) -> list[Path]:
 def judge_items(model: str) -> list[Path]:
     """Ratings and rankings of the items, asked as the gate found to work best, in both wordings."""
     annotator = LocalAnnotator(model, ask=True)
-    for wording, part in itertools.product((0, 1), ("train", "test", "tuning")):
+    for wording, part in itertools.product((0, 1), ANNOTATED):
         pairs = rankings_table(PAIRS.get(model, 10), part)
         protocols.judge_ratings(annotator, ratings_table(part), wording=wording)
         protocols.judge_rankings(annotator, pairs, wording=wording)
@@ -168,10 +168,7 @@ def study_tables(
     student, writer: local annotators, or writers such as `refine.ApiWriter`.  threshold: the judge's, of
     `study.fit_threshold` on tuning articles.
     """
-    if "summary" not in articles:
-        articles = study.first_summaries(student, articles)
-    if "feedback" not in articles:
-        articles = study.criticise(writer, articles)
+    articles = study.prepare(student, writer, articles)
     return articles, study.judge(judge, articles, study.texts(writer, articles), threshold)
 
 

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 import torch
 
-from lib import generation, logprobs, models, reward_models, sft
+from lib import generation, models, reward_models, sft
 from lib.data import apply_template
 from lib.papers.ilf import imitate as im
 from lib.papers.ilf import refine as rf
@@ -301,25 +301,3 @@ def test_weights_correct_for_the_proposal():
 def test_weights_refuse_a_beta_of_zero():
     with pytest.raises(ValueError, match="> 0"):
         im.target_weights(np.zeros((1, 2)), 0.0)
-
-
-def test_kl_to_itself_is_zero_and_to_another_is_positive(tiny):
-    model, tokenizer = tiny
-    same = logprobs.sequence_kl(model, model, tokenizer, n=8, max_new_tokens=6)
-    assert set(same["direction"]) == {"forward", "reverse"} and abs(same["value"]).max() < 1e-5
-    other, _ = models.build_tiny_model("tiny", seed=1)
-    with torch.no_grad():
-        other.lm_head.weight.mul_(3)
-    apart = logprobs.sequence_kl(other, model, tokenizer, n=200, max_new_tokens=6)
-    assert (apart.groupby("direction")["value"].mean() > 0).all()
-
-
-def test_text_log_probs_are_those_of_the_tokens(tiny):
-    model, tokenizer = tiny
-    (scored,) = logprobs.text_log_probs(model, tokenizer, [POST], ["the river"])
-    prompt, text = (tokenizer(t)["input_ids"] for t in (POST, "the river"))
-    with torch.no_grad():
-        logits = model(torch.tensor([prompt + text])).logits.log_softmax(-1)[0]
-    places = range(len(prompt) - 1, len(prompt) + len(text) - 1)
-    by_hand = sum(logits[p, t].item() for p, t in zip(places, text, strict=True))
-    assert np.isclose(scored, by_hand)

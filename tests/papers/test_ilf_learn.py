@@ -3,9 +3,8 @@
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 
-from lib import logprobs, models, preferences, reward_models, sft
+from lib import models, preferences, reward_models, sft
 from lib.annotator import SimulatedAnnotator
 from lib.papers.ilf import learn as im
 from lib.papers.ilf import refine as rf
@@ -180,56 +179,7 @@ def test_pairs_fit_the_standard_reward_model():
 # --- weights -------------------------------------------------------------------------------------
 
 
-def test_weights_run_from_the_softmax_to_the_argmax():
-    rewards = np.array([[0.2, 0.5, 0.4], [0.1, 0.1, 0.1]])
-    soft = im.target_weights(rewards, 0.1)
-    assert np.allclose(soft.sum(1), 1) and np.allclose(soft[1], 1 / 3)
-    assert np.isclose(soft[0, 1] / soft[0, 0], np.exp(3))
-    hard = im.target_weights(rewards, 1e-4)
-    assert hard[0].argmax() == 1 and np.isclose(hard[0, 1], 1)
-    assert np.allclose(im.effective_number(hard), [1, 3])
-
-
-def test_weights_correct_for_the_proposal():
-    """Weighted samples of the proposal have the target's mean (self-normalised importance sampling)."""
-    policy, proposal = np.log([0.7, 0.2, 0.1]), np.log([0.2, 0.3, 0.5])
-    rewards, beta = np.array([0.0, 1.0, 0.5]), 0.5
-    target = np.exp(policy + rewards / beta)
-    target /= target.sum()
-    drawn = np.random.default_rng(0).choice(3, 200_000, p=np.exp(proposal))
-    weights = im.target_weights(rewards[drawn], beta, policy[drawn], proposal[drawn])
-    found = np.bincount(drawn, weights)
-    assert np.allclose(found, target, atol=0.01)
-
-
-def test_weights_refuse_a_beta_of_zero():
-    with pytest.raises(ValueError, match="> 0"):
-        im.target_weights(np.zeros((1, 2)), 0.0)
-
-
 # --- distance and win points ---------------------------------------------------------------------
-
-
-def test_kl_to_itself_is_zero_and_to_another_is_positive(tiny):
-    model, tokenizer = tiny
-    same = logprobs.sequence_kl(model, model, tokenizer, n=8, max_new_tokens=6)
-    assert set(same["direction"]) == {"forward", "reverse"} and abs(same["value"]).max() < 1e-5
-    words = sorted({*models.sample_words(), "Yes", "No", "A", "B", *POST.split()})
-    other, _ = models.build_tiny_model("tiny", words=words, seed=1)
-    with torch.no_grad():
-        other.lm_head.weight.mul_(3)
-    apart = logprobs.sequence_kl(other, model, tokenizer, n=200, max_new_tokens=6)
-    assert (apart.groupby("direction")["value"].mean() > 0).all()
-
-
-def test_text_log_probs_are_those_of_the_tokens(tiny):
-    model, tokenizer = tiny
-    found = logprobs.text_log_probs(model, tokenizer, [POST], ["Lake Ormin"])
-    prompt, text = (tokenizer(t)["input_ids"] for t in (POST, "Lake Ormin"))
-    with torch.no_grad():
-        logits = model(torch.tensor([prompt + text])).logits.log_softmax(-1)[0]
-    places = range(len(prompt) - 1, len(prompt) + len(text) - 1)
-    assert np.isclose(found[0], sum(logits[p, t].item() for p, t in zip(places, text, strict=True)))
 
 
 def test_win_points_and_ranks(tmp_path):

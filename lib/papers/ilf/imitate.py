@@ -49,21 +49,14 @@ REFINEMENT = ["id", "title", "post", "summary", "feedback", "candidate", "refine
 
 def refinements(articles: pd.DataFrame, texts: pd.DataFrame) -> pd.DataFrame:
     """The refinements with feedback among the texts of the study, as choosers take them (`REFINEMENT`)."""
-    rows = texts[texts["arm"] == "feedback"].rename(columns={"text": "refinement"})
-    rows = rows[["id", "candidate", "refinement"]].merge(
-        articles[["id", "title", "post", "summary", "feedback"]], on="id", validate="many_to_one"
-    )
-    return rows.assign(empty=rows["refinement"] == "")[REFINEMENT]
+    return study.refinements(articles, texts)[REFINEMENT]
 
 
 def material(
     student: LocalAnnotator, writer, articles: pd.DataFrame
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The articles with summary and feedback (a person's, where there is one), and every text, unjudged."""
-    if "summary" not in articles:
-        articles = study.first_summaries(student, articles)
-    if "feedback" not in articles:
-        articles = study.criticise(writer, articles)
+    articles = study.prepare(student, writer, articles)
     articles = articles[articles["feedback"].fillna("") != ""].reset_index(drop=True)
     return articles, study.texts(writer, articles)
 

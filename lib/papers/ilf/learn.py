@@ -17,17 +17,21 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from scipy import special
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lib import encoding, logprobs, sft, tables
 from lib.annotator import SimulatedAnnotator
-from lib.answers import without_reasoning
 from lib.papers.ilf import refine
+from lib.papers.ilf.imitate import (  # noqa: F401 (notebook 31 takes them from here)
+    CUE,
+    critique_prompt,
+    effective_number,
+    target_weights,
+    written_refinement,
+)
 from lib.papers.ilf.refine import Question
 from lib.preferences import win_points
 
-CUE = "Improved TL;DR:"
 KINDS = {  # what a policy imitates -> the column of articles that holds it
     "initial": "summary",
     "refinement": "chosen",
@@ -60,28 +64,6 @@ def targets(articles: pd.DataFrame, kind: str) -> pd.DataFrame:
     table = pd.DataFrame(rows, columns=["id", "prompt", "completion"])
     table.attrs["left_out"] = len(articles) - len(table)
     return table
-
-
-def critique_prompt(title: str, post: str, summary: str) -> str:
-    """The prompt after which a model writes its own feedback and then the refinement."""
-    return (
-        "A summary of a text is given. Write feedback on it, and then a better summary."
-        f"\n\nTitle: {title}\n\nText: {post}\n\nSummary: {summary}\n\nFeedback on summary:"
-    )
-
-
-def written_refinement(
-    text: str, tokenizer: PreTrainedTokenizerBase, max_tokens: int
-) -> tuple[str, bool]:
-    """The refinement in what was written after `critique_prompt`, tidied and cut; whether the cue was there.
-
-    Without the cue the whole text counts as the refinement, as in the paper.
-    """
-    text = without_reasoning(text)
-    _, cue, after = text.partition(CUE)
-    ids = encoding.bare_ids(tokenizer, refine.tidy(after if cue else text))
-    shortened = tokenizer.decode(ids[:max_tokens], skip_special_tokens=True)
-    return refine.tidy(shortened), bool(cue)
 
 
 def shorten(text: str, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> str:
@@ -223,32 +205,6 @@ def pair_accuracy(pairs: pd.DataFrame, margins: np.ndarray) -> np.ndarray:
     """
     preferred = pairs["preferred"].map({1.0: 1.0, 0.0: -1.0}).to_numpy(float)
     return (1 + np.sign(margins) * preferred) / 2
-
-
-# --- ILF as inference ----------------------------------------------------------------------------
-
-
-def target_weights(
-    rewards: np.ndarray, beta: float, log_policy: np.ndarray | float = 0.0,
-    log_proposal: np.ndarray | float = 0.0,
-) -> np.ndarray:  # fmt: skip
-    """Self-normalised weight of each of an article's refinements in ILF's objective, (articles, n).
-
-    The target is p(x) ~ policy(x) exp(R(x) / beta); the refinements come from a proposal, so
-    w_i ~ policy(x_i) exp(R_i / beta) / proposal(x_i).  Without the two log-probabilities of the texts
-    (the policy then counts as the proposal) it is a softmax of R / beta; beta -> 0 gives the argmax,
-    which is what ILF trains on.  Raises ValueError unless beta > 0.
-    """
-    if beta <= 0:
-        raise ValueError(
-            f"beta is {beta!r}; it must be > 0 (its limit 0 is the argmax of rewards)."
-        )
-    return special.softmax(np.asarray(rewards) / beta + log_policy - log_proposal, axis=-1)
-
-
-def effective_number(weights: np.ndarray) -> np.ndarray:
-    """How many refinements carry an article's weight: 1 / sum of squares, from 1 to n, (articles,)."""
-    return 1 / (np.asarray(weights) ** 2).sum(-1)
 
 
 # --- win rates -----------------------------------------------------------------------------------

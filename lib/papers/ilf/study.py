@@ -80,6 +80,15 @@ def criticise(writer: LocalAnnotator | Writer, articles: pd.DataFrame) -> pd.Dat
     return refine.write_feedback(_writer(writer, "feedback"), articles)
 
 
+def prepare(
+    student: LocalAnnotator | Writer, writer: LocalAnnotator | Writer, articles: pd.DataFrame
+) -> pd.DataFrame:
+    """The articles with summary and feedback: a person's, where they have them, else written here."""
+    if "summary" not in articles:
+        articles = first_summaries(student, articles)
+    return articles if "feedback" in articles else criticise(writer, articles)
+
+
 def texts(writer: LocalAnnotator | Writer, articles: pd.DataFrame) -> pd.DataFrame:
     """Every text of the study, a row each: id, arm, candidate, text.
 
@@ -277,16 +286,22 @@ def power(
 # --- who chooses ---------------------------------------------------------------------------------
 
 
+def refinements(articles: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
+    """The refinements with feedback, and of what: title, post, summary, feedback, refinement, empty."""
+    rows = table[table["arm"] == "feedback"].rename(columns={"text": "refinement"})
+    names = ["id", "title", "post", "summary", "feedback"]
+    rows = rows.merge(articles[names], on="id", validate="many_to_one")
+    return rows.assign(empty=rows["refinement"] == "")
+
+
 def candidates(articles: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
     """The refinements with feedback as `refine.choose` and the choosers take them, with their measures.
 
     score: mean of complete and faithful (0 where a text has no sentence).
     """
-    rows = table[table["arm"] == "feedback"].rename(columns={"text": "refinement"})
-    names = ["id", "title", "post", "summary", "feedback"]
-    rows = rows.merge(articles[names], on="id", validate="many_to_one")
+    rows = refinements(articles, table)
     score = rows[["complete", "faithful"]].fillna(0).mean(axis=1)
-    return rows.assign(empty=rows["refinement"] == "", words=rows["n_words"], score=score)
+    return rows.assign(words=rows["n_words"], score=score)
 
 
 def instruct_rm(
