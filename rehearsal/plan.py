@@ -28,7 +28,8 @@ class Part:
     @property
     def variant(self) -> str:
         """What sets this part apart from the notebook's others, as a folder's name; "plain" for the first."""
-        names = [str(value).strip("$") for value in self.parameters.values()]
+        values = [x for v in self.parameters.values() for x in (v if isinstance(v, list) else [v])]
+        names = [str(value).strip("$") for value in values]
         return "-".join(names).replace("/", "-") or "plain"
 
     @property

@@ -28,6 +28,10 @@ OPTIONS = {  # what a prompt's last line asks for -> the answers it may get
         "Harmful",
     ],
 }
+CRITIQUES = [  # where a prompt asks for three headings
+    f"Analysis: as asked.\nFeedback: {sentence}\nScore: {score}"
+    for sentence, score in (("Clear and true.", 3), ("True but long.", 2), ("Says little.", 0))
+]
 NO_LANGUAGE = "Attribute TOXICITY does not support request languages: und"
 
 
@@ -70,6 +74,7 @@ def chat(body: dict) -> tuple[int, dict]:
     prompt = body["messages"][-1]["content"]
     lines = prompt.strip().splitlines() or [""]
     options = next((o for start, o in OPTIONS.items() if lines[-1].startswith(start)), None)
+    options = CRITIQUES if "three headings" in prompt else options
     options = options or [f"This is answer {draw(prompt, 1000)} to what was asked. It is short."]
     text = options[draw(prompt, len(options))]
     choice = {

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from conftest import completion
 
 from lib.papers.alt import critics, labels, loop, mood, real, tasks, trials
 
@@ -130,6 +131,26 @@ def test_tasks_of_the_papers_say_what_they_need():
     with pytest.raises(ValueError, match="leave REWARD empty"):
         tasks.dialogue(tasks.Own(reward="x"), 4)
     assert set(tasks.TASKS) == set(tasks.SETTINGS)
+
+
+def test_at_full_words_come_from_the_endpoint_or_are_refused(scripted, tmp_path, monkeypatch):
+    """ALT_LMU's critic of summaries is `JUDGE_MODEL`; a task without a critic says so, and none is asked
+    that no arm wants."""
+    reply = "Analysis: fine.\nFeedback: Clear but misses the cause.\nScore: 2"
+    one = scripted(lambda body: completion(reply))
+    monkeypatch.setenv("OPENAI_BASE_URL", one.url)
+    monkeypatch.setenv("FEEDBACK_CACHE", str(tmp_path))
+    own = tasks.Own(judge_model="m", request={"seed": 7})
+    critic = real.find_critic(False, False, True, lambda: tasks.summary_critic(own))
+    row = critic(["SUBREDDIT: r/a POST: a long one"], ["a short one"])[0]
+    assert row["feedback"] == "Clear but misses the cause." and row["score"] == 2
+    [asked] = one.asked
+    text = asked["messages"][-1]["content"]
+    assert asked["seed"] == 7 and "POST: a long one" in text and "a short one" in text
+    assert all(axis in text for axis in tasks.AXES)
+    assert real.find_critic(False, False, False, tasks.no_critic) is None
+    with pytest.raises(ValueError, match="this TASK has no critic"):
+        real.find_critic(False, False, True, tasks.no_critic)
 
 
 def test_reward_and_judge_are_blind_to_the_labels_words():

@@ -135,15 +135,19 @@ def make_critiques(_: str) -> list[Path]:
     return [*written, annotator.export("critiques")]
 
 
-def find_critic(stored: bool, smoke: bool, wanted: bool) -> critics.Feedback | None:
+def find_critic(
+    stored: bool, smoke: bool, wanted: bool, own: Callable[[], critics.Feedback] | None = None
+) -> critics.Feedback | None:
     """The critic of a run, or None where there is none (of stored samples: no stored critiques).
 
-    stored: the samples are those of `read_pool`; wanted: an arm with critiques runs live.
+    stored: the samples are those of `read_pool`; wanted: an arm with critiques runs live; own: makes the
+    critic of a task that has another than the local one.
     """
     if smoke:
         return word_critic()
     if not stored:
-        return local_critic(LocalAnnotator(CRITIC)) if wanted else None
+        make = own or (lambda: local_critic(LocalAnnotator(CRITIC)))
+        return make() if wanted else None
     annotator = LocalAnnotator(CRITIC, ask=False)
     if (annotator.folder / f"{annotator.file}.critiques.jsonl.gz").exists():
         return local_critic(annotator)

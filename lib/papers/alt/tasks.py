@@ -38,6 +38,15 @@ SHOTS = (
     ("What is a prime number?", "It is a kind of number.", LABELS[2]),
     ("How do I read someone's letters unseen?", "Hold them over steam.", LABELS[3]),
 )
+CRITIC_OF_SUMMARIES = (
+    "You are an expert rater of summaries. A good summary is short and tells a reader who has not seen the "
+    "post what it is about. The prompt below holds the post, the response is its summary."
+)
+AXES = (  # ALT_LMU's, a point each
+    "Coherence: it reads well on its own.",
+    "Accuracy: it says nothing that the post does not say.",
+    "Coverage: it holds the main points, and is concise.",
+)
 
 
 @dataclass(frozen=True)
@@ -50,6 +59,7 @@ class Task:
     judge: Judge
     labeller: object
     template: str
+    critic: Callable[[], critics.Feedback] | None = None  # in words; None: the lesson's
 
 
 @dataclass(frozen=True)
@@ -59,7 +69,7 @@ class Own:
     prompts: str = ""  # a name, Hub id or file
     reward: str = ""  # a reward model or a scorer
     judge: str = ""
-    judge_model: str = ""  # of the endpoint that labels dialogues
+    judge_model: str = ""  # of the endpoint that labels dialogues and criticises summaries
     request: dict = field(default_factory=dict)  # more of a request to it
 
 
@@ -99,11 +109,14 @@ def toxicity(own: Own, n: int) -> Task:
     prompts = named_prompts(own.prompts or "allenai/real-toxicity-prompts", n)
     judge = own_judge(own.judge or "hate")
     model = "openai-community/gpt2-large"
-    return Task(model, prompts, critics.scored(reward), judge, tags, "{} ")
+    return Task(model, prompts, critics.scored(reward), judge, tags, "{} ", no_critic)
 
 
 def summaries(own: Own, n: int) -> Task:
-    """TL;DR summaries; a reward model labels and, without a judge of yours, measures."""
+    """TL;DR summaries; a reward model labels and, without a judge of yours, measures.
+
+    The critic is a model of an endpoint, asked as in the paper: analysis, a sentence, a point an axis.
+    """
     if not own.reward:
         raise ValueError("summaries are labelled by a reward model: give one as REWARD")
     reward = own_judge(own.reward)
@@ -112,7 +125,14 @@ def summaries(own: Own, n: int) -> Task:
     judge = own_judge(own.judge) or reward
     labeller = Quantiles(tags, within="prompt")
     model = "CarperAI/openai_summarize_tldr_sft"
-    return Task(model, prompts, critics.scored(reward), judge, labeller, "{} input: ")
+    parts = model, prompts, critics.scored(reward), judge, labeller, "{} input: "
+    return Task(*parts, lambda: summary_critic(own))
+
+
+def summary_critic(own: Own) -> critics.Feedback:
+    """Critiques of summaries by a model of an endpoint."""
+    client = chat.ChatClient(own.judge_model)
+    return critics.llm_critique(client, CRITIC_OF_SUMMARIES, AXES, **own.request)
 
 
 def dialogue(own: Own, n: int) -> Task:
@@ -124,7 +144,15 @@ def dialogue(own: Own, n: int) -> Task:
     judge = own_judge(own.judge) or (lambda p, r: [row["score"] for row in label(p, r)])
     prompts = _prompts(own, "Anthropic/hh-rlhf", "chosen", n)
     model = "mnoukhov/pythia-2.8b-mitchell-sft_hh_rlhf"
-    return Task(model, prompts, label, judge, Categories(LABELS), "{}.\n\n")
+    return Task(model, prompts, label, judge, Categories(LABELS), "{}.\n\n", no_critic)
+
+
+def no_critic() -> critics.Feedback:
+    """The refusal of a task that has no critic."""
+    raise ValueError(
+        'ARMS: this TASK has no critic. "critic" and "shuffled critic" run for TASK = "summaries", and '
+        "at the scales demo and gpu."
+    )
 
 
 def _prompts(own: Own, name: str, column: str, n: int) -> list[str]:
