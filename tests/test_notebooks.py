@@ -524,7 +524,7 @@ def test_collecting_reads_the_export_of_the_comparison_page_alone(tmp_path):
 def test_a_judge_without_a_price_is_not_asked(monkeypatch, tmp_path):
     """MAX_COST is a cap or an error: the section that judges released outputs never buys without one."""
     from lib import chat
-    from lib.papers.sparse_feedback import conversions, protocols
+    from lib.papers.sparse_feedback import measures, protocols
 
     monkeypatch.setenv("FEEDBACK_CACHE", str(tmp_path))
     path = ROOT / "notebooks/22_reward_models_best_of_n.ipynb"
@@ -533,7 +533,7 @@ def test_a_judge_without_a_price_is_not_asked(monkeypatch, tmp_path):
         name: [{"dataset": "d", "instruction": "i", "output": name, "generator": name}]
         for name in ("davinci003", "ratings_alpaca", "rankings_alpaca")
     }
-    scope = {"outputs": outputs, "chat": chat, "conversions": conversions, "pd": pd}
+    scope = {"outputs": outputs, "chat": chat, "measures": measures, "pd": pd}
     scope |= {"protocols": protocols}
     scope |= {"JUDGE_MODEL": "m", "BASE_URL": "https://judge.invalid/v1", "display": print}
     scope |= {"REQUEST": {"max_completion_tokens": 2000, "temperature": None}}

@@ -1,20 +1,14 @@
 """At `full` a notebook asks for no more articles than there are, which lowered counts would hide."""
 
 import ast
-import json
 from pathlib import Path
 
 import nbformat
-import numpy as np
-import pandas as pd
 import pytest
 from conftest import asset
 
-from lib import data, runtime
-from lib.annotator import Rubric
 from lib.course import record
 from lib.papers.fine_grained import first_policy, passages
-from lib.segments import Segmenter
 
 ROOT = Path(__file__).parents[2]
 
@@ -40,20 +34,6 @@ def full_counts(number):
     column = record.SCALES.index("full")
     values = {k.value: row.elts[column] for k, row in zip(table.keys, table.values, strict=True)}
     return {name: v.value for name, v in values.items() if isinstance(v, ast.Constant)}
-
-
-def names(number, text, **more):
-    """What a cell defines, run at `full` with the modules that it uses."""
-    space = {"SCALE": "full", "SEED": 0, "data": data, "runtime": runtime, "json": json}
-    space |= {"np": np, "pd": pd, "Rubric": Rubric, "Segmenter": Segmenter} | more
-    exec(cell(number, text), space)
-    return space
-
-
-def test_22_has_passages_for_training_and_evaluation():
-    counts = full_counts("22")
-    found = names("22", "def passages", chosen=counts)["passages"]()
-    assert len(found) == counts["n_train"] + counts["n_eval"] == 1553
 
 
 def test_40_has_pairs_for_training_and_held_out_loss():
