@@ -8,7 +8,6 @@ Simplified: figures use matplotlib directly and keep no state; change one throug
 
 from __future__ import annotations
 
-import itertools
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
 
@@ -311,22 +310,6 @@ def _cells(axes: Axes, values: pd.DataFrame, form: str, bounds: Sequence[pd.Data
 
 
 # --- annotations ---------------------------------------------------------------------------------
-
-
-def flow_chart(stages: Sequence[str], *, title: str) -> Figure:
-    """Boxes from left to right with arrows between them: the pipeline of a notebook."""
-    figure, axes = _start(pd.DataFrame({"stage": list(stages)}), "stage", 1.5)
-    frame = dict(boxstyle="round,pad=0.4", facecolor="0.95", edgecolor="0.4")
-    place = dict(ha="center", va="center", fontsize=10, bbox=frame)
-    width = max(12, 58 // len(stages))
-    boxes = [axes.text(k, 0, _wrap(stage, width), **place) for k, stage in enumerate(stages)]
-    for k, (left, right) in enumerate(itertools.pairwise(boxes)):
-        ends = dict(patchA=left.get_bbox_patch(), patchB=right.get_bbox_patch())
-        arrow = dict(arrowstyle="->", color="0.3", shrinkA=1, shrinkB=1, **ends)
-        axes.annotate("", (k + 1, 0), (k, 0), arrowprops=arrow)
-    axes.set(xlim=(-0.5, len(stages) - 0.5), ylim=(-0.5, 0.5))
-    axes.axis("off")
-    return _finish(figure, title)
 
 
 def score_histogram(

@@ -126,8 +126,6 @@ def at_gpu(notebook):
                                         x["max_answer"], x["max_prompt"])),
     ("31", lambda x: memory.fine_tuning(skeleton(x["model"], "top", layers=x["train_layers"]),
                                         x["batch"], x["post_tokens"] + x["tokens"])),
-    ("30", lambda x: memory.fine_tuning(skeleton(x["model"], "top", layers=x["train_layers"]),
-                                        4, 256 + x["refinement_tokens"])),
     ("51", lambda x: memory.ppo(skeleton(x["model"], x["train"], layers=x["layers"]), 32, 40,
                                 x["max_new_tokens"], episodes=512)),
 ])  # fmt: skip

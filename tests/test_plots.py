@@ -206,12 +206,6 @@ def test_k_can_be_drawn_in_powers_of_two():
     assert axes.get_xscale() == "log"
 
 
-def test_flow_chart_writes_every_stage():
-    stages = ["instructions", "five responses", "ratings and rankings"]
-    written = texts(plots.flow_chart(stages, title="What happens"))
-    assert set(stages) <= written and "What happens" in written
-
-
 def test_learning_curve_shows_mean_and_range():
     axes = plots.learning_curve(TABLES["curve"], ylabel="reward", reference=1.5).axes[0]
     mean = next(line for line in axes.lines if line.get_label().startswith("x "))

@@ -80,14 +80,9 @@ def test_refine_flags_and_order_of_filling():
     table = rf.refine(writer, articles(2), n=4, extra=1)
     assert table["refinement"][:4].tolist() == [drafts[1], drafts[2], drafts[4], drafts[3]]
     assert table["candidate"].tolist() == [0, 1, 2, 3] * 2
-    assert rf.count_flags(table) == {
-        "empty": 0,
-        "overlong": 0,
-        "duplicate": 2,
-        "unchanged": 2,
-        "n": 8,
-    }
-    assert rf.count_flags(rf.refine(writer, articles(1), n=5))["empty"] == 1
+    flags = table[["empty", "overlong", "duplicate", "unchanged"]].sum()
+    assert flags.tolist() == [0, 0, 2, 2]
+    assert rf.refine(writer, articles(1), n=5)["empty"].sum() == 1
 
 
 def test_refine_shows_the_feedback_asked_for():
@@ -244,22 +239,13 @@ def test_ties_count_different_texts_only():
     assert list(rf.tied(table, scores)) == [True, False, False]
 
 
-def test_choosers_share_one_interface():
-    table = candidates()
-    prompts = []
-    choosers = {
-        "longest": rf.longest,
-        "oracle": rf.RubricOracle(),
-        "reward model": rf.Scored(lambda p, r: prompts.extend(p) or [-len(x) for x in r]),
-    }
-    scores = {name: chooser(table) for name, chooser in choosers.items()}
-    assert (
-        rf.choose(table, scores["oracle"])["refinement"].tolist()
-        == ["Lake Ormin is in Halland."] * 3
-    )
-    assert rf.choose(table, scores["reward model"])["refinement"].tolist() == ["Lake Ormin."] * 3
-    assert prompts[0] == rf.summary_prompt("Lake Ormin", POST)
-    report = rf.chooser_report(rf.measure(table, RUBRIC), scores)
+def test_a_choosers_report_is_the_gain_over_an_articles_mean():
+    table = rf.measure(candidates(), RUBRIC)
+    oracle = table["incorporated"].fillna(0) + table["score"]
+    scores = {"longest": rf.longest(table), "oracle": oracle.to_numpy()}
+    best = rf.choose(table, scores["oracle"])["refinement"]
+    assert best.tolist() == ["Lake Ormin is in Halland."] * 3
+    report = rf.chooser_report(table, scores)
     oracle = report.set_index(["chooser", "measure"]).loc[("oracle", "incorporated")]
     assert oracle["value"] == 1 and oracle["n"] == 3
     assert oracle["difference"] == pytest.approx(1 - 1 / 3)

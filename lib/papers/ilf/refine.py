@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -295,12 +295,6 @@ def _candidates(drafts: Sequence[Draft], summary: str) -> list[dict]:
     return sorted(rows, key=lambda c: (c["empty"], c["duplicate"]))
 
 
-def count_flags(table: pd.DataFrame) -> dict[str, int]:
-    """How many refinements are empty, overlong, duplicate, unchanged; n of them."""
-    flags = ("empty", "overlong", "duplicate", "unchanged")
-    return {name: int(table[name].sum()) for name in flags} | {"n": len(table)}
-
-
 # --- was the feedback followed? ------------------------------------------------------------------
 
 
@@ -375,28 +369,6 @@ def tied(table: pd.DataFrame, scores: Sequence[float]) -> np.ndarray:
 def longest(table: pd.DataFrame) -> np.ndarray:
     """Chooser: words of the refinement."""
     return table["refinement"].map(lambda text: len(words(text))).to_numpy(float)
-
-
-@dataclass(frozen=True)
-class RubricOracle:
-    """Chooser: what the rubric itself would take, feedback incorporated first, then its score."""
-
-    rubric: Rubric = Rubric()
-
-    def __call__(self, table: pd.DataFrame) -> np.ndarray:
-        judged = measure(table, self.rubric)
-        return judged["incorporated"].fillna(0).to_numpy() + judged["score"].to_numpy()
-
-
-@dataclass(frozen=True)
-class Scored:
-    """Chooser: any scorer of (prompts, responses), such as `RewardModel.score`, given the summary prompt."""
-
-    score: Callable[[Sequence[str], Sequence[str]], np.ndarray]
-
-    def __call__(self, table: pd.DataFrame) -> np.ndarray:
-        prompts = [summary_prompt(row.title, row.post) for row in table.itertuples()]
-        return np.asarray(self.score(prompts, list(table["refinement"])), dtype=float)
 
 
 class EmbeddingSimilarity:
