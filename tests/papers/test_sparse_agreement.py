@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lib import preferences
+from lib import preferences, stats
 from lib.papers.sparse_feedback import analysis, conversions
 
 ITEMS = [
@@ -137,6 +137,8 @@ def test_consistency_by_hand():
     assert found["chance"] == pytest.approx(chance)
     assert found["kappa"] == pytest.approx((0.5 - chance) / (1 - chance))
     assert analysis.agreement_table(rows).to_numpy().tolist() == [[1, 1, 1], [0, 1, 0], [0, 0, 0]]
+    by_gap = analysis.consistency_by_gap(rows).set_index("gap")
+    assert by_gap.value.tolist() == [1, 0.5, 0] and by_gap.pairs.tolist() == [1, 2, 1]
 
 
 def of_prompts(table, name="input"):
@@ -148,8 +150,11 @@ def test_intervals_count_prompts_not_pairs():
     rated = of_prompts(ratings(("a", 5), ("b bb", 3), ("c", 3)))
     ranked = of_prompts(rankings(("a", "b bb", "(a)"), ("b bb", "c", "(a)"), ("a", "c", "(b)")))
     rows = analysis.pair_verdicts(rated, ranked)
-    found = analysis.agreement(rows)["consistency"]
-    assert found.n == 3 and found.low == found.high  # all prompts are alike
+    by_gap = analysis.consistency_by_gap(rows)
+    assert by_gap.n.tolist() == [3, 3] and by_gap.pairs.tolist() == [3, 6]
+    # all prompts are alike, so drawing them anew changes nothing; none agrees is not certainty
+    assert by_gap.value.tolist() == by_gap.low.tolist() == [0, 0.5]
+    assert by_gap.high[0] == stats.proportion(0, 3).high > 0.5 == by_gap.high[1]
     words = analysis.preferred_against_other(rows).set_index(["protocol", "measure"])
     words = words.loc[("rankings", "words")]
     assert words["mean"] == pytest.approx((1 + 2 + 2 + 1 + 1 + 1) / 6)
@@ -174,6 +179,7 @@ def test_a_missing_verdict_or_score_counts_for_no_side():
     rows = analysis.pair_verdicts(rated, ranked)
     assert rows.response2.tolist() == ["b"] and rows.attrs["left_out"] == 3
     assert analysis.agreement(rows)["consistency"].value == 1
+    assert analysis.consistency_by_gap(rows)[["agree", "pairs"]].values.tolist() == [[1, 1]]
     preferred = analysis.preferred_against_other(rows.assign(derived=None))
     assert preferred.set_index("protocol").loc["ratings", "longer_n"].tolist() == [0, 0, 0]
     items = [{"instruction": "i", "input": "x", "responses": ["a b", "b", "d"]}]
@@ -207,6 +213,7 @@ def test_one_pair_and_none():
     none = analysis.pair_verdicts(ratings(), rankings())
     found = analysis.agreement(one)
     assert found["consistency"].value == 1 and np.isnan(found["consistency"].low)
+    assert analysis.consistency_by_gap(none).empty and "pairs" in analysis.consistency_by_gap(none)
     assert analysis.preferred_against_other(none)["n"].tolist() == [0] * 6
     assert not analysis.judge_report(ratings(("a", None)), rankings(("a", "b", None))).passes.any()
 

@@ -96,6 +96,23 @@ def agreement(rows: pd.DataFrame, seed: int = 0) -> dict[str, Interval]:
     }
 
 
+def consistency_by_gap(rows: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
+    """Consistency for each |difference of the two ratings|, prompts resampled.
+
+    Columns gap, value, low, high, n (prompts), agree and pairs (counts).  Where all pairs agree or none
+    does, resampling shows no spread; then the bounds are Wilson's for n prompts.
+    """
+    table = []
+    for gap, part in rows.groupby("gap"):
+        same = (part["derived"] == part["direct"]).to_numpy()
+        interval = bootstrap(same, clusters=part["prompt"].to_numpy(), seed=seed)
+        if interval.value in (0, 1):
+            interval = proportion(round(interval.value * interval.n), interval.n)
+        counts = {"agree": int(same.sum()), "pairs": len(same)}
+        table.append({"gap": int(gap), **interval._asdict(), **counts})
+    return pd.DataFrame(table, columns=["gap", *Interval._fields, "agree", "pairs"])
+
+
 def preferred_against_other(rows: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     """Length and distinct words of preferred minus unpreferred responses, under either protocol.
 
