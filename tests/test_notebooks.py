@@ -407,7 +407,8 @@ def test_a_kept_policy_of_43_is_the_one_that_was_measured(tmp_path):
 def test_a_kept_refiner_and_a_reward_model_of_your_own_are_used_by_31(tmp_path):
     """Nothing is warmed up, and the kept reward model's scores choose; what 31 trains is kept."""
     refiner = tmp_path / "refiner"
-    models.save(*models.build_tiny_model("tiny"), refiner)
+    words = {*models.sample_words(), "Yes", "No", "True", "False", "A", "B"}  # as 31's own
+    models.save(*models.build_tiny_model("tiny", words=sorted(words)), refiner)
     model, tokenizer = models.load_policy(str(refiner), dtype=torch.float32)
     reward = reward_models.RewardModel(model.base_model, tokenizer)
     torch.nn.init.constant_(reward.head.bias, 2.5)  # all texts alike
