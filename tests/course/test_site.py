@@ -16,8 +16,6 @@ from lib.course import address, notebooks, site
 ROOT = Path(__file__).parents[2]
 # Figures whose alt text is still the caption; a notebook leaves this list when it is rewritten.
 ALT_IS_CAPTION = {
-    "22_reward_models_best_of_n",
-    "30_refine_with_language_feedback",
     "31_learn_from_refinements",
 }
 
