@@ -13,7 +13,7 @@ from conftest import WORDS, completion
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lib import annotator, cards, chat, models, policy, training
+from lib import cards, chat, models, policy, training
 from lib.papers.alt import conditions, critics, loop
 from lib.papers.alt.conditions import Conditioner
 from lib.papers.alt.labels import (
@@ -334,12 +334,6 @@ def test_critics_speak_in_at_most_ten_words_and_agree_with_their_score():
     ]  # fmt: skip
     with pytest.raises(ValueError, match="over 1 words"):
         critics.axes_critic([axis, fine], max_words=1)(["p"], ["nice"])
-    source = (
-        "Ada Lovelace was an English mathematician who wrote for the Analytical Engine in 1843."
-    )
-    critic = critics.rubric_critic(annotator.SimulatedAnnotator())
-    good, bad = critic([source] * 2, [source, "no no no no no no no no no no"])
-    assert good["score"] == 3.0 and bad["score"] < good["score"] and bad["feedback"]
 
 
 LABELS = (

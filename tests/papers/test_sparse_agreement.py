@@ -163,21 +163,6 @@ def test_intervals_count_prompts_not_pairs():
     assert words.pairs == 6
 
 
-def test_agreement_by_prompt_by_hand():
-    rated = of_prompts(ratings(("a", 5), ("b", 3), ("c", 3)))
-    ranked = of_prompts(rankings(("a", "b", "(a)"), ("b", "c", "(a)")))
-    first = analysis.pair_verdicts(rated, ranked)
-    rated.loc[rated.input == "x1", "score"] = [3, 3, 3]  # all "equal" now
-    ranked.loc[ranked.input == "x2", "verdict"] = "(b)"
-    second = analysis.pair_verdicts(rated, ranked)
-    found = analysis.agreement_by_prompt(first, second)
-    assert found["rating, rating"].tolist() == [1, 0.5, 1]
-    assert found["ranking, ranking"].tolist() == [1, 1, 0]
-    assert found["rating, ranking"].tolist() == [0.5, 0.25, 0.25]
-    with pytest.raises(ValueError, match="hold other pairs"):
-        analysis.agreement_by_prompt(first, second[::-1])
-
-
 def test_line_ends_do_not_part_a_pair():
     rows = analysis.pair_verdicts(ratings(("a\r\nb", 3), ("c", 2)), rankings(("a\nb", "c", "(a)")))
     assert rows.derived.tolist() == ["(a)"]

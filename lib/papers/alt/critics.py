@@ -10,7 +10,6 @@ from functools import partial
 import numpy as np
 
 from lib import runtime, scorers
-from lib.annotator import SimulatedAnnotator
 from lib.answers import first_line, parse_whole, without_reasoning
 from lib.chat import ChatClient, Reply, chat, with_defaults
 from lib.papers.alt import labels
@@ -72,27 +71,6 @@ def shuffled(feedback: Feedback, seed: int = 0) -> Feedback:
         answers = feedback(prompts, responses)
         draw = int(runtime.content_hash(seed, list(prompts), list(responses))[:15], 16)
         return [answers[i] for i in np.random.default_rng(draw).permutation(len(answers))]
-
-    return ask
-
-
-def rubric_critic(
-    annotator: SimulatedAnnotator, source_of: Callable[[str], str] = str, point: float = 0.5
-) -> Feedback:
-    """The rubric's critique, and a point each for form, accuracy and coverage: words without a network.
-
-    `source_of` finds the passage in the prompt.  A part earns its point above `point`.
-    """
-
-    def ask(prompts, responses):
-        rows = []
-        for prompt, response in zip(prompts, responses, strict=True):
-            source = source_of(prompt)
-            shares = annotator.rubric.judge(source, response)
-            parts = (1 - shares.repetition) * shares.length, shares.support, shares.coverage
-            text = annotator.critique(source, response, name_facts=False) or "Nothing to criticise."
-            rows.append({"score": float(sum(part > point for part in parts)), "feedback": text})
-        return rows
 
     return ask
 

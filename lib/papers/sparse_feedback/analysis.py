@@ -113,27 +113,6 @@ def consistency_by_gap(rows: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     return pd.DataFrame(table, columns=["gap", *Interval._fields, "agree", "pairs"])
 
 
-def agreement_by_prompt(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:
-    """How often two annotations of the same pairs agree, within and across protocols: one row a prompt.
-
-    `first` and `second` are tables of `pair_verdicts` with the same pairs in the same order.  Columns
-    "rating, rating" (verdicts implied by ratings), "ranking, ranking", "rating, ranking" (within each
-    annotation, the mean of both); index prompt.  Raises ValueError for tables of other pairs.
-    """
-    pairs = [list(zip(*(t[name] for name in RANKING[:-1]), strict=True)) for t in (first, second)]
-    if pairs[0] != pairs[1]:
-        raise ValueError(
-            "the two tables hold other pairs, or in another order; give the same pairs."
-        )
-    across = [t["derived"] == t["direct"] for t in (first, second)]
-    same = {
-        "rating, rating": first["derived"] == second["derived"],
-        "ranking, ranking": first["direct"] == second["direct"],
-        "rating, ranking": (across[0].astype(float) + across[1]) / 2,
-    }
-    return pd.DataFrame(same).astype(float).groupby(first["prompt"]).mean()
-
-
 def preferred_against_other(rows: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     """Length and distinct words of preferred minus unpreferred responses, under either protocol.
 
