@@ -176,10 +176,7 @@ def test_pairs_fit_the_standard_reward_model():
     assert all(len(found.responses[a]) > len(found.responses[b]) for a, b in found.pairs)
 
 
-# --- weights -------------------------------------------------------------------------------------
-
-
-# --- distance and win points ---------------------------------------------------------------------
+# --- win points -----------------------------------------------------------------------------------
 
 
 def test_win_points_and_ranks(tmp_path):

@@ -314,8 +314,9 @@ def instruct_rm(
     As `refine.InstructRM`, but asked in the annotator's chat form, with stored replies.
     """
     fields = rows[["title", "post", "summary", "feedback", "refinement"]].to_dict("records")
-    asked = [_closed(question, row) for row in fields for question in asked_for]
-    odds = log_odds(annotator.log_probs(asked)).reshape(len(rows), -1)
+    # question by question: an article's refinements then follow each other and share what stands before them
+    asked = [_closed(question, row) for question in asked_for for row in fields]
+    odds = log_odds(annotator.log_probs(asked)).reshape(len(asked_for), len(rows)).T
     return 1 / (1 + np.exp(-odds))
 
 
