@@ -195,26 +195,25 @@ def questions_about(question: toy.Question, clause: str, before: Sequence[str]) 
 def known_answers(n: int = CASES, seed: int = 2) -> dict[str, list[tuple[Question, Question]]]:
     """Questions of each kind in pairs, to the first of which yes is right, to the second no.
 
-    true: a fact, and the same with another value.  asked: what was asked for, and another fact.  said: two
-    clauses, and a third one's name.
+    true: a fact, and the same with another value.  asked: one of what was asked for, at any place, and
+    another fact.  said: one of one to four clauses that stand before, and a fact that none of them states.
     """
     cases: dict[str, list] = {what: [] for what in KINDS}
     for question in toy.draw_questions(n, seed):
         rng = generator(seed, question.prompt)
-        asked, other = (
-            question.asked[0],
-            str(rng.choice(sorted({*question.facts} - {*question.asked}))),
-        )
-        value = question.facts[asked]
-        wrong = str(rng.choice([x for x in toy.ATTRIBUTES[asked] if x != value]))
-        two = [f"{name} {question.facts[name]}" for name in question.asked[:2]]
+        known = question.facts
+        asked = str(rng.choice(question.asked))
+        other = str(rng.choice(sorted({*known} - {*question.asked})))
+        wrong = str(rng.choice([x for x in toy.ATTRIBUTES[asked] if x != known[asked]]))
+        new, *rest = (f"{name} {known[name]}" for name in rng.permutation(list(known)))
+        before = rest[: rng.integers(1, 5)]
         pairs = {
-            "true": (f"{asked} {value}", f"{asked} {wrong}"),
-            "asked": (f"{asked} {value}", f"{other} {question.facts[other]}"),
-            "said": (f"{asked} {wrong}", f"{other} {question.facts[other]}"),
+            "true": (f"{asked} {known[asked]}", f"{asked} {wrong}"),
+            "asked": (f"{asked} {known[asked]}", f"{other} {known[other]}"),
+            "said": (str(rng.choice(before)), new),
         }
         for what, pair in pairs.items():
-            cases[what].append(tuple(questions_about(question, x, two)[what] for x in pair))
+            cases[what].append(tuple(questions_about(question, x, before)[what] for x in pair))
     return cases
 
 
