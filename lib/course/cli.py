@@ -36,8 +36,8 @@ def _publish(options: argparse.Namespace) -> int:
 
 
 def _confirm(options: argparse.Namespace) -> int:
-    codes = [confirm.confirm(name) for name in notebooks.resolve_notebooks(options.notebooks)]
-    return max(codes)
+    names = notebooks.resolve_notebooks(options.notebooks)
+    return max(confirm.confirm(name, options.set) for name in names)
 
 
 def _report(options: argparse.Namespace) -> int:
@@ -201,6 +201,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     text = "notebook whose design is committed, such as 42"
     deciding.add_argument("notebooks", nargs="+", metavar="NOTEBOOK", help=text)
+    text = "a second set of runs, by design-NAME.json"
+    deciding.add_argument("--set", default="", metavar="NAME", help=text)
     report = add("report", _report, "write the page of results, runs/<scale>/index.html")
     text = "write the course as a static site; nothing is executed"
     add("site", _site, text).add_argument("--out", metavar="DIR", help="folder (default site/)")

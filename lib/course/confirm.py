@@ -9,6 +9,9 @@
 run's tables where `Run.stored` finds them: `<scale>/<table>-<seed>.csv.gz` and `settings-<seed>.json`.
 `made.json` beside the design says of each seed the commit of the rules, the code's, device and hours.  A
 killed command continues with the same seed.
+
+A second set of runs of a notebook has a name, such as that of another annotator: `--set NAME` reads
+`design-NAME.json`, writes `made-NAME.json`, and keeps the tables in `<scale>-NAME/`.
 """
 
 from __future__ import annotations
@@ -26,23 +29,28 @@ from lib.course.arms import TUNING_SEEDS
 NEEDED = ("seeds", "scale", "parameters", "tables", "rules")
 
 
-def confirm(name: str) -> int:
+def confirm(name: str, chosen: str = "") -> int:
     """Run the seeds of a notebook's design that are not stored yet; return the exit code.
+
+    chosen: the name of a second set of runs; "": the notebook's own.
 
     Raises RequestError for a design that is missing, wrong or not committed, or a notebook that is not.
     """
     folder = runtime.project_root() / "data" / "results" / name
-    design = read_design(folder / "design.json")
-    commit = _commit_of_rules(folder / "design.json", notebooks.find_notebooks()[name])
-    made = notebooks.read_json(folder / "made.json")
+    ending = f"-{chosen}" if chosen else ""
+    paths = [folder / f"{word}{ending}.json" for word in ("design", "made")]
+    design, made = read_design(paths[0]), notebooks.read_json(paths[1])
+    commit = _commit_of_rules(paths[0], notebooks.find_notebooks()[name])
+    target = folder / (design["scale"] + ending)
     left = [seed for seed in design["seeds"] if str(seed) not in made]
     print(f"{name}: {len(design['seeds']) - len(left)} of {len(design['seeds'])} seeds stored")
     runner.prepare()
     for seed in left:
-        record = _run_seed(name, design, seed)
+        place = runtime.project_root() / "runs" / f"confirm{ending}" / f"seed-{seed}"
+        record = _run_seed(name, design, seed, place)
         if record["status"] != "finished":
             return 130 if record["status"] == "interrupted" else 1
-        _keep_tables(_place(seed) / name, folder / design["scale"], design["tables"], seed)
+        _keep_tables(place / name, target, design["tables"], seed)
         made[str(seed)] = {
             "rules": commit,
             "code": record["git_commit"],
@@ -50,7 +58,7 @@ def confirm(name: str) -> int:
             "hours": round(record["wall_seconds"] / 3600, 3),
             "finished": record["finished"],
         }
-        runtime.write_atomic(folder / "made.json", runtime.to_json(made))
+        runtime.write_atomic(paths[1], runtime.to_json(made))
     return 0
 
 
@@ -107,11 +115,7 @@ def _git(*arguments: str) -> str:
     return done.stdout.rstrip("\n")
 
 
-def _place(seed: int) -> Path:
-    return runtime.project_root() / "runs" / "confirm" / f"seed-{seed}"
-
-
-def _run_seed(name: str, design: dict, seed: int) -> dict:
+def _run_seed(name: str, design: dict, seed: int, place: Path) -> dict:
     """Run the notebook with one seed in a folder of its own; return its record."""
     parameters = notebooks.read_parameters(notebooks.find_notebooks()[name])
     chosen = {**design["parameters"], "SEED": seed}
@@ -119,7 +123,7 @@ def _run_seed(name: str, design: dict, seed: int) -> dict:
         chosen["USE_STORED"] = False
     chosen = notebooks.assign_parameters([name], [[k, json.dumps(v)] for k, v in chosen.items()])
     before = os.environ.get("FEEDBACK_OUT")
-    os.environ["FEEDBACK_OUT"] = str(_place(seed))
+    os.environ["FEEDBACK_OUT"] = str(place)
     try:
         label = f"seed {seed}"
         record = runner.run_notebook(name, design["scale"], chosen[name], force=False, label=label)

@@ -59,8 +59,8 @@ def commit(root):
     git(root, "commit", "-q", "-m", "rules")
 
 
-def write_design(root, **changes):
-    path = root / "data" / "results" / "10_small" / "design.json"
+def write_design(root, name="design.json", **changes):
+    path = root / "data" / "results" / "10_small" / name
     path.write_text(json.dumps(DESIGN | changes))
 
 
@@ -91,6 +91,20 @@ def test_a_failed_seed_is_not_stored_and_runs_again(root, capsys):
     commit(root)
     assert main(["confirm", "10"]) == 0
     assert list(json.loads((folder / "made.json").read_text())) == ["11", "12"]
+
+
+def test_a_second_set_of_runs_stands_apart(root, capsys):
+    write_design(root, "design-real.json", seeds=[11], parameters={"STEPS": 3})
+    commit(root)
+    assert main(["confirm", "10", "--set", "real"]) == 0
+    folder = root / "data" / "results" / "10_small"
+    assert [path.name for path in folder.glob("made*")] == ["made-real.json"]
+    assert main(["confirm", "10"]) == 0
+    run = record.Run("10_small", "smoke", 0, root)
+    assert list(run.stored(settings={"steps": 7})["scores"].seed) == [11, 12]
+    assert list(run.stored("real", settings={"steps": 7}, steps=3)["scores"].seed) == [11]
+    assert main(["confirm", "10", "--set", "other"]) == 2
+    assert "design-other.json is missing" in capsys.readouterr().err
 
 
 def test_rules_and_notebook_must_be_committed(root, capsys):

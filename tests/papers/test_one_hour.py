@@ -10,12 +10,17 @@ import torch
 from lib import generation, losses, models
 from lib.course.arms import Arms
 from lib.papers.fine_grained import toy, toy_models
-from lib.papers.one_hour import annotator, arms, figures, learners, world
+from lib.papers.one_hour import annotator, arms, eyes, figures, learners, world
 from lib.papers.sparse_feedback import sheets
 
 QUESTIONS = toy.draw_questions(60, seed=3)
 PROMPTS = [question.prompt for question in QUESTIONS]
+PERFECT = eyes.Simulated(0.0, 1)
 PROMPT = "colour red, metal iron, city oslo, age two? metal city:"
+
+
+def looked(prompt, answer, error, seed):
+    return eyes.Simulated(error, seed).looks([prompt], [answer])[0]
 
 
 def pool_of(first, second):
@@ -101,7 +106,7 @@ def test_the_first_policy_knows_every_word_it_reads(ground):
 
 def test_without_error_a_look_is_the_truth():
     for prompt, answer in zip(PROMPTS, toy.demonstrate(QUESTIONS, 4), strict=True):
-        truth, seen = toy.judge(prompt, answer), annotator.look(prompt, answer, 0.0, 1)
+        truth, seen = toy.judge(prompt, answer), looked(prompt, answer, 0.0, 1)
         for part in ("relevant", "true", "sentences", "new"):
             np.testing.assert_array_equal(getattr(seen, part), getattr(truth, part))
         assert seen.coverage == pytest.approx(truth.coverage)
@@ -111,7 +116,7 @@ def test_a_look_errs_as_often_as_it_is_said_to():
     flips = []
     for seed in range(20):
         for prompt, answer in zip(PROMPTS, toy.demonstrate(QUESTIONS, 4), strict=True):
-            seen = annotator.look(prompt, answer, 0.2, seed)
+            seen = looked(prompt, answer, 0.2, seed)
             flips += (seen.true != toy.judge(prompt, answer).true).tolist()
     assert abs(np.mean(flips) - 0.2) < 0.02
 
@@ -128,29 +133,29 @@ def test_minutes_buy_what_the_papers_times_say():
 
 @pytest.mark.parametrize("kind", annotator.SECONDS)
 def test_a_larger_budget_has_what_a_smaller_one_bought(kind, pool):
-    few, many = (annotator.buy(kind, n, pool, error=0.2, seed=1) for n in (10, 30))
+    few, many = (annotator.buy(kind, n, pool, eyes.Simulated(0.2, 1)) for n in (10, 30))
     n = len(few.prompts)
     assert few.items == 10 and many.items == 30
     assert few.prompts == many.prompts[:n] and few.answers == many.answers[:n]
     assert few.sentences == many.sentences[:n]
     with pytest.raises(ValueError, match="60 questions"):
-        annotator.buy(kind, 61, pool, error=0.2, seed=1)
+        annotator.buy(kind, 61, pool, eyes.Simulated(0.2, 1))
 
 
 def test_without_error_the_better_answer_is_preferred(pool):
-    bought = annotator.buy("rankings", 60, pool, error=0.0, seed=1)
-    better, worse = (annotator.quality_seen(bought.prompts, x, 0.0) for x in bought.sides)
+    bought = annotator.buy("rankings", 60, pool, eyes.Simulated(0.0, 1))
+    better, worse = (annotator.quality_seen(bought.prompts, x, PERFECT) for x in bought.sides)
     assert (better > worse).all() and 0 < len(better) < 60
 
 
 def test_ratings_rise_with_quality_and_demonstrations_are_right(pool):
-    bought = annotator.buy("ratings", 60, pool, error=0.0, seed=1)
-    quality = annotator.quality_seen(bought.prompts, bought.answers, 0.0)
+    bought = annotator.buy("ratings", 60, pool, eyes.Simulated(0.0, 1))
+    quality = annotator.quality_seen(bought.prompts, bought.answers, PERFECT)
     np.testing.assert_array_equal(bought.values, 1 + np.rint(6 * quality))
-    blind = annotator.buy("ratings", 60, pool, error=0.5, seed=1)
+    blind = annotator.buy("ratings", 60, pool, eyes.Simulated(0.5, 1))
     assert set(blind.values) <= set(range(1, 8))
-    written = annotator.buy("demonstrations", 60, pool, error=0.0, seed=1)
-    assert (annotator.quality_seen(written.prompts, written.answers, 0.0) == 1).all()
+    written = annotator.buy("demonstrations", 60, pool, eyes.Simulated(0.0, 1))
+    assert (annotator.quality_seen(written.prompts, written.answers, PERFECT) == 1).all()
 
 
 def test_a_filled_sheet_becomes_comparisons(tmp_path, pool):
@@ -167,6 +172,90 @@ def test_a_filled_sheet_becomes_comparisons(tmp_path, pool):
         row = rows.loc[prompt]
         sides = [row["output (a)"], row["output (b)"]]
         assert [better, worse] == (sides if row.iloc[-1] == "a" else sides[::-1])
+
+
+# --- a language model's eyes ---------------------------------------------------------------------
+
+
+class TruthfulJudge:
+    """A judge that reads the question's own text, as a model would; it counts what it was asked."""
+
+    def __init__(self, lean=0.0):
+        self.lean, self.asked = lean, []
+
+    def log_probs(self, asked):
+        self.asked += asked
+        odds = np.array([self.lean + (3.0 if self.holds(question) else -3.0) for question in asked])
+        return np.stack([odds, np.zeros(len(asked))], 1)
+
+    def holds(self, question):
+        text = question.shared.removeprefix("Text: ").strip()
+        name, statement = question.rest.split(".")[0].removeprefix("Statement: The ").split(" ", 1)
+        if name == "person":
+            return (
+                statement.split()[-1]
+                in text.split("asks only for")[1].rstrip(".").replace(",", "").split()
+            )
+        if statement.startswith("is already"):
+            return name in [
+                x.split()[0] for x in text.removeprefix("The answer so far: ").split(", ")
+            ]
+        return f"The {name} {statement}." in text
+
+    def write(self, prompts):
+        return [[("Metal: iron, the city is Oslo.", True)] for _ in prompts]
+
+
+@pytest.mark.parametrize("lean", [0.0, 2.5])
+def test_a_model_that_answers_truly_sees_the_truth_wherever_it_leans(lean):
+    model = eyes.Model(TruthfulJudge(lean), seed=1)
+    answers = [*toy.demonstrate(QUESTIONS, 4)[:-3], "", "metal iron, metal iron.", "iron"]
+    for prompt, answer, seen in zip(PROMPTS, answers, model.looks(PROMPTS, answers), strict=True):
+        truth = toy.judge(prompt, answer)
+        for part in ("relevant", "true", "sentences", "new"):
+            np.testing.assert_array_equal(getattr(seen, part), getattr(truth, part), err_msg=answer)
+    assert len({*model.judge.asked}) == len(model.judge.asked) - repeated(model.judge.asked)
+
+
+def repeated(asked):
+    """Questions of the known answers that stand twice: their shared texts are made once a case."""
+    known = [x for pairs in eyes.known_answers().values() for pair in pairs for x in pair]
+    return len(known) - len({*known})
+
+
+@pytest.mark.parametrize("text, read", [
+    ("metal iron, city oslo.", "metal iron, city oslo."),
+    ("Metal: iron, the city is Oslo.", "metal iron, city oslo."),
+    ("metal iron, oslo, age seventy", "metal iron."),
+    ("I cannot say.", ""),
+    ("", ""),
+])  # fmt: skip
+def test_what_a_model_writes_is_read_or_lost(text, read):
+    assert eyes.in_form(text) == read
+
+
+def test_each_kind_can_be_bought_from_a_model_and_lost_demonstrations_are_paid_for(pool):
+    model = eyes.Model(TruthfulJudge(), seed=1)
+    for kind in annotator.SECONDS:
+        bought = annotator.buy(kind, 8, pool, model)
+        simulated = annotator.buy(kind, 8, pool, PERFECT)
+        assert bought.items == 8
+        if kind != "demonstrations":
+            assert bought.answers == simulated.answers and bought.sentences == simulated.sentences
+    assert bought.answers == ["metal iron, city oslo."] * 8
+    model.judge.write = lambda prompts: [[("?", True)] for _ in prompts]
+    bought = annotator.buy("demonstrations", 8, pool, model)
+    assert bought.items == 8 and bought.answers == []
+    errors = annotator.misjudged(annotator.buy("ratings", 8, pool, model), model)
+    assert (errors.error == 0).all() and (errors.clauses > 8).all()
+
+
+def test_known_answers_stand_in_pairs_and_no_case_is_a_question_of_the_notebook():
+    cases = eyes.known_answers(5)
+    assert set(cases) == set(eyes.KINDS) and all(len(pairs) == 5 for pairs in cases.values())
+    judge = TruthfulJudge()
+    for pairs in cases.values():
+        assert all(judge.holds(yes) and not judge.holds(no) for yes, no in pairs)
 
 
 # --- what learns ---------------------------------------------------------------------------------

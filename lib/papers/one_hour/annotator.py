@@ -1,9 +1,9 @@
 """One annotator, one pair of eyes, five ways to say what it saw: what a budget of minutes buys (notebook 90).
 
-The annotator looks at each clause of an answer and misjudges with probability `error` whether it was asked
-for, and with the same probability whether it is true (`look`).  A rating, a comparison, a sentence or spans
-are then exact reports of that look; a demonstration has as many wrong values.  So kinds of feedback differ
-in what they report and in the time that takes, not in how well the annotator sees.
+The annotator looks at each clause of an answer, and may misjudge whether it was asked for and whether it is
+true (`eyes`: a program that errs, or a language model).  A rating, a comparison, a sentence or spans are then
+exact reports of such a look; a demonstration it writes itself.  So kinds of feedback differ in what they
+report and in the time that takes, not in how well the annotator sees.
 
 `SECONDS` of an item.  ILF (Scheurer et al. 2023) timed comparison, feedback in words and an ideal summary on
 one task.  Fine-grained RLHF (Wu et al. 2023) states about 6 minutes for marking spans and about 15 for
@@ -20,9 +20,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from lib import generation, preferences, tables, training
+from lib import generation, preferences, tables
 from lib.papers.fine_grained import toy
 from lib.papers.one_hour import world
+from lib.papers.one_hour.eyes import Eyes, generator
 from lib.papers.sparse_feedback import sheets
 
 IDEAL = 195.5  # seconds
@@ -61,33 +62,9 @@ class Bought:
         return self.answers, self.rejected
 
 
-def look(prompt: str, answer: str, error: float, *seed) -> toy.Errors:
-    """The errors that the annotator sees; another seed is another look."""
-    truth = toy.judge(prompt, answer)
-    rng = _rng(*seed, prompt, answer)
-    flips = rng.random((2, len(truth.true))) < error
-    relevant, true = truth.relevant ^ flips[0], truth.true ^ flips[1]
-    names = [(clause.split() or [""])[0] for clause in world.clauses_of(answer)]
-    sentences, new, stated, first = [], [], set(), 0
-    for start, end in toy.Segmenter("sentence").spans(answer):
-        last = first + len(world.clauses_of(answer[start:end]))
-        now = {name for name, fact in zip(names[first:last], true[first:last], strict=True) if fact}
-        sentences.append(bool(true[first:last].all()))
-        new.append(bool(now - stated))
-        stated |= now
-        first = last
-    covered = min(1.0, (relevant & true).sum() / truth.asked)
-    return toy.Errors(relevant, true, np.array(sentences), np.array(new), covered, truth.asked)
-
-
-def _rng(seed, *key) -> np.random.Generator:
-    return np.random.default_rng(training.seed_for(seed, *key))
-
-
-def quality_seen(prompts, answers, error: float, *seed) -> np.ndarray:
+def quality_seen(prompts, answers, eyes: Eyes, kind: str = "") -> np.ndarray:
     """(answers,) complete x faithful as the annotator sees it."""
-    pairs = zip(prompts, answers, strict=True)
-    return np.array([world.grade(look(*pair, error, *seed)).quality for pair in pairs])
+    return np.array([world.grade(errors).quality for errors in eyes.looks(prompts, answers, kind)])
 
 
 def items_of(kind: str, minutes: float, seconds: Mapping[str, float] = SECONDS) -> int:
@@ -97,7 +74,7 @@ def items_of(kind: str, minutes: float, seconds: Mapping[str, float] = SECONDS) 
     return max(2, int(minutes * 60 / seconds[kind]))
 
 
-def buy(kind: str, items: int, pool: generation.Samples, *, error: float, seed: int) -> Bought:
+def buy(kind: str, items: int, pool: generation.Samples, eyes: Eyes) -> Bought:
     """So many items of one kind, question by question; `pool` holds two answers to each question.
 
     More items begin with the fewer ones.  ValueError where the pool has not so many questions.
@@ -107,18 +84,17 @@ def buy(kind: str, items: int, pool: generation.Samples, *, error: float, seed: 
     prompts = pool.prompts[: 2 * items : 2]
     first, second = pool.texts[: 2 * items : 2], pool.texts[1 : 2 * items : 2]
     if kind == "ratings":
-        seen = quality_seen(prompts, first, error, seed, kind)
-        values = LOWEST + np.rint((HIGHEST - LOWEST) * seen)
+        values = LOWEST + np.rint((HIGHEST - LOWEST) * quality_seen(prompts, first, eyes, kind))
         return Bought(kind, items, prompts, first, values=values)
     if kind == "rankings":
-        return _ranked(items, prompts, first, second, error, seed)
+        return _ranked(items, prompts, first, second, eyes)
     if kind == "demonstrations":
-        return Bought(kind, items, prompts, [ideal(p, error, seed) for p in prompts])
-    looks = [look(*pair, error, seed, kind) for pair in zip(prompts, first, strict=True)]
+        return _written(items, prompts, eyes)
+    looks = eyes.looks(prompts, first, kind)
     if kind == "spans":
         return Bought(kind, items, prompts, first, marks=marks_of(looks))
     triples = zip(prompts, first, looks, strict=True)
-    said = [str(_rng(seed, p, a).choice(world.flaws_of(p, a, e))) for p, a, e in triples]
+    said = [str(generator(eyes.seed, p, a).choice(world.flaws_of(p, a, e))) for p, a, e in triples]
     return Bought(kind, items, prompts, first, sentences=said)
 
 
@@ -137,36 +113,53 @@ def from_sheet(path: Path | str) -> Bought:
     return Bought("rankings", len(cells), ranked.instruction.tolist(), better, worse)
 
 
-def _ranked(items, prompts, first, second, error, seed) -> Bought:
-    a, b = (quality_seen(prompts, x, error, seed, "rankings") for x in (first, second))
+def _ranked(items, prompts, first, second, eyes) -> Bought:
+    a, b = (quality_seen(prompts, x, eyes, "rankings") for x in (first, second))
     rows = zip(prompts, first, second, a, b, strict=True)
     rows = [(p, x, y) if u > v else (p, y, x) for p, x, y, u, v in rows if u != v]
     asked, better, worse = map(list, zip(*rows, strict=True)) if rows else ([], [], [])
     return Bought("rankings", items, asked, better, worse)
 
 
-def telling_example(pool: generation.Samples, error: float, seed: int) -> int:
+def _written(items, prompts, eyes) -> Bought:
+    """Demonstrations; one that cannot be read is lost, though it was paid for."""
+    rows = [(p, text) for p, text in zip(prompts, eyes.ideals(prompts), strict=True) if text]
+    asked, answers = map(list, zip(*rows, strict=True)) if rows else ([], [])
+    return Bought("demonstrations", items, asked, answers)
+
+
+def telling_example(pool: generation.Samples, eyes: Eyes) -> int:
     """The number of an answer of four clauses, or about, of which one look misjudges one, or about."""
     far = []
-    for prompt, answer in zip(pool.prompts, pool.texts, strict=True):
-        truth, seen = toy.judge(prompt, answer), look(prompt, answer, error, seed)
+    looks = eyes.looks(pool.prompts, pool.texts, "")
+    for prompt, answer, seen in zip(pool.prompts, pool.texts, looks, strict=True):
+        truth = toy.judge(prompt, answer)
         misjudged = (truth.true != seen.true).sum() + (truth.relevant != seen.relevant).sum()
         kinds = len({*zip(truth.relevant, truth.true, strict=True)})
         far.append(2 * abs(misjudged - 1) + abs(len(truth.true) - 4) - kinds)
     return int(np.argmin(far))
 
 
-def ideal(prompt: str, error: float, seed: int) -> str:
-    """What the annotator writes itself: all that was asked, each value wrong with probability `error`."""
-    question, rng = toy.read(prompt), _rng(seed, "ideal", prompt)
-    values = [
-        rng.choice(toy.ATTRIBUTES[name]) if rng.random() < error else question.facts[name]
-        for name in question.asked
-    ]
-    return (
-        ", ".join(f"{name} {value}" for name, value in zip(question.asked, values, strict=True))
-        + "."
-    )
+def misjudged(bought: Bought, eyes: Eyes) -> pd.DataFrame:
+    """How a kind's looks at the answers that were bought err: a row for true and for asked and new.
+
+    Columns: clauses, error (share misjudged), missed (of what is so), invented (of what is not).
+    """
+    looks = eyes.looks(bought.prompts, bought.answers, bought.kind)
+    truths = [toy.judge(*pair) for pair in zip(bought.prompts, bought.answers, strict=True)]
+    rows = []
+    for name, label in (("true", "true"), ("relevant", "asked and new")):
+        so, seen = (np.concatenate([getattr(e, name) for e in x]) for x in (truths, looks))
+        rows.append(
+            {
+                "what": label,
+                "clauses": len(so),
+                "error": (so != seen).mean(),
+                "missed": (~seen[so]).mean(),
+                "invented": seen[~so].mean(),
+            }
+        )
+    return pd.DataFrame(rows)
 
 
 def marks_of(looks: Sequence[toy.Errors]) -> dict[str, list[np.ndarray]]:

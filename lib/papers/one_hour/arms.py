@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lib import generation, ppo, rewards, sft
 from lib.papers.alt import conditions, critics, labels, loop
 from lib.papers.fine_grained import toy_arms, toy_models
-from lib.papers.one_hour import annotator, learners, world
+from lib.papers.one_hour import annotator, eyes, learners, world
 from lib.rewards import RewardFunction
 
 DECAY = {"ratings": 1.0, "rankings": 1.0}  # of the reward models' heads, chosen with best of n
@@ -35,7 +35,8 @@ REFINEMENTS = 5  # of which one is imitated, as in ILF
 class Settings:
     """What all arms share."""
 
-    error: float = 0.1  # how often the annotator misjudges a clause
+    annotator: str = eyes.SIMULATED  # or a local model's name
+    error: float = 0.1  # how often the simulated one misjudges a clause
     seconds: dict[str, float] = field(default_factory=lambda: dict(annotator.SECONDS))  # an item
     best_of: int = 16
     steps: int = 100  # of PPO
@@ -82,6 +83,11 @@ class Ground:
         )
 
     @functools.cached_property
+    def eyes(self) -> eyes.Eyes:
+        """The annotator."""
+        return eyes.of(self.settings.annotator, self.settings.error, self.seed)
+
+    @functools.cached_property
     def pool(self) -> generation.Samples:
         """Two answers to each annotated question: what the annotator may see."""
         return self.sample(self.first, self.prompts.annotated, 2, 1)
@@ -111,7 +117,7 @@ class Ground:
     def buy(self, kind: str, minutes: float) -> annotator.Bought:
         """What the minutes buy of a kind."""
         items = annotator.items_of(kind, minutes, self.settings.seconds)
-        return annotator.buy(kind, items, self.pool, error=self.settings.error, seed=self.seed)
+        return annotator.buy(kind, items, self.pool, self.eyes)
 
     def policy(self) -> PreTrainedModel:
         """A new copy of the first policy."""
@@ -138,18 +144,16 @@ class Ground:
         return [self.candidates.texts[n * i + place] for i, place in enumerate(places)]
 
     def without_feedback(self) -> dict[str, list[str]]:
-        """What no feedback was bought for: the first policy, best of n by its likelihood; and the annotator
-        choosing best of n itself, whose minutes are not counted.
+        """What no feedback was bought for: the first policy, best of n by its likelihood; and the simulated
+        annotator choosing best of n itself, whose minutes are not counted (a model's would take hours).
         """
         drawn, n = self.candidates, self.settings.best_of
         likely = np.array([row.mean() for row in drawn.model_log_probs])
-        error = self.settings.error
-        seen = annotator.quality_seen(drawn.prompts, drawn.texts, error, self.seed, "ceiling")
-        return {
-            "first policy": drawn.texts[::n],
-            "nothing, best of n": self.best(likely),
-            "annotator, best of n": self.best(seen),
-        }
+        free = {"first policy": drawn.texts[::n], "nothing, best of n": self.best(likely)}
+        if self.settings.annotator == eyes.SIMULATED:
+            seen = annotator.quality_seen(drawn.prompts, drawn.texts, self.eyes, "ceiling")
+            free["annotator, best of n"] = self.best(seen)
+        return free
 
 
 class Used(NamedTuple):
@@ -271,8 +275,10 @@ def imitate(ground: Ground, bought: annotator.Bought, passes: int) -> tuple[list
     targets, samples = bought.answers, 0
     if bought.kind == "words":
         targets, samples = refine(ground, bought)
-    epochs = max(1, min(int(passes), ground.settings.passes // len(targets)))
     policy = ground.policy()
+    if not targets:
+        return ground.sample(policy, ground.prompts.test, 1, 3).texts, Used(samples)
+    epochs = max(1, min(int(passes), ground.settings.passes // len(targets)))
     sft.train_sft(
         policy, ground.tokenizer, sft.encode_completions(ground.tokenizer, bought.prompts, targets),
         learning_rate=ground.settings.learning_rate, num_train_epochs=epochs,
