@@ -422,6 +422,8 @@ def test_word_removal_items_and_scores():
 
     exact = rf.word_removal(answers([t.removeprefix("You are") for t in items.target]), items)
     assert exact[["exact", "removed", "kept"]].to_numpy().min() == 1
+    begun_anew = rf.word_removal(answers(list(items.target)), items)  # as a chat model does
+    assert begun_anew[["exact", "removed", "kept"]].to_numpy().min() == 1
     copied = rf.word_removal(
         answers([s.removeprefix("You are") + "\nMore" for s in items.sentence]), items
     )
