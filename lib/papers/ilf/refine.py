@@ -662,7 +662,7 @@ def _listed(names: Sequence[str]) -> str:
     return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
 
-def _sentence(line: str) -> str:
+def _begun(line: str) -> str:
     """The sentence that an answer makes of "You are"; a chat model often begins it anew."""
     begun = line.strip().lower().startswith("you are")
     return " ".join((line if begun else encoding.join_texts("You are", line)).split())
@@ -675,7 +675,7 @@ def word_removal(writer: Writer, items: pd.DataFrame) -> pd.DataFrame:
     """
     drafts = writer(list(items["prompt"]), 1, 0)
     first_lines = [row[0].text.split("\n")[0] for row in drafts]
-    answers = [_sentence(line) for line in first_lines]
+    answers = [_begun(line) for line in first_lines]
 
     def share(answer, names, wanted):
         held = set(words(answer))
