@@ -44,7 +44,8 @@ def effects(
     """Differences b - a of each pair and column with intervals, as a figure and a table, each a metric.
 
     `tabled`: columns of another unit, which stand in the table alone.  Pairs of which one side did not run
-    are left out; where none is left, a line says so.
+    are left out; where none is left, a line says so.  More than five pairs are the figure's rows, and the
+    columns its legend.
     """
     pairs = [pair for pair in pairs if set(pair) <= set(arms.names)]
     if not pairs:
@@ -54,7 +55,10 @@ def effects(
     drawn = rows[rows.group.isin(columns)]
     if (drawn.n <= 1).all():  # one number a seed: no n of prompts for the title
         drawn = drawn.drop(columns="n")
-    figure = plots.interval_plot(drawn, xlabel="difference", reference=0, title=title)
+    shown = drawn
+    if len(pairs) > 5:  # nobody reads a legend of more
+        shown = drawn.rename(columns={"group": "condition", "condition": "group"})
+    figure = plots.interval_plot(shown, xlabel="difference", reference=0, title=title)
     bounded = drawn[drawn.low.notna()]
     named = bounded[(bounded.low > 0) | (bounded.high < 0)]
     alt = f"{len(named)} of {len(bounded)} intervals lie on one side of 0"
