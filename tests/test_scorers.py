@@ -292,7 +292,7 @@ class Perspective:
     """A stand-in on 127.0.0.1: `script` holds what the next requests get instead of an answer."""
 
     def __init__(self):
-        self.asked, self.script, self.keys, self.times = [], [], set(), []
+        self.asked, self.script, self.keys = [], [], set()
         outer = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -302,7 +302,6 @@ class Perspective:
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 outer.keys.add(self.headers["X-Goog-Api-Key"])
-                outer.times.append(time.monotonic())
                 assert KEY not in self.path and body["doNotStore"] is True
                 self.answer(body["comment"]["text"])
 
@@ -384,8 +383,9 @@ def test_perspective_rides_out_every_passing_failure_and_asks_nothing_twice(serv
 
 
 def test_perspective_keeps_to_its_rate(service):
+    begun = time.monotonic()  # at the client: a busy server may see the first request late
     perspective(service, requests_per_second=20).score([f"text {i}" for i in range(5)])
-    assert service.times[-1] - service.times[0] > 0.9 * 4 / 20
+    assert time.monotonic() - begun > 0.9 * 4 / 20
 
 
 def test_perspective_stops_with_one_clear_error_and_keeps_what_it_has(service):
