@@ -32,15 +32,14 @@ NEEDED = ("seeds", "scale", "parameters", "tables", "rules")
 def confirm(name: str, chosen: str = "") -> int:
     """Run the seeds of a notebook's design that are not stored yet; return the exit code.
 
-    chosen: the name of a second set of runs; "": the notebook's own.
-
-    Raises RequestError for a design that is missing, wrong or not committed, or a notebook that is not.
+    chosen: the name of a second set of runs; "": the notebook's own.  Raises RequestError for a design
+    that is missing, wrong or not committed, or a notebook that is not.
     """
     folder = runtime.project_root() / "data" / "results" / name
     ending = f"-{chosen}" if chosen else ""
-    paths = [folder / f"{word}{ending}.json" for word in ("design", "made")]
-    design, made = read_design(paths[0]), notebooks.read_json(paths[1])
-    commit = _commit_of_rules(paths[0], notebooks.find_notebooks()[name])
+    rules, done = folder / f"design{ending}.json", folder / f"made{ending}.json"
+    design, made = read_design(rules), notebooks.read_json(done)
+    commit = _commit_of_rules(rules, notebooks.find_notebooks()[name])
     target = folder / (design["scale"] + ending)
     left = [seed for seed in design["seeds"] if str(seed) not in made]
     print(f"{name}: {len(design['seeds']) - len(left)} of {len(design['seeds'])} seeds stored")
@@ -58,7 +57,7 @@ def confirm(name: str, chosen: str = "") -> int:
             "hours": round(record["wall_seconds"] / 3600, 3),
             "finished": record["finished"],
         }
-        runtime.write_atomic(paths[1], runtime.to_json(made))
+        runtime.write_atomic(done, runtime.to_json(made))
     return 0
 
 

@@ -214,10 +214,10 @@ def test_a_model_that_answers_truly_sees_the_truth_wherever_it_leans(lean):
         truth = toy.judge(prompt, answer)
         for part in ("relevant", "true", "sentences", "new"):
             np.testing.assert_array_equal(getattr(seen, part), getattr(truth, part), err_msg=answer)
-    assert len({*model.judge.asked}) == len(model.judge.asked) - repeated(model.judge.asked)
+    assert len({*model.judge.asked}) == len(model.judge.asked) - repeated()
 
 
-def repeated(asked):
+def repeated():
     """Questions of the known answers that stand twice: their shared texts are made once a case."""
     known = [x for pairs in eyes.known_answers().values() for pair in pairs for x in pair]
     return len(known) - len({*known})
@@ -253,6 +253,8 @@ def test_each_kind_can_be_bought_from_a_model_and_lost_demonstrations_are_paid_f
 def test_known_answers_stand_in_pairs_and_no_case_is_a_question_of_the_notebook():
     cases = eyes.known_answers(5)
     assert set(cases) == set(eyes.KINDS) and all(len(pairs) == 5 for pairs in cases.values())
+    shown = {question.prompt for question in toy.draw_questions(16_000, 1)}  # the notebook's
+    assert not shown & {question.prompt for question in toy.draw_questions(eyes.CASES, 2)}
     judge = TruthfulJudge()
     for pairs in cases.values():
         assert all(judge.holds(yes) and not judge.holds(no) for yes, no in pairs)

@@ -52,9 +52,9 @@ def generator(seed: int, *key) -> np.random.Generator:
 
 
 def errors_of(prompt: str, answer: str, relevant: np.ndarray, true: np.ndarray) -> toy.Errors:
-    """The errors of an answer to whom its clauses look so, (clauses,) each: its sentences follow."""
+    """The errors of an answer to someone who sees its clauses so, (clauses,) each; its sentences follow."""
     asked = len(toy.read(prompt).asked)
-    names = [name_of(clause) for clause in world.clauses_of(answer)]
+    names = [world.name_of(clause) for clause in world.clauses_of(answer)]
     sentences, new, stated, first = [], [], set(), 0
     for start, end in toy.Segmenter("sentence").spans(answer):
         last = first + len(world.clauses_of(answer[start:end]))
@@ -65,11 +65,6 @@ def errors_of(prompt: str, answer: str, relevant: np.ndarray, true: np.ndarray) 
         first = last
     covered = min(1.0, (relevant & true).sum() / asked)
     return toy.Errors(relevant, true, np.array(sentences), np.array(new), covered, asked)
-
-
-def name_of(clause: str) -> str:
-    """What a clause speaks of: its first word; "" for an empty one."""
-    return (clause.split() or [""])[0].strip(",.")
 
 
 # --- a program that errs -------------------------------------------------------------------------
@@ -178,7 +173,7 @@ def asked_for(question: toy.Question) -> str:
 
 def questions_about(question: toy.Question, clause: str, before: Sequence[str]) -> dict:
     """What a model is asked about a clause: {} for an empty one; "said" only where clauses stand before."""
-    name, rest = name_of(clause), " ".join(clause.rstrip(" ,.").split()[1:])
+    name, rest = world.name_of(clause), " ".join(clause.rstrip(" ,.").split()[1:])
     if not name:
         return {}
     text = f"{facts_of(question)} A person asks only for {asked_for(question)}."

@@ -57,6 +57,11 @@ def clauses_of(text: str) -> list[str]:
     return toy.Segmenter("clause").texts(text)
 
 
+def name_of(clause: str) -> str:
+    """What a clause speaks of: its first word; "" for an empty one."""
+    return (clause.split() or [""])[0].strip(",.")
+
+
 def mended(question: toy.Question, answer: str, feedback: str) -> str:
     """The answer without the flaw that the feedback names; the rest stays as it is."""
     name, _, flaw = feedback.partition(" is ")
@@ -75,7 +80,7 @@ def mended(question: toy.Question, answer: str, feedback: str) -> str:
 
 def flaws_of(prompt: str, answer: str, errors: toy.Errors) -> list[str]:
     """A sentence for each flaw that somebody sees who sees these errors; `NO_FLAW` where there is none."""
-    names = [(clause.split() or [""])[0].strip(",.") for clause in clauses_of(answer)]
+    names = [name_of(clause) for clause in clauses_of(answer)]
     clauses = list(zip(names, errors.relevant, errors.true, strict=True))
     right = {name for name, relevant, true in clauses if relevant and true}
     wrong = {name for name, relevant, true in clauses if relevant and not true}
