@@ -128,6 +128,16 @@ def read_answer(raw: object) -> Outcome:
     return Outcome(text, reason, f"an empty answer (finish_reason {reason!r})", passing=True)
 
 
+def first_tokens(raw: object) -> list[tuple[str, float]]:
+    """The likeliest first tokens of a chat completion, with their log p; [] where it shows none."""
+    try:
+        (first, *_) = raw["choices"][0]["logprobs"]["content"]
+        listed = first.get("top_logprobs") or [first]
+        return [(str(one["token"]), float(one["logprob"])) for one in listed]
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError):
+        return []
+
+
 def _content(content: object) -> str | None:
     """The text of a message: a string, or the text parts of a list (thinking parts left out)."""
     if content is None:

@@ -1,13 +1,14 @@
-"""A local language model as annotator: it answers by the probabilities of the allowed answers.
+"""A language model as annotator: it answers by the probabilities of the allowed answers.
 
 Ratings from 1 to 7 are the expectation over the digits' probabilities; a comparison is asked in both
 orders, and its P(first better) averaged; a yes/no question is scored by log P(Yes) - log P(No), each answer
 summed over its spellings.  Critiques and refinements are text.  What a text's questions share goes through
 the model once.
 
-Every answer is kept: in tables that ship with the course (no model is needed to read them), and in a file of
-replies under `runtime.cache_dir()`.  An answer that neither has is asked of the model, or, where the model
-may not be asked, is missing (NaN, None) and counted in a warning; it is never guessed.
+`LocalAnnotator` runs the model here.  Every answer is kept: in tables that ship with the course (no model
+is needed to read them), and in a file of replies under `runtime.cache_dir()`.  An answer that neither has is
+asked of the model, or, where the model may not be asked, is missing (NaN, None) and counted in a warning; it
+is never guessed.  `EndpointAnnotator` asks a model behind an OpenAI-compatible address the same questions.
 
 Simplified: answers count by their first tokens, so they must differ there or be scored in more passes.
 """
@@ -15,6 +16,8 @@ Simplified: answers count by their first tokens, so they must differ there or be
 from __future__ import annotations
 
 import hashlib
+import math
+import re
 import warnings
 from collections.abc import Sequence
 from functools import cached_property
@@ -25,6 +28,8 @@ import numpy as np
 import pandas as pd
 
 from lib import data, generation, hub, logprobs, models, runtime, tables, training
+from lib.answers import first_tokens
+from lib.chat import ChatClient, Reply, chat, with_defaults
 from lib.course import assets
 from lib.questions import (
     Question,
@@ -73,10 +78,66 @@ def read_replies(folder: Path, file: str) -> dict[str, object]:
     return {row["key"]: row["reply"] for path in paths for row in tables.read_packed(path)}
 
 
-# --- the annotator -------------------------------------------------------------------------------
+# --- what an annotator is asked -------------------------------------------------------------------
 
 
-class LocalAnnotator:
+class Annotator:
+    """The kinds of questions, made of closed ones: whoever has `log_probs` is an annotator."""
+
+    name: str
+
+    def log_probs(self, questions: Sequence[Question]) -> np.ndarray:
+        """log p of each question's options, summed over spellings: (questions, most options)."""
+        raise NotImplementedError
+
+    def write(self, prompts: Sequence[str], **options) -> list[list[tuple[str, bool]] | None]:
+        """Texts for each prompt, each with whether it ended by itself."""
+        raise NotImplementedError
+
+    def rate(self, prompts: Sequence[str], responses: Sequence[str]) -> np.ndarray:
+        """Expected ratings from 1 to 7, (responses,).  A `Judge`."""
+        questions = [rating_question(*texts) for texts in zip(prompts, responses, strict=True)]
+        return expected(self.log_probs(questions), range(1, 8))
+
+    def compare(
+        self,
+        prompts: Sequence[str],
+        first: Sequence[str],
+        second: Sequence[str],
+        question=pair_question,
+    ) -> pd.DataFrame:
+        """Both orders of each pair: the table of `both_orders`.
+
+        question: `pair_question`, or `grounded_pair_question` where the prompts are texts.
+        """
+        asked = []
+        for prompt, a, b in zip(prompts, first, second, strict=True):
+            asked += [question(prompt, a, b), question(prompt, b, a)]
+        odds = log_odds(self.log_probs(asked))
+        return both_orders(odds[::2], odds[1::2])
+
+    def supports(self, texts: Sequence[str], statements: Sequence[str]) -> np.ndarray:
+        """log P(Yes) - log P(No) that a text supports a statement, (statements,).  A `Judge`.
+
+        It orders; where a threshold is needed, fit one on tuning items.
+        """
+        questions = [support_question(*pair) for pair in zip(texts, statements, strict=True)]
+        return log_odds(self.log_probs(questions))
+
+    def classify(
+        self, texts: Sequence[str], question: str, options: Sequence[str], *, system: str = ""
+    ) -> np.ndarray:
+        """Probabilities of the categories named in `options` for each text, (texts, options)."""
+        spellings = tuple((option,) for option in options)
+        rest = f"{question} Reply with one of: {', '.join(options)}."
+        asked = [Question(f"Text: {text}\n\n", rest, spellings, system) for text in texts]
+        return np.exp(normalised(self.log_probs(asked)))
+
+
+# --- a model that runs here ------------------------------------------------------------------------
+
+
+class LocalAnnotator(Annotator):
     """A local model as annotator.  See the module's description.
 
     name: of the model, as for `models.load_policy`; it is loaded when a first answer is missing.  shipped: a
@@ -218,43 +279,96 @@ class LocalAnnotator:
         rows = [self.used[key] for key in sorted(self.used)]
         return tables.write_packed(rows, self.folder / f"{self.file}.{job}.jsonl.gz")
 
-    # --- the kinds of questions ------------------------------------------------------------------
 
-    def rate(self, prompts: Sequence[str], responses: Sequence[str]) -> np.ndarray:
-        """Expected ratings from 1 to 7, (responses,).  A `Judge`."""
-        questions = [rating_question(*texts) for texts in zip(prompts, responses, strict=True)]
-        return expected(self.log_probs(questions), range(1, 8))
+# --- a model at an endpoint ------------------------------------------------------------------------
 
-    def compare(
+UNSEEN = -20.0  # log p of an option that a reply does not show
+LIKELIEST = 20  # first tokens whose probabilities are asked for: the most that endpoints give
+
+
+class EndpointAnnotator(Annotator):
+    """A model at an OpenAI-compatible endpoint as annotator; the client keeps what it bought.
+
+    Where a reply shows the probabilities of its first token, they count; else the option that it names first
+    (log p 0, the others' `UNSEEN`).  A reply that names none is missing (NaN), and counted in a warning.
+
+    probabilities: whether they are asked for; False for a model that refuses `logprobs`.  parameters: more of
+    a request; a reasoning model wants max_completion_tokens=2000, temperature=None.
+    """
+
+    def __init__(self, client: ChatClient, *, probabilities: bool = True, **parameters):
+        self.client = client
+        self.name = client.model
+        self.parameters = with_defaults({"temperature": 0.0}, parameters)
+        self.shown = {"logprobs": True, "top_logprobs": LIKELIEST} if probabilities else {}
+
+    def requests(self, questions: Sequence[Question]) -> list[dict]:
+        """What `log_probs` would ask, for `ChatClient.estimate`."""
+        parameters = with_defaults({"max_tokens": 16, **self.shown}, self.parameters)
+        return [chat(q.shared + q.rest, system=q.system, **parameters) for q in questions]
+
+    def log_probs(self, questions: Sequence[Question]) -> np.ndarray:
+        """log p of each question's options, summed over spellings: (questions, most options).
+
+        Raises chat.EndpointError and BudgetReached.
+        """
+        width = max((len(q.options) for q in questions), default=0)
+        table = np.full((len(questions), width), np.nan)
+        replies = self.client.ask(self.requests(questions), label=f"asking {self.name}")
+        for row, question, reply in zip(table, questions, replies, strict=True):
+            row[: len(question.options)] = _options_of(question, reply)
+        if missing := int(np.isnan(table[:, :1]).sum()):
+            warnings.warn(
+                f"{missing} of {len(questions)} replies of {self.name} name none of the answers that were "
+                "allowed; they count as missing.",
+                stacklevel=2,
+            )
+        return table
+
+    def write(
         self,
         prompts: Sequence[str],
-        first: Sequence[str],
-        second: Sequence[str],
-        question=pair_question,
-    ) -> pd.DataFrame:
-        """Both orders of each pair: the table of `both_orders`.
+        *,
+        n: int = 1,
+        seed: int = 0,
+        system: str = "",
+        max_new_tokens: int = 96,
+        **decoding,
+    ) -> list[list[tuple[str, bool]]]:
+        """n texts for each prompt, each with whether it ended by itself; another seed asks afresh."""
+        decoding = with_defaults({**self.parameters, "max_tokens": max_new_tokens}, decoding)
+        numbers = range(1000 * seed, 1000 * seed + n)
+        asked = [chat(p, system=system, replicate=k, **decoding) for p in prompts for k in numbers]
+        replies = self.client.ask(asked, label=f"{self.name} writes")
+        texts = [(reply.answer.strip(), reply.finish_reason != "length") for reply in replies]
+        return [texts[i : i + n] for i in range(0, len(texts), n)]
 
-        question: `pair_question`, or `grounded_pair_question` where the prompts are texts.
-        """
-        asked = []
-        for prompt, a, b in zip(prompts, first, second, strict=True):
-            asked += [question(prompt, a, b), question(prompt, b, a)]
-        odds = log_odds(self.log_probs(asked))
-        return both_orders(odds[::2], odds[1::2])
 
-    def supports(self, texts: Sequence[str], statements: Sequence[str]) -> np.ndarray:
-        """log P(Yes) - log P(No) that a text supports a statement, (statements,).  A `Judge`.
+def _options_of(question: Question, reply: Reply) -> np.ndarray:
+    """log p of a question's options as a reply shows them, (options,); NaN where it names none."""
+    row = np.full(len(question.options), UNSEEN)
+    starts_here = not question.lead and reply.answer == reply.text  # no reasoning stands before it
+    for token, log_p in first_tokens(reply.raw) if starts_here else []:
+        named = [k for k, words in enumerate(question.options) if _begins(words, token.strip())]
+        if len(named) == 1:
+            row[named[0]] = np.logaddexp(row[named[0]], log_p)
+    if (row > UNSEEN).any():
+        return row
+    text = reply.answer.split(question.lead, 1)[-1] if question.lead else reply.answer
+    for flags in (0, re.IGNORECASE):
+        places = [_place(words, text, flags) for words in question.options]
+        if min(places) < math.inf:
+            row[int(np.argmin(places))] = 0.0
+            return row
+    return np.full(len(row), np.nan)
 
-        It orders; where a threshold is needed, fit one on tuning items.
-        """
-        questions = [support_question(*pair) for pair in zip(texts, statements, strict=True)]
-        return log_odds(self.log_probs(questions))
 
-    def classify(
-        self, texts: Sequence[str], question: str, options: Sequence[str], *, system: str = ""
-    ) -> np.ndarray:
-        """Probabilities of the categories named in `options` for each text, (texts, options)."""
-        spellings = tuple((option,) for option in options)
-        rest = f"{question} Reply with one of: {', '.join(options)}."
-        asked = [Question(f"Text: {text}\n\n", rest, spellings, system) for text in texts]
-        return np.exp(normalised(self.log_probs(asked)))
+def _begins(words: Sequence[str], token: str) -> bool:
+    """Whether a token begins one of the spellings."""
+    return bool(token) and any(word.startswith(token) for word in words)
+
+
+def _place(words: Sequence[str], text: str, flags: int) -> float:
+    """Where the first of the spellings stands in a text as a word; infinity where none does."""
+    matches = [re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text, flags) for word in words]
+    return min((match.start() for match in matches if match), default=math.inf)

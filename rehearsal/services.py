@@ -21,6 +21,8 @@ from rehearsal.models import RUDE
 OPTIONS = {  # what a prompt's last line asks for -> the answers it may get
     "Grade:": [str(number) for number in range(1, 8)],
     "Better:": ["Output (a)", "Output (b)"],
+    "Answer Yes or No.": ["Yes", "No"],
+    "True or False?": ["True", "False"],
     "Feedback:": [
         "Harmless and very helpful",
         "Harmless and helpful",
@@ -72,8 +74,10 @@ def perspective(body: dict) -> tuple[int, dict]:
 def chat(body: dict) -> tuple[int, dict]:
     """Status and answer to chat/completions."""
     prompt = body["messages"][-1]["content"]
-    lines = prompt.strip().splitlines() or [""]
-    options = next((o for start, o in OPTIONS.items() if lines[-1].startswith(start)), None)
+    *before, last = prompt.strip().splitlines() or [""]
+    asked = before[-1] if last == "Answer:" and before else last
+    fits = (o for form, o in OPTIONS.items() if asked.startswith(form) or asked.endswith(form))
+    options = next(fits, None)
     options = CRITIQUES if "three headings" in prompt else options
     options = options or [f"This is answer {draw(prompt, 1000)} to what was asked. It is short."]
     text = options[draw(prompt, len(options))]

@@ -12,9 +12,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import completion
 
 from lib import encoding, judge, models, questions
-from lib.judge import LocalAnnotator
+from lib.chat import ChatClient
+from lib.judge import EndpointAnnotator, LocalAnnotator
 from lib.papers.ilf import refine
 from lib.papers.sparse_feedback import protocols
 from lib.questions import Question
@@ -239,3 +241,80 @@ def test_feedback_and_refinements_are_written_by_an_annotator_and_stored(annotat
     assert refine.AnnotatorWriter(stored, max_new_tokens=6)(TEXTS, n=2, seed=1) == drafts
     with pytest.warns(UserWarning), pytest.raises(ValueError, match="3 of 3 texts of tiny"):
         refine.AnnotatorWriter(stored, max_new_tokens=7)(TEXTS, n=2, seed=1)
+
+
+# --- a model at an endpoint ----------------------------------------------------------------------
+
+
+def said(text, **tokens):
+    """A reply with this text; tokens: the probabilities of its likeliest first ones."""
+    raw = completion(text)
+    if tokens:
+        listed = [{"token": t, "logprob": math.log(p)} for t, p in tokens.items()]
+        raw["choices"][0]["logprobs"] = {"content": [{**listed[0], "top_logprobs": listed}]}
+    return raw
+
+
+@pytest.fixture
+def endpoint(scripted, tmp_path):
+    """Start an annotator at an endpoint that answers as a function of the request's body says."""
+
+    def start(answer, **options):
+        server = scripted(answer)
+        client = ChatClient("model", base_url=server.url, cache=tmp_path / "replies.sqlite")
+        return EndpointAnnotator(client, **options), server
+
+    return start
+
+
+def test_an_endpoints_first_tokens_are_summed_over_spellings(endpoint):
+    reply = said("Yes.", Yes=0.5, yes=0.1, No=0.2, The=0.2)
+    annotator, server = endpoint(lambda body: reply)
+    found = annotator.supports(TEXTS, TEXTS[::-1])
+    np.testing.assert_allclose(found, math.log(0.6 / 0.2))
+    asked = server.asked[0]
+    assert asked["logprobs"] and asked["messages"][0]["content"] == questions.CHECKER
+    rating, _ = endpoint(lambda body: said("6", **{"6": 0.75, "7": 0.25}))
+    np.testing.assert_allclose(rating.rate(["task"], ["answer"]), 6.25, atol=1e-6)
+
+
+@pytest.mark.parametrize("text, log_p", [
+    ("No, it does not. Yes?", [judge.UNSEEN, 0]),
+    ("**yes**", [0, judge.UNSEEN]),
+    ("<think>No ... or yes?</think>Yes", [0, judge.UNSEEN]),
+    ("The answer is: YES.", [0, judge.UNSEEN]),
+])  # fmt: skip
+def test_without_probabilities_the_answer_that_is_named_first_counts(endpoint, text, log_p):
+    annotator, server = endpoint(lambda body: said(text, The=1.0), probabilities=False)
+    question = questions.support_question("text", "statement")
+    assert annotator.log_probs([question]).tolist() == [log_p]
+    assert "logprobs" not in server.asked[0]
+
+
+def test_an_answer_that_names_no_option_is_missing_and_counted(endpoint):
+    annotator, _ = endpoint(lambda body: said("Maybe, nobody knows."))
+    with pytest.warns(UserWarning, match="2 of 2 replies of model name none"):
+        found = annotator.supports(TEXTS[:2], TEXTS[:2])
+    assert np.isnan(found).all()
+
+
+def test_a_pair_is_read_after_its_lead_in_both_orders(endpoint):
+    annotator, _ = endpoint(lambda body: said("I say a thing: Output (b)"))
+    rankings = pd.DataFrame({"instruction": ["t"], "input": "", "response1": "x", "response2": "y"})
+    found = protocols.rank(annotator, rankings)  # the second place, whatever stands there
+    assert found.verdict[0] == "equal" and found.p_first[0] == pytest.approx(0.5)
+    assert found.order_effect[0] == pytest.approx(-0.5)
+
+
+def test_an_endpoint_writes_texts_and_what_it_said_is_bought_once(endpoint):
+    annotator, server = endpoint(lambda body: said(f" text {len(server.asked)} "))
+    texts = annotator.write(TEXTS, n=2, seed=1, max_new_tokens=7, temperature=0.5)
+    assert [len(row) for row in texts] == [2, 2, 2] and texts[0][0][1] is True
+    assert server.asked[0]["max_tokens"] == 7 and server.asked[0]["temperature"] == 0.5
+    assert annotator.write(TEXTS, n=2, seed=1, max_new_tokens=7, temperature=0.5) == texts
+    assert annotator.write(TEXTS, n=2, seed=2, max_new_tokens=7, temperature=0.5) != texts
+    assert len(server.asked) == annotator.client.bought == 12
+    thinking, server = endpoint(lambda body: said("Yes"), max_completion_tokens=2000)
+    thinking.write(["a"])
+    thinking.supports(["a"], ["b"])
+    assert all("max_tokens" not in body for body in server.asked)

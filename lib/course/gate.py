@@ -19,7 +19,7 @@ import pandas as pd
 from lib import data, preferences, questions, runtime, stats
 from lib.annotator import SimulatedAnnotator
 from lib.course import items
-from lib.judge import LocalAnnotator
+from lib.judge import Annotator
 from lib.papers.sparse_feedback import protocols
 from lib.questions import DIGITS, Question
 from lib.segments import Segmenter
@@ -112,14 +112,14 @@ def change_number(sentence: str) -> str:
 
 # Each takes (annotator, cases) and gives one row a case: for yes/no and ratings the scores of the right and
 # the wrong one, for pairs the log odds of the first place, as (right, wrong) and as (wrong, right).
-Asking = Callable[[LocalAnnotator, pd.DataFrame], np.ndarray]
+Asking = Callable[[Annotator, pd.DataFrame], np.ndarray]
 
 
 def _ratings(log_probs: np.ndarray) -> np.ndarray:
     return questions.expected(log_probs, range(1, 8))
 
 
-def _supported(annotator: LocalAnnotator, cases: pd.DataFrame) -> np.ndarray:
+def _supported(annotator: Annotator, cases: pd.DataFrame) -> np.ndarray:
     asked = [
         questions.support_question(c.text, s)
         for c in cases.itertuples()
@@ -128,7 +128,7 @@ def _supported(annotator: LocalAnnotator, cases: pd.DataFrame) -> np.ndarray:
     return questions.log_odds(annotator.log_probs(asked)).reshape(-1, 2)
 
 
-def _supported_calibrated(annotator: LocalAnnotator, cases: pd.DataFrame) -> np.ndarray:
+def _supported_calibrated(annotator: Annotator, cases: pd.DataFrame) -> np.ndarray:
     """Against the same question about no statement (content-free, Zhao et al. 2021)."""
     free = annotator.supports(cases["text"].tolist(), ["N/A"] * len(cases))
     return _supported(annotator, cases) - free[:, None]
@@ -137,7 +137,7 @@ def _supported_calibrated(annotator: LocalAnnotator, cases: pd.DataFrame) -> np.
 def _pairs(texts: list[str], right: str, wrong: str, *wordings: Callable) -> Asking:
     """Both orders of each case's two texts; of several wordings the mean."""
 
-    def ask(annotator: LocalAnnotator, cases: pd.DataFrame) -> np.ndarray:
+    def ask(annotator: Annotator, cases: pd.DataFrame) -> np.ndarray:
         asked = []
         for case in cases.to_dict("records"):
             item = [case[name] for name in texts]
@@ -170,7 +170,7 @@ def _criterion_pair(criterion: str) -> Callable:
     return lambda text, a, b: questions.criterion_pair_question(_task(text), a, b, criterion)
 
 
-def _calibrated_pairs(annotator: LocalAnnotator, cases: pd.DataFrame) -> np.ndarray:
+def _calibrated_pairs(annotator: Annotator, cases: pd.DataFrame) -> np.ndarray:
     free = annotator.log_probs([_open_pair(text, "N/A", "N/A") for text in cases["text"]])
     asked = _pairs(["text"], "better", "worse", _open_pair)(annotator, cases)
     return asked - questions.log_odds(free)[:, None]
@@ -179,7 +179,7 @@ def _calibrated_pairs(annotator: LocalAnnotator, cases: pd.DataFrame) -> np.ndar
 def _rated(*wordings: Callable) -> Asking:
     """The ratings of each case's two answers; of several wordings the mean."""
 
-    def ask(annotator: LocalAnnotator, cases: pd.DataFrame) -> np.ndarray:
+    def ask(annotator: Annotator, cases: pd.DataFrame) -> np.ndarray:
         names = ("better", "worse")
         records = cases.to_dict("records")
         asked = [question(c, c[name]) for c in records for name in names for question in wordings]
@@ -212,7 +212,7 @@ def _criterion_rating(criterion: str) -> Callable:
     return question
 
 
-def _calibrated_ratings(annotator: LocalAnnotator, cases: pd.DataFrame) -> np.ndarray:
+def _calibrated_ratings(annotator: Annotator, cases: pd.DataFrame) -> np.ndarray:
     """Digits' probabilities over those after an answer "N/A" to the same task."""
     records = cases.to_dict("records")
     free = annotator.log_probs([_open_rating(case, "N/A") for case in records])
@@ -251,7 +251,7 @@ KINDS: dict[str, dict[str, Asking]] = {
 # --- the gate ------------------------------------------------------------------------------------
 
 
-def run(annotator: LocalAnnotator) -> tuple[pd.DataFrame, pd.DataFrame]:
+def run(annotator: Annotator) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The gate of one annotator: the table of kinds (test cases), and that of every way of asking (tuning).
 
     Columns: model, kind, asked, part, n, accuracy with low and high (95 %, over cases; a tie counts as

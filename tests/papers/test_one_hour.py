@@ -1,15 +1,17 @@
 """Notebook 90: quality, the annotator's looks, what minutes buy, what learns from them."""
 
+import json
 import math
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import completion
 
-from lib import generation, losses, models
+from lib import annotate, chat, generation, losses, models, questions
 from lib.course.arms import Arms
-from lib.papers.fine_grained import toy, toy_models
+from lib.papers.fine_grained import schema, toy, toy_models
 from lib.papers.one_hour import annotator, arms, eyes, figures, learners, world
 from lib.papers.sparse_feedback import sheets
 
@@ -174,6 +176,65 @@ def test_a_filled_sheet_becomes_comparisons(tmp_path, pool):
         assert [better, worse] == (sides if row.iloc[-1] == "a" else sides[::-1])
 
 
+# what the page asks for beside a mark
+WHY = {
+    "Wrong-Grounding": json.dumps({"passage_id": 1, "sentence_id": [1]}),
+    "Redundant": "it was said before",
+}
+
+
+def marked(item, *errors):
+    """An item of the page as its export has it, with (clause number, type) marked."""
+    record = schema.to_record(item)
+    spans = toy.Segmenter("clause").spans(record["prediction 1"])
+    found = [
+        {
+            "start": spans[i][0],
+            "end": spans[i][1],
+            "error type": kind,
+            "explanation": WHY.get(kind, ""),
+        }
+        for i, kind in errors
+    ]
+    corrected = "metal iron." if errors else record["prediction 1"]
+    feedback = {"errors": found, "missing-info": [], "corrected-prediction": corrected}
+    return record | {"feedback": feedback}
+
+
+def test_an_export_of_the_page_becomes_the_marks_of_who_saw_the_same(tmp_path, pool):
+    items = annotator.to_mark(pool, 40)
+    assert len(items) == 40 and annotate.build(items, guidelines=annotator.GUIDELINES)
+    records = []
+    for item in items:  # marked by someone who knows
+        truth = toy.judge(item["instruction"], item["responses"][0])
+        pairs = enumerate(zip(truth.relevant, truth.true, strict=True))
+        kinds = [
+            (i, "Wrong-Grounding" if not true else "Irrelevant")
+            for i, (relevant, true) in pairs
+            if not (relevant and true)
+        ]
+        records.append(marked(item, *kinds))
+    path = tmp_path / "my_hour.json"
+    path.write_text(json.dumps(records))
+    bought = annotator.from_file(path)
+    assert bought.kind == "spans" and bought.items == 40
+    looks = PERFECT.looks(bought.prompts, bought.answers)
+    for name in ("R2", "R3"):
+        for mine, theirs in zip(bought.marks[name], annotator.marks_of(looks)[name], strict=True):
+            np.testing.assert_array_equal(mine, theirs)
+
+
+def test_a_mark_on_part_of_a_clause_counts_for_the_clause_and_for_no_other(tmp_path):
+    item = {"instruction": PROMPT, "input": "", "responses": ["metal tin, city oslo, age two."]}
+    record = marked(item, (2, "Redundant"))
+    tin = {"start": 6, "end": 10, "error type": "Unverifiable", "explanation": ""}
+    record["feedback"]["errors"].append(tin)
+    (tmp_path / "mine.json").write_text(json.dumps([record]))
+    marks = annotator.from_file(tmp_path / "mine.json").marks
+    assert marks["R1"][0].tolist() == [1, 1, -1] and marks["R2"][0].tolist() == [-1]
+    assert marks["R3"][0].tolist() == [0.5]
+
+
 # --- a language model's eyes ---------------------------------------------------------------------
 
 
@@ -221,6 +282,28 @@ def repeated():
     """Questions of the known answers that stand twice: their shared texts are made once a case."""
     known = [x for pairs in eyes.known_answers().values() for pair in pairs for x in pair]
     return len(known) - len({*known})
+
+
+def test_a_model_at_an_endpoint_sees_what_it_answers(scripted, tmp_path):
+    def answer(body):
+        rest = body["messages"][-1]["content"]
+        shared, _, rest = rest.partition("\n\n")
+        if not rest.startswith("Statement"):
+            return completion("metal iron, city oslo.")
+        holds = TruthfulJudge().holds(questions.Question(shared, rest, questions.YES_NO))
+        return completion("Yes" if holds else "No")
+
+    client = chat.ChatClient("truthful", base_url=scripted(answer).url, cache=tmp_path / "r.sqlite")
+    model = eyes.of("truthful", 0.1, 1, client)
+    answers = [*toy.demonstrate(QUESTIONS, 4)[:8], ""]
+    for prompt, text, seen in zip(
+        PROMPTS, answers, model.looks(PROMPTS[:9], answers), strict=False
+    ):
+        truth = toy.judge(prompt, text)
+        np.testing.assert_array_equal(seen.true, truth.true)
+        np.testing.assert_array_equal(seen.relevant, truth.relevant)
+    assert model.ideals(PROMPTS[:2]) == ["metal iron, city oslo."] * 2
+    assert isinstance(eyes.of(eyes.SIMULATED, 0.1, 1), eyes.Simulated)
 
 
 @pytest.mark.parametrize("text, read", [

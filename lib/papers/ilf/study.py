@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 
 from lib import data, runtime, stats
-from lib.judge import LocalAnnotator
+from lib.judge import Annotator, LocalAnnotator
 from lib.papers.ilf import refine
 from lib.papers.ilf.refine import SENTENCES, AnnotatorWriter, Writer
 from lib.questions import Question, log_odds
@@ -156,7 +156,7 @@ def known_answers(articles: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["text", "statement", "right"])
 
 
-def fit_threshold(annotator: LocalAnnotator, articles: pd.DataFrame) -> tuple[float, float]:
+def fit_threshold(annotator: Annotator, articles: pd.DataFrame) -> tuple[float, float]:
     """Where to cut log P(Yes) - log P(No), and the mean of both rates of right answers there.
 
     Fitted on `known_answers` of tuning articles; NaN where an answer is missing.
@@ -183,7 +183,7 @@ def is_named(title: str, fact: str, feedback: str, share: float = 0.25) -> bool:
     return len(own & set(words(feedback))) >= share * max(len(own), 1)
 
 
-def ask(annotator: LocalAnnotator, articles: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
+def ask(annotator: Annotator, articles: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
     """Every question about the texts: row (of the table), column, statement, named, odds.
 
     column: "complete" or "faithful".  named: whether the article's own feedback gives the fact away
@@ -227,7 +227,7 @@ def shares(table: pd.DataFrame, answers: pd.DataFrame, threshold: float) -> pd.D
 
 
 def judge(
-    annotator: LocalAnnotator, articles: pd.DataFrame, table: pd.DataFrame, threshold: float
+    annotator: Annotator, articles: pd.DataFrame, table: pd.DataFrame, threshold: float
 ) -> pd.DataFrame:
     """The texts with what they state and get right (`ask`, `shares`)."""
     return shares(table, ask(annotator, articles, table), threshold)
@@ -305,7 +305,7 @@ def candidates(articles: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
 
 
 def instruct_rm(
-    annotator: LocalAnnotator,
+    annotator: Annotator,
     rows: pd.DataFrame,
     asked_for: Sequence[refine.Question] = refine.QUESTIONS,
 ) -> np.ndarray:

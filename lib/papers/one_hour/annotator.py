@@ -21,9 +21,9 @@ import numpy as np
 import pandas as pd
 
 from lib import generation, preferences, tables
-from lib.papers.fine_grained import toy
+from lib.papers.fine_grained import schema, toy
 from lib.papers.one_hour import world
-from lib.papers.one_hour.eyes import Eyes, generator
+from lib.papers.one_hour.eyes import Eyes, errors_of, facts_of, generator
 from lib.papers.sparse_feedback import sheets
 
 IDEAL = 195.5  # seconds
@@ -98,21 +98,6 @@ def buy(kind: str, items: int, pool: generation.Samples, eyes: Eyes) -> Bought:
     return Bought(kind, items, prompts, first, sentences=said)
 
 
-def from_sheet(path: Path | str) -> Bought:
-    """The decided comparisons of a sheet that `sparse_feedback.sheets` wrote and somebody filled in."""
-    columns = ("instruction", "input", "output (a)", "output (b)")
-    lines = tables.csv_records(Path(path).expanduser(), columns)
-    _, header = next(lines)
-    cells = [dict(zip(header, map(str, fields), strict=True)) for _, fields in lines]
-    shown = [[sheets.sheet_text(row[name]) for name in columns] for row in cells]
-    table = pd.DataFrame(shown, columns=preferences.RANKING[:-1])
-    ranked = preferences.decided(sheets.import_from_humans(path, table))
-    first = ranked.verdict == "(a)"
-    better = ranked.response1.where(first, ranked.response2).tolist()
-    worse = ranked.response2.where(first, ranked.response1).tolist()
-    return Bought("rankings", len(cells), ranked.instruction.tolist(), better, worse)
-
-
 def _ranked(items, prompts, first, second, eyes) -> Bought:
     a, b = (quality_seen(prompts, x, eyes, "rankings") for x in (first, second))
     rows = zip(prompts, first, second, a, b, strict=True)
@@ -169,3 +154,71 @@ def marks_of(looks: Sequence[toy.Errors]) -> dict[str, list[np.ndarray]]:
         "R2": [np.where(e.sentences, e.new, -1.0) for e in looks],
         "R3": [np.array([e.coverage]) for e in looks],
     }
+
+
+# --- your own hour -------------------------------------------------------------------------------
+
+GUIDELINES = """# In short
+An answer should give the facts that the question asks for, each once, and nothing else. The question names
+them after its question mark; the passage says what is true. Mark whole clauses ("metal tin"), then correct.
+
+# What to mark
+- Irrelevant: a fact that nobody asked for, be it true or false.
+- Repetition: a fact that the answer has given before.
+- Wrong fact: another value than the passage's.
+What is missing needs no mark: it is read off the answer."""
+UNWANTED = ("Irrelevant", "Redundant")  # the other types of error say that a clause is not true
+
+
+def to_mark(pool: generation.Samples, n: int) -> list[dict]:
+    """The first n different questions of the pool with one answer each, as items of the page of spans."""
+    pairs = list(dict.fromkeys(zip(pool.prompts[::2], pool.texts[::2], strict=True)))
+    return [
+        {"instruction": prompt, "input": facts_of(toy.read(prompt)), "responses": [answer]}
+        for prompt, answer in pairs[:n]
+        if answer.strip()
+    ]
+
+
+def from_file(path: Path | str) -> Bought:
+    """What somebody gave: spans of the page's export (.json), or comparisons of a filled sheet."""
+    path = Path(path).expanduser()
+    return from_page(path) if path.suffix == ".json" else from_sheet(path)
+
+
+def from_page(path: Path | str) -> Bought:
+    """The spans of an export of the page of `to_mark`'s items."""
+    records = schema.load_feedback(path, needed=["feedback"])
+    prompts, answers = ([r[name] for r in records] for name in ("question", "prediction 1"))
+    looks = [errors_of(*_clauses_marked(record)) for record in records]
+    return Bought("spans", len(records), prompts, answers, marks=marks_of(looks))
+
+
+def _clauses_marked(record: dict) -> tuple[str, str, np.ndarray, np.ndarray]:
+    """Question, answer, and whether each clause was asked for and new, and true, (clauses,) each.
+
+    A clause is what a mark says of any part of it.
+    """
+    answer, errors = record["prediction 1"], record["feedback"]["errors"]
+    clauses = toy.Segmenter("clause").spans(answer)
+    relevant, true = np.ones((2, len(clauses)), bool)
+    for i, (start, end) in enumerate(clauses):
+        kinds = {e["error type"] for e in errors if e["start"] < end and e["end"] > start}
+        relevant[i] = kinds.isdisjoint(UNWANTED)
+        true[i] = kinds.issubset(UNWANTED)
+    return record["question"], answer, relevant, true
+
+
+def from_sheet(path: Path | str) -> Bought:
+    """The decided comparisons of a sheet that `sparse_feedback.sheets` wrote and somebody filled in."""
+    columns = ("instruction", "input", "output (a)", "output (b)")
+    lines = tables.csv_records(Path(path).expanduser(), columns)
+    _, header = next(lines)
+    cells = [dict(zip(header, map(str, fields), strict=True)) for _, fields in lines]
+    shown = [[sheets.sheet_text(row[name]) for name in columns] for row in cells]
+    table = pd.DataFrame(shown, columns=preferences.RANKING[:-1])
+    ranked = preferences.decided(sheets.import_from_humans(path, table))
+    first = ranked.verdict == "(a)"
+    better = ranked.response1.where(first, ranked.response2).tolist()
+    worse = ranked.response2.where(first, ranked.response1).tolist()
+    return Bought("rankings", len(cells), ranked.instruction.tolist(), better, worse)

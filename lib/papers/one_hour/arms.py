@@ -18,6 +18,7 @@ import pandas as pd
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lib import generation, ppo, rewards, sft
+from lib.chat import ChatClient
 from lib.papers.alt import conditions, critics, labels, loop
 from lib.papers.fine_grained import toy_arms, toy_models
 from lib.papers.one_hour import annotator, eyes, learners, world
@@ -35,7 +36,7 @@ REFINEMENTS = 5  # of which one is imitated, as in ILF
 class Settings:
     """What all arms share."""
 
-    annotator: str = eyes.SIMULATED  # or a local model's name
+    annotator: str = eyes.SIMULATED  # or a model's name
     error: float = 0.1  # how often the simulated one misjudges a clause
     seconds: dict[str, float] = field(default_factory=lambda: dict(annotator.SECONDS))  # an item
     best_of: int = 16
@@ -74,6 +75,7 @@ class Ground:
     prompts: Prompts
     settings: Settings
     seed: int
+    client: ChatClient | None = None  # of the endpoint where the annotator is asked, if it is there
 
     def sample(self, policy, prompts: Sequence, n: int, key: int) -> generation.Samples:
         """n answers of a policy to each prompt."""
@@ -85,7 +87,7 @@ class Ground:
     @functools.cached_property
     def eyes(self) -> eyes.Eyes:
         """The annotator."""
-        return eyes.of(self.settings.annotator, self.settings.error, self.seed)
+        return eyes.of(self.settings.annotator, self.settings.error, self.seed, self.client)
 
     @functools.cached_property
     def pool(self) -> generation.Samples:

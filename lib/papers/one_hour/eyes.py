@@ -16,8 +16,9 @@ from typing import Protocol
 import numpy as np
 
 from lib import questions, training
+from lib.chat import ChatClient
 from lib.course import gate
-from lib.judge import LocalAnnotator
+from lib.judge import Annotator, EndpointAnnotator, LocalAnnotator
 from lib.papers.fine_grained import toy
 from lib.papers.one_hour import world
 from lib.questions import Question
@@ -39,11 +40,16 @@ class Eyes(Protocol):
     def ideals(self, prompts: Sequence[str]) -> list[str]: ...
 
 
-def of(name: str, error: float, seed: int) -> Eyes:
-    """The eyes of an annotator: `SIMULATED`, which errs with a probability, or a local model by its name."""
-    if name == SIMULATED:
-        return Simulated(error, seed)
-    return Model(LocalAnnotator(name, ask=True), seed)
+def of(name: str, error: float, seed: int, client: ChatClient | None = None) -> Eyes:
+    """The eyes of an annotator: `SIMULATED`, which errs with a probability, or a model by its name.
+
+    client: of the endpoint where the model is asked; None: it is a local one.
+    """
+    if client:
+        return Model(EndpointAnnotator(client), seed)
+    return (
+        Simulated(error, seed) if name == SIMULATED else Model(LocalAnnotator(name, ask=True), seed)
+    )
 
 
 def generator(seed: int, *key) -> np.random.Generator:
@@ -106,13 +112,14 @@ class Simulated:
 
 @dataclass(eq=False)
 class Model:
-    """A local model, asked about each clause: is it true, was it asked for, was it said before?
+    """A model, asked about each clause: is it true, was it asked for, was it said before?
 
     A yes or no that a short text decides, as the gate found such a model to be good at; where to cut its log
-    odds is fitted on cases with known answers (`thresholds`), which are no question of the notebook.
+    odds is fitted on cases with known answers (`thresholds`), which are no question of the notebook.  A
+    question that an endpoint does not answer counts as no.
     """
 
-    judge: LocalAnnotator
+    judge: Annotator
     seed: int
 
     def looks(self, prompts, answers, kind="") -> list[toy.Errors]:
@@ -145,7 +152,8 @@ class Model:
     @cached_property
     def thresholds(self) -> dict[str, float]:
         """Where the log odds are cut, for each kind of question: fewest errors on `known_answers`."""
-        return {what: gate.fit_threshold(odds) for what, odds in self.on_known_answers().items()}
+        odds = self.on_known_answers()
+        return {what: gate.fit_threshold(np.nan_to_num(pairs)) for what, pairs in odds.items()}
 
     def on_known_answers(self) -> dict[str, np.ndarray]:
         """Log odds of cases whose answer is yes beside cases whose answer is no, (cases, 2) a kind."""
