@@ -4,6 +4,7 @@
 `reward_models`, `ppo`, `rloo` and the conditioning loop of Quark and ALT):
 
     begin     the Accelerator of a training; its DDP adds gradients up
+    meet      the same without a training: from here on the others are there
     share     which of so many rows are mine; random numbers are drawn for all rows and cut the same way
     joined    everybody's rows in their order, for everybody
     once      what the main process alone does: ask a judge that costs money, decide
@@ -42,6 +43,11 @@ def begin(device: torch.device, precision: str | None = None) -> Accelerator:
     ]
     cpu = device.type == "cpu"
     return Accelerator(cpu=cpu, mixed_precision=precision, kwargs_handlers=handlers)
+
+
+def meet(device: torch.device) -> None:
+    """Wait for the other processes of a run (`course.together`), before any of them trains or writes."""
+    PartialState(cpu=device.type == "cpu", timeout=PATIENCE)
 
 
 def alone() -> bool:

@@ -11,7 +11,7 @@ from lib import runtime
 from lib.course import address, record
 
 try:
-    from lib.course import confirm, notebooks, publish, report, runner
+    from lib.course import confirm, notebooks, publish, report, runner, together
 except ModuleNotFoundError as error:
     sys.exit(f"{error.name} is missing. Try: pip install -c constraints.txt -e '.[notebooks]'")
 
@@ -23,7 +23,12 @@ def _run(options: argparse.Namespace) -> int:
     chosen = notebooks.assign_parameters(names, options.parameters)
     if options.out:
         os.environ["FEEDBACK_OUT"] = options.out
-    return runner.run_notebooks(names, options.scale, chosen, force=options.force)[0]
+    try:
+        together.check(options.processes)
+    except ValueError as error:
+        raise notebooks.RequestError(str(error)) from None
+    how = {"force": options.force, "processes": options.processes}
+    return runner.run_notebooks(names, options.scale, chosen, **how)[0]
 
 
 def _list(options: argparse.Namespace) -> int:
@@ -172,6 +177,8 @@ def _add_page_options(page: argparse.ArgumentParser) -> None:
 def _add_run_options(run: argparse.ArgumentParser) -> None:
     run.add_argument("--out", metavar="DIR", help="write to DIR/<notebook>/ instead of runs/")
     run.add_argument("--force", action="store_true", help="repeat finished notebooks from scratch")
+    text = "train on so many processes, each on a GPU of its own (default 1)"
+    run.add_argument("--processes", type=int, default=1, metavar="N", help=text)
     run.add_argument(
         "-p",
         dest="parameters",

@@ -23,7 +23,7 @@ from pathlib import Path
 import pandas as pd
 
 from lib import runtime, tables
-from lib.course import assets, place, show
+from lib.course import assets, place, show, together
 
 SCALES = ("smoke", "demo", "gpu", "full")
 VERDICTS = ("same direction", "opposite", "not demonstrated")
@@ -109,6 +109,9 @@ class Run:
         from PIL import Image as Pillow
 
         png = self.folder / f"{name}.png"
+        if not together.is_first():
+            plt.close(figure)
+            return None
         figure.savefig(png, dpi=120, bbox_inches="tight", metadata={"Software": None})
         with Pillow.open(png) as drawn:  # a palette: a third of the size in the notebook
             drawn = drawn.convert("RGB").quantize(128, dither=Pillow.Dither.NONE)
@@ -123,7 +126,8 @@ class Run:
 
     def save_table(self, table: pd.DataFrame, name: str) -> Path:
         """Write a table as `<name>.csv` into the run's folder, so figures can be redrawn without running."""
-        return tables.write_csv(table, self.folder / f"{name}.csv")
+        path = self.folder / f"{name}.csv"
+        return tables.write_csv(table, path) if together.is_first() else path
 
     def cached(self, name: str, make: Callable[[], pd.DataFrame], **key) -> pd.DataFrame:
         """The table `make()` returns, kept in `work/`: a killed run continues with what was finished.
@@ -134,10 +138,10 @@ class Run:
         path = (
             self.folder / "work" / f"{name}-{runtime.content_hash(name, key, made_by)[:16]}.jsonl"
         )
-        if path.exists():
+        if together.is_there(path):
             return tables.read_jsonl(path)
         table = make()
-        if len(table):
+        if len(table) and together.is_first():
             tables.write_jsonl(table, path)
         return table
 
@@ -153,7 +157,8 @@ class Run:
         are left out, and one line says why.  `use=False` reads none.
         """
         own = json.loads(runtime.to_json(settings))
-        runtime.write_atomic(self.folder / "settings.json", runtime.to_json(own))
+        if together.is_first():
+            runtime.write_atomic(self.folder / "settings.json", runtime.to_json(own))
         if not use:
             return {}
         wanted = own | json.loads(runtime.to_json(other))
@@ -181,6 +186,8 @@ class Run:
         """
         from lib import models
 
+        if not together.is_first():
+            return self.folder / "models" / name
         made_by = {"notebook": self.notebook, "scale": self.scale, "seed": self.seed}
         card["settings"] = made_by | card.get("settings", {})
         folder = models.save(model, tokenizer, self.folder / "models" / name, card=card)
@@ -201,7 +208,8 @@ class Run:
             "claims": [asdict(c) for c in self.claims],
             "figures": self.figures,
         }
-        runtime.write_atomic(self.folder / "results.json", runtime.to_json(record))
+        if together.is_first():
+            runtime.write_atomic(self.folder / "results.json", runtime.to_json(record))
         table = pd.DataFrame.from_dict(self.metrics, orient="index")
         return table.rename_axis("metric").reset_index()
 
@@ -219,6 +227,7 @@ def start_run(notebook: str, *, scale: str, seed: int) -> Run:
     runtime.quiet_libraries()
     runtime.use_hub_token()
     show.show_tables_so()
+    together.meet()
     return Run(notebook, scale, seed, place.results_folder(notebook))
 
 

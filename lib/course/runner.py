@@ -38,7 +38,7 @@ from papermill.exceptions import PapermillExecutionError
 from papermill.log import logger as papermill_log
 
 from lib import runtime
-from lib.course import notebooks
+from lib.course import notebooks, together
 from lib.course.record import SHOWN_PACKAGES
 from lib.course.report import describe, duration, memory, summary, write_report
 
@@ -52,11 +52,15 @@ DEAD_KERNEL = (
 
 
 class Watch(threading.Thread):
-    """Follows one kernel: its peak memory, the cell it is in, and the progress line on a terminal."""
+    """Follows one kernel: its peak memory, the cell it is in, and the progress line on a terminal.
 
-    def __init__(self, label: str):
+    Of a run on several processes it counts the memory of all, and ends the kernel where another has failed.
+    """
+
+    def __init__(self, label: str, others: together.Others):
         super().__init__(daemon=True)
         self.label, self.peak, self.cells = label, 0, 0
+        self.others = others
         self.index, self.heading = -1, ""  # of the cell that runs
         self.started: list[dict] = []  # one for each cell of the executed notebook
         self.began, self.stopped = time.time(), threading.Event()
@@ -83,8 +87,11 @@ class Watch(threading.Thread):
         """Sample the process tree every 0.2 s, draw about once a second."""
         for tick in itertools.count():
             with contextlib.suppress(psutil.Error):
-                tree = [self.kernel, *self.kernel.children(recursive=True)]
+                roots = [self.kernel, *(psutil.Process(one.pid) for one in self.others.started)]
+                tree = [p for root in roots for p in (root, *root.children(recursive=True))]
                 self.peak = max(self.peak, sum(_resident(process) for process in tree))
+                if self.others.failure():
+                    self.kernel.kill()
             if self.live and tick % 5 == 0:
                 spent = duration(time.time() - self.began)
                 text = f"{self.label}  cell {self.index + 1}/{self.cells}  {spent}  {self.heading}"
@@ -183,18 +190,24 @@ def _papermill(record: dict, folder: Path, watch: Watch) -> tuple[str, dict | No
     env = {**os.environ, "FEEDBACK_RUN_DIR": str(folder), "FEEDBACK_HEADLESS": "1"}
     env["FEEDBACK_FINGERPRINT"] = record["fingerprint"]
     env |= {"HF_HUB_OFFLINE": "1"} if scale == "smoke" else {}
-    paths = [notebooks.find_notebooks()[record["notebook"]], folder / "executed.ipynb"]
+    others, source = watch.others, notebooks.find_notebooks()[record["notebook"]]
+    others.start(source, values, folder, env)
+    env |= others.environment(0)
+    paths = [source, folder / "executed.ipynb"]
     paths = [str(p).replace("{", "{{").replace("}", "}}") for p in paths]  # papermill formats them
     try:
         papermill.execute_notebook(
             *paths, values, engine_name="course", kernel_name="python3", language="python",
             progress_bar=False, cwd=root, start_timeout=180, watch=watch, env=env,
         )  # fmt: skip
+        others.wait()
     except PapermillExecutionError as error:
         if error.ename == "StopHere" and (folder / "results.json").exists():
             return "finished", None
         return _failure(watch, error.ename, error.evalue, error.cell_index)
     except DeadKernelError:
+        if failure := others.failure():
+            return _failure(watch, "ProcessFailed", failure)
         seen = f"{memory(watch.peak)} of {memory(psutil.virtual_memory().total)}"
         return _failure(watch, "DeadKernelError", DEAD_KERNEL.format(seen=seen))
     except KeyboardInterrupt:
@@ -207,10 +220,13 @@ def _papermill(record: dict, folder: Path, watch: Watch) -> tuple[str, dict | No
     return "finished", None
 
 
-def run_notebook(name: str, scale: str, values: dict, *, force: bool, label: str) -> dict:
-    """Run one notebook unless its finished result still holds; return its record.
+def run_notebook(
+    name: str, scale: str, values: dict, *, force: bool, label: str, processes: int = 1
+) -> dict:
+    """Run one notebook, on several processes if asked to, unless its finished result still holds.
 
-    The record's `status` is finished, skipped, failed, interrupted or busy (another process runs it).
+    Returns its record, whose `status` is finished, skipped, failed, interrupted or busy (another process
+    runs it).
     """
     folder = notebooks.run_folder(name, scale)
     folder.mkdir(parents=True, exist_ok=True)
@@ -222,7 +238,8 @@ def run_notebook(name: str, scale: str, values: dict, *, force: bool, label: str
             whole = record.get("status") == "finished" and (folder / "results.json").exists()
             if whole and record["fingerprint"] == now and not force:
                 return record | {"status": "skipped"}
-            return _run_locked(_new_record(name, scale, values, now), folder, force, label)
+            record = _new_record(name, scale, values, now) | {"processes": processes}
+            return _run_locked(record, folder, force, label)
     except filelock.Timeout:
         pid = notebooks.read_json(folder / "run.json").get("pid", "unknown")
         busy = f"process {pid} is running it now; wait for it or end it, then try again"
@@ -236,11 +253,12 @@ def _run_locked(record: dict, folder: Path, force: bool, label: str) -> dict:
     stale = notebooks.read_json(folder / "run.json").get("code") != record["code"]
     _clear_folder(folder, everything=force or stale)
     runtime.write_atomic(folder / "run.json", runtime.to_json(record))
-    watch = Watch(label)
+    watch = Watch(label, together.Others(record["processes"]))
     try:
         record["status"], record["error"] = _papermill(record, folder, watch)
     finally:
         watch.stop()
+        watch.others.stop()
     record["finished"] = _now()
     record["wall_seconds"] = round(time.time() - watch.began, 2)
     record["peak_memory_bytes"] = watch.peak
@@ -255,9 +273,16 @@ def prepare() -> None:
 
 
 def run_notebooks(
-    names: list[str], scale: str, chosen: dict[str, dict], *, force: bool = False
+    names: list[str],
+    scale: str,
+    chosen: dict[str, dict],
+    *,
+    force: bool = False,
+    processes: int = 1,
 ) -> tuple[int, list[dict]]:
     """Run notebooks one after the other, refreshing the report after each; print a summary.
+
+    processes: how many run each of them (`together`).
 
     Returns the exit code (0 all finished, 1 some failed, 130 interrupted) and the records.
     """
@@ -267,7 +292,8 @@ def run_notebooks(
     try:
         for i, name in enumerate(names, start=1):
             label = f"[{i}/{len(names)}] {name}"
-            record = run_notebook(name, scale, chosen[name], force=force, label=label)
+            options = {"force": force, "label": label, "processes": processes}
+            record = run_notebook(name, scale, chosen[name], **options)
             records.append(record)
             print(f"{label}  {describe(record)}", flush=True)
             with contextlib.suppress(
