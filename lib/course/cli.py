@@ -27,8 +27,8 @@ def _run(options: argparse.Namespace) -> int:
         together.check(options.processes)
     except ValueError as error:
         raise notebooks.RequestError(str(error)) from None
-    how = {"force": options.force, "processes": options.processes}
-    return runner.run_notebooks(names, options.scale, chosen, **how)[0]
+    settings = {"force": options.force, "processes": options.processes}
+    return runner.run_notebooks(names, options.scale, chosen, **settings)[0]
 
 
 def _list(options: argparse.Namespace) -> int:
