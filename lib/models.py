@@ -109,9 +109,10 @@ def load_start(name: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel
 def check_name(name: str) -> str:
     """`name`, if it names something that may be a policy, without loading its weights.
 
+    An asset of the course is not downloaded for that: where its replies are stored, nobody loads it.
     Raises ValueError for an unknown name and for a kept reward model; AssetError where it cannot be had.
     """
-    if name not in TINY_MODELS:
+    if name not in (*TINY_MODELS, *hub.MODEL_ASSETS):
         _policy_card(hub.resolve_model(name, weights=False), name)
     return name
 

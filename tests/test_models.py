@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from lib import int8, models, reward_models
+from lib import hub, int8, models, reward_models
+from lib.course import assets
 
 
 def test_tiny_models_are_reproducible_and_leave_the_global_seed_alone():
@@ -41,6 +42,14 @@ def test_load_policy_gives_eval_mode_and_left_padding(name):
     assert not model.training
     assert tokenizer.padding_side == "left"
     assert models.count_parameters(model)["total"] < 300_000
+
+
+def test_an_asset_is_not_downloaded_to_check_its_name(monkeypatch):
+    """At demo an annotator's replies are stored: naming it must not fetch its 1.6 GB."""
+    monkeypatch.setattr(assets, "fetch", lambda name: 1 / 0)
+    assert [models.check_name(name) for name in hub.MODEL_ASSETS] == [*hub.MODEL_ASSETS]
+    with pytest.raises(ValueError, match="has no revisions"):
+        models.check_name("policy@main")
 
 
 def test_unknown_names_are_refused():
