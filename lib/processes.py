@@ -46,7 +46,7 @@ def begin(device: torch.device, precision: str | None = None) -> Accelerator:
 
 
 def meet(device: torch.device) -> None:
-    """Wait for the other processes of a run (`course.together`), before any of them trains or writes."""
+    """Wait for the other processes of a run (`course.ranks`), before any of them trains or writes."""
     PartialState(cpu=device.type == "cpu", timeout=PATIENCE)
 
 

@@ -1,5 +1,6 @@
 """Fixtures shared by the tests: tiny models (no download) and the real policy where it can be had."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -19,6 +20,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import hypothesis
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
 import torch
 from tokenizers import Tokenizer, pre_tokenizers, processors
@@ -91,6 +93,15 @@ def real_data():
     if not folder or not Path(folder).is_dir():
         pytest.skip("FEEDBACK_DATA names no folder with the papers' own files")
     return Path(folder)
+
+
+def named(processes, word):
+    """Those of the processes that still run and have the word in their command line."""
+    running = []
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            running += [process] if word in " ".join(process.cmdline()) else []
+    return running
 
 
 class Server:

@@ -11,7 +11,7 @@ from lib import runtime
 from lib.course import address, record
 
 try:
-    from lib.course import confirm, notebooks, publish, report, runner, together
+    from lib.course import confirm, notebooks, publish, ranks, report, runner, side_by_side
 except ModuleNotFoundError as error:
     sys.exit(f"{error.name} is missing. Try: pip install -c constraints.txt -e '.[notebooks]'")
 
@@ -24,10 +24,13 @@ def _run(options: argparse.Namespace) -> int:
     if options.out:
         os.environ["FEEDBACK_OUT"] = options.out
     try:
-        together.check(options.processes)
+        ranks.check(options.processes)
     except ValueError as error:
         raise notebooks.RequestError(str(error)) from None
-    settings = {"force": options.force, "processes": options.processes}
+    if options.jobs < 0:
+        raise notebooks.RequestError(f"--jobs is {options.jobs}; allowed: 1 or more.")
+    jobs = options.jobs or (1 if len(names) == 1 else side_by_side.fitting())
+    settings = {"force": options.force, "processes": options.processes, "jobs": jobs}
     return runner.run_notebooks(names, options.scale, chosen, **settings)[0]
 
 
@@ -177,6 +180,8 @@ def _add_page_options(page: argparse.ArgumentParser) -> None:
 def _add_run_options(run: argparse.ArgumentParser) -> None:
     run.add_argument("--out", metavar="DIR", help="write to DIR/<notebook>/ instead of runs/")
     run.add_argument("--force", action="store_true", help="repeat finished notebooks from scratch")
+    text = "notebooks at a time (default: as many as cores and memory allow, at most 4)"
+    run.add_argument("--jobs", type=int, default=0, metavar="N", help=text)
     text = "train on so many processes, each on a GPU of its own (default 1)"
     run.add_argument("--processes", type=int, default=1, metavar="N", help=text)
     run.add_argument(

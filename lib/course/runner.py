@@ -4,7 +4,7 @@ Through papermill, into `runs/<scale>/<notebook>/`: `executed.ipynb`, `run.json`
 `results.json`, tables and figures (`record.Run`, inside the notebook).  A finished notebook is repeated
 only when what its result depends on has changed (`notebooks.fingerprint`).
 
-Simplified: notebooks run one after the other.
+Several notebooks run one after the other, or side by side in processes of their own.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
 from datetime import datetime
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
@@ -38,7 +40,7 @@ from papermill.exceptions import PapermillExecutionError
 from papermill.log import logger as papermill_log
 
 from lib import runtime
-from lib.course import notebooks, together
+from lib.course import notebooks, ranks, side_by_side
 from lib.course.record import SHOWN_PACKAGES
 from lib.course.report import describe, duration, memory, summary, write_report
 
@@ -57,14 +59,14 @@ class Watch(threading.Thread):
     Of a run on several processes it counts the memory of all, and ends the kernel where another has failed.
     """
 
-    def __init__(self, label: str, others: together.Others):
+    def __init__(self, label: str, others: ranks.Others | None = None):
         super().__init__(daemon=True)
         self.label, self.peak, self.cells = label, 0, 0
-        self.others = others
+        self.others = others or ranks.Others(1)
         self.index, self.heading = -1, ""  # of the cell that runs
         self.started: list[dict] = []  # one for each cell of the executed notebook
         self.began, self.stopped = time.time(), threading.Event()
-        self.live = sys.stdout.isatty()
+        self.live = sys.stdout.isatty() and bool(label)
 
     def attach(self, client: PapermillNotebookClient) -> None:
         """Begin to watch the kernel of a client that has just started it."""
@@ -253,7 +255,7 @@ def _run_locked(record: dict, folder: Path, force: bool, label: str) -> dict:
     stale = notebooks.read_json(folder / "run.json").get("code") != record["code"]
     _clear_folder(folder, everything=force or stale)
     runtime.write_atomic(folder / "run.json", runtime.to_json(record))
-    watch = Watch(label, together.Others(record["processes"]))
+    watch = Watch(label, ranks.Others(record["processes"]))
     try:
         record["status"], record["error"] = _papermill(record, folder, watch)
     finally:
@@ -272,6 +274,24 @@ def prepare() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite end keeps the record whole
 
 
+def _run_one(name: str, chosen: dict[str, dict], options: dict, label: str = "") -> dict:
+    """Run one of several notebooks."""
+    prepare()
+    return run_notebook(name, values=chosen[name], label=label, **options)
+
+
+def _one_by_one(run_one: Callable, names: list[str]) -> Iterator[tuple[str, dict]]:
+    """Name and record of each notebook, until one is interrupted."""
+    for i, name in enumerate(names, start=1):
+        try:
+            record = run_one(name, label=f"[{i}/{len(names)}] {name}")
+        except KeyboardInterrupt:
+            record = {"notebook": name, "status": "interrupted"}
+        yield name, record
+        if record["status"] == "interrupted":
+            return
+
+
 def run_notebooks(
     names: list[str],
     scale: str,
@@ -279,31 +299,31 @@ def run_notebooks(
     *,
     force: bool = False,
     processes: int = 1,
+    jobs: int = 1,
 ) -> tuple[int, list[dict]]:
-    """Run notebooks one after the other, refreshing the report after each; print a summary.
+    """Run notebooks, refreshing the report after each; print a summary.
 
-    processes: how many run each of them (`together`).
+    processes: how many run each of them (`ranks`).  jobs: how many notebooks run at a time.
 
     Returns the exit code (0 all finished, 1 some failed, 130 interrupted) and the records.
     """
     prepare()
+    options = {"scale": scale, "force": force, "processes": processes}
+    run_one = partial(_run_one, chosen=chosen, options=options)
     records: list[dict] = []
     report = None
     try:
-        for i, name in enumerate(names, start=1):
-            label = f"[{i}/{len(names)}] {name}"
-            options = {"force": force, "label": label, "processes": processes}
-            record = run_notebook(name, scale, chosen[name], **options)
+        several = jobs > 1 and len(names) > 1
+        each = side_by_side.run(run_one, names, jobs) if several else _one_by_one(run_one, names)
+        for name, record in each:
             records.append(record)
-            print(f"{label}  {describe(record)}", flush=True)
+            print(f"[{len(records)}/{len(names)}] {name}  {describe(record)}", flush=True)
             with contextlib.suppress(
                 notebooks.RequestError
             ):  # another notebook is just being saved
                 report = write_report(scale)
-            if record["status"] == "interrupted":
-                break
     except KeyboardInterrupt:
-        records.append({"notebook": name, "status": "interrupted"})
+        records.append({"notebook": "the report", "status": "interrupted"})
     print(summary(records, scale))
     print(f"Report: {report}" if report else "No report yet.")
     states = {record["status"] for record in records}

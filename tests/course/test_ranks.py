@@ -9,9 +9,10 @@ import time
 
 import psutil
 import pytest
+from conftest import named
 from test_runner import CODE, PARAMETERS, write
 
-from lib.course import notebooks, runner, together
+from lib.course import notebooks, ranks, runner, together
 from lib.course.cli import main
 
 TRAIN = """
@@ -90,7 +91,7 @@ def test_a_runner_that_is_killed_takes_the_others_with_it(project):
     started = subprocess.Popen(command, cwd=project, env={**os.environ, "FEEDBACK_OUT": "out"})
     tree: list[psutil.Process] = []
     end = time.time() + 120
-    while not any("lib.course.together" in " ".join(p.cmdline()) for p in tree):
+    while not named(tree, "lib.course.ranks"):
         assert time.time() < end and started.poll() is None
         tree = psutil.Process(started.pid).children(recursive=True)
         time.sleep(0.2)
@@ -104,8 +105,8 @@ def test_a_runner_that_is_killed_takes_the_others_with_it(project):
 def test_what_cannot_be_is_refused(monkeypatch, gpus, asked, allowed):
     monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
     with pytest.raises(ValueError, match=f"--processes is {asked}; allowed: {allowed}"):
-        together.check(asked)
-    together.check(gpus or 7)
+        ranks.check(asked)
+    ranks.check(gpus or 7)
 
 
 def test_the_command_line_says_so(capsys):
@@ -114,7 +115,7 @@ def test_the_command_line_says_so(capsys):
 
 
 def test_alone_nothing_is_started_or_set(tmp_path):
-    others = together.Others(1)
+    others = ranks.Others(1)
     others.start(tmp_path / "none.ipynb", {}, tmp_path, {})
     assert others.environment(0) == {} and others.started == [] and others.failure() == ""
     assert together.is_first() and not together.several()
