@@ -74,7 +74,7 @@ class Others:
             command = [sys.executable, "-m", "lib.course.ranks", str(notebook)]
             with open(log, "w", encoding="utf-8") as output:
                 process = subprocess.Popen(
-                    [*command, json.dumps(values)],
+                    [*command, json.dumps(values), str(os.getpid())],
                     env=env | self.environment(number) | {"MPLBACKEND": "agg"},
                     stdout=output,
                     stderr=subprocess.STDOUT,
@@ -138,5 +138,5 @@ def end_with(runner: int) -> None:
 
 
 if __name__ == "__main__":
-    threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=end_with, args=(int(sys.argv[3]),), daemon=True).start()
     sys.exit(run_cells(Path(sys.argv[1]), json.loads(sys.argv[2])))

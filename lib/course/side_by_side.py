@@ -44,7 +44,7 @@ class Worker:
     def __init__(self, run_one: Callable[[str], dict], jobs: int):
         start = multiprocessing.get_context("spawn")
         self.pipe, far = start.Pipe()
-        self.process = start.Process(target=_work, args=(run_one, far, jobs))
+        self.process = start.Process(target=_work, args=(run_one, far, jobs, os.getpid()))
         self.process.start()
         far.close()
         self.name, self.began = "", 0.0
@@ -103,11 +103,11 @@ def run(
             worker.stop()
 
 
-def _work(run_one: Callable[[str], dict], pipe, jobs: int) -> None:
+def _work(run_one: Callable[[str], dict], pipe, jobs: int, first: int) -> None:
     """A worker's process: Ctrl-C goes to the first one alone, whose end ends this one too."""
     if hasattr(os, "setsid"):
         os.setsid()
-    threading.Thread(target=ranks.end_with, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=ranks.end_with, args=(first,), daemon=True).start()
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // jobs)))
     status = ""
     with contextlib.suppress(KeyboardInterrupt, EOFError):  # told to stop with nothing to do
