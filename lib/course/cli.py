@@ -29,7 +29,8 @@ def _run(options: argparse.Namespace) -> int:
         raise notebooks.RequestError(str(error)) from None
     if options.jobs < 0:
         raise notebooks.RequestError(f"--jobs is {options.jobs}; allowed: 1 or more.")
-    jobs = options.jobs or (1 if len(names) == 1 else side_by_side.fitting())
+    alone = len(names) == 1 or options.scale not in side_by_side.SCALES
+    jobs = options.jobs or (1 if alone else side_by_side.fitting())
     settings = {"force": options.force, "processes": options.processes, "jobs": jobs}
     return runner.run_notebooks(names, options.scale, chosen, **settings)[0]
 
@@ -180,7 +181,7 @@ def _add_page_options(page: argparse.ArgumentParser) -> None:
 def _add_run_options(run: argparse.ArgumentParser) -> None:
     run.add_argument("--out", metavar="DIR", help="write to DIR/<notebook>/ instead of runs/")
     run.add_argument("--force", action="store_true", help="repeat finished notebooks from scratch")
-    text = "notebooks at a time (default: as many as cores and memory allow, at most 4)"
+    text = "notebooks at a time (default: at smoke and demo what cores and memory allow)"
     run.add_argument("--jobs", type=int, default=0, metavar="N", help=text)
     text = "train on so many processes, each on a GPU of its own (default 1)"
     run.add_argument("--processes", type=int, default=1, metavar="N", help=text)
