@@ -83,6 +83,10 @@ class Others:
             self.started.append(process)
             self.logs.append(log)
 
+    def running(self) -> list[psutil.Process]:
+        """Those that have not ended."""
+        return [psutil.Process(one.pid) for one in self.started if one.poll() is None]
+
     def failure(self) -> str:
         """The end of what a process said that has failed; "" while none has."""
         for number, process in enumerate(self.started):

@@ -89,11 +89,11 @@ class Watch(threading.Thread):
         """Sample the process tree every 0.2 s, draw about once a second."""
         for tick in itertools.count():
             with contextlib.suppress(psutil.Error):
-                roots = [self.kernel, *(psutil.Process(one.pid) for one in self.others.started)]
-                tree = [p for root in roots for p in (root, *root.children(recursive=True))]
-                self.peak = max(self.peak, sum(_resident(process) for process in tree))
                 if self.others.failure():
                     self.kernel.kill()
+                roots = [self.kernel, *self.others.running()]
+                tree = [p for root in roots for p in (root, *root.children(recursive=True))]
+                self.peak = max(self.peak, sum(_resident(process) for process in tree))
             if self.live and tick % 5 == 0:
                 spent = duration(time.time() - self.began)
                 text = f"{self.label}  cell {self.index + 1}/{self.cells}  {spent}  {self.heading}"
