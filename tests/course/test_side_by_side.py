@@ -87,7 +87,7 @@ def test_a_killed_command_leaves_no_process(project):
 
 def test_how_many_fit_is_what_cores_and_memory_allow(monkeypatch):
     monkeypatch.setattr(side_by_side, "cores", lambda: 16)
-    for memory, fit in ((4e9, 1), (13e9, 2), (1e12, side_by_side.MOST)):
+    for memory, fit in ((4e9, 1), (15e9, 2), (1e12, side_by_side.MOST)):
         total = type("Memory", (), {"total": memory})
         monkeypatch.setattr("psutil.virtual_memory", lambda total=total: total)
         assert side_by_side.fitting() == fit
