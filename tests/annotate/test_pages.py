@@ -23,6 +23,7 @@ from acts import (
 
 from lib import annotate, sft
 from lib.papers.fine_grained import schema as qa
+from lib.papers.one_hour import annotator
 
 
 def label_everything(page):
@@ -674,3 +675,28 @@ def test_words_are_big_enough_for_a_finger(open_page):
     page.tap('#answer [data-i="3"]')
     page.tap('#answer [data-i="6"]')
     assert page.inner_text("#picked") == "Selected: was built in 1790."
+
+
+def test_an_hour_of_notebook_90_comes_back_as_spans(open_page, tmp_path):
+    """Words 0 and 1 are irrelevant, 2 and 3 right, 4 and 5 another value; the second answer is right."""
+    prompt = "colour red, metal iron, city oslo, age two? metal city:"
+    answers = ["age two, metal iron, city rome.", "metal iron, city oslo."]
+    page = open_page(
+        [{"instruction": prompt, "input": "The age is two.", "responses": [a]} for a in answers]
+    )
+    for first, last, kind in ((0, 1, "Irrelevant"), (4, 5, "Unverifiable")):
+        drag(page, first, last)
+        page.click("#label")
+        choose(page, kind)
+        if kind == "Unverifiable":
+            page.check("input[name=looked]")
+        page.click("#add")
+    page.fill("#corrected", "metal iron, city oslo.")
+    page.click("#submit", force=True)
+    page.check("input[name=clean]")
+    page.click("#submit", force=True)
+    bought = annotator.from_file(exported(page, tmp_path / "my_hour.json"))
+    assert bought.kind == "spans" and bought.prompts == [prompt] * 2 and bought.answers == answers
+    assert [marks.tolist() for marks in bought.marks["R1"]] == [[-1, 1, 1], [1, 1]]
+    assert [marks.tolist() for marks in bought.marks["R2"]] == [[-1], [1]]
+    assert [marks.tolist() for marks in bought.marks["R3"]] == [[0.5], [1]]

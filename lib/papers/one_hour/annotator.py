@@ -166,7 +166,7 @@ them after its question mark; the passage says what is true. Mark whole clauses 
 - Irrelevant: a fact that nobody asked for, be it true or false.
 - Repetition: a fact that the answer has given before.
 - Wrong fact: another value than the passage's.
-What is missing needs no mark: it is read off the answer."""
+What is missing needs no mark, it is read off the answer: where that is all, tick that nothing is wrong."""
 UNWANTED = ("Irrelevant", "Redundant")  # the other types of error say that a clause is not true
 
 
