@@ -141,11 +141,11 @@ def taught(
 
 def refine_with_feedback(_: str) -> list[Path]:
     """The texts of notebooks 30 and 31 and the judge's answers on them, for every part of the study; who
-    chooses among the refinements of the train and test parts; word removal by the writer and the judge."""
+    chooses among the refinements of the train and test parts; word removal by all three."""
     roles = (study.STUDENT, study.WRITER, study.JUDGE)
     student, writer, judge = [LocalAnnotator(name, ask=True) for name in roles]
     threshold, _ = study.fit_threshold(judge, study_articles("tuning"))
-    for annotator in (judge, writer):
+    for annotator in (student, judge, writer):
         study.word_removal(annotator, REMOVAL_PROMPTS)
     for part in study.PARTS:
         articles, texts = study_tables(study_articles(part), student, writer, judge, threshold)
