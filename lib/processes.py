@@ -7,6 +7,7 @@
     meet      the same without a training: from here on the others are there
     share     which of so many rows are mine; random numbers are drawn for all rows and cut the same way
     joined    everybody's rows in their order, for everybody
+    my_rows   which of those are mine
     once      what the main process alone does: ask a judge that costs money, decide
     is_there  whether a file is there, asked before anyone may write it
     passes    several passes on one batch, of which the last adds the gradients up
@@ -79,6 +80,13 @@ def share(count: int) -> slice:
     each, more = divmod(count, state.num_processes)
     start = state.process_index * each + min(state.process_index, more)
     return slice(start, start + each + (state.process_index < more))
+
+
+def my_rows(count: int) -> slice:
+    """Where this process's `count` rows stand among all that `joined` gives; each may have another count."""
+    counts = joined([count])
+    start = 0 if alone() else sum(counts[: PartialState().process_index])
+    return slice(start, start + count)
 
 
 def joined(rows: Sequence) -> list:

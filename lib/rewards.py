@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from lib import generation, segments, stats
+from lib import generation, processes, segments, stats
 from lib.text import is_empty, repetition_share, script_share
 
 Judge = Callable[[Sequence[str], Sequence[str]], Sequence[float]]  # prompts, responses -> scores
@@ -201,13 +201,16 @@ def at_end(reward_fn: RewardFunction) -> RewardFunction:
 def shuffled(reward_fn: RewardFunction) -> RewardFunction:
     """The control: `reward_fn`'s totals dealt out at random within the batch, so they tell nothing.
 
-    Draws from numpy's global generator, which `train_ppo` seeds at every step.
+    Draws from numpy's global generator, which `train_ppo` seeds at every step.  On several processes the
+    batch is that of all.
     """
 
     def control(samples: generation.Samples) -> dict[str, np.ndarray]:
         _, sums = place_rewards(reward_fn(samples), samples)
-        order = np.random.permutation(len(samples))
-        return {name: values[order] for name, values in sums.items()}
+        everyone = {name: np.asarray(processes.joined(values)) for name, values in sums.items()}
+        mine = processes.my_rows(len(samples))
+        order = np.random.permutation(sum(processes.joined([len(samples)])))[mine]
+        return {name: values[order] for name, values in everyone.items()}
 
     return control
 

@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 from safetensors.torch import save_file
 
-from lib import models, ppo, processes, reward_models, rloo, sft
+from lib import models, ppo, processes, reward_models, rewards, rloo, sft
 from lib.papers.alt import conditions, critics, labels, loop
 from lib.papers.fine_grained import models as fine_grained
 
@@ -38,7 +38,7 @@ def share_of_yes(samples):
     return {"yes": [text.split().count("yes") / len(ids) for text, ids in both]}
 
 
-def train_rl(trainer, folder):
+def train_rl(trainer, folder, reward=share_of_yes):
     """Two prompts a process; three held-out ones; forward passes of three rows, so the last has one."""
     model, tokenizer = tiny()
     config = ppo.PPOConfig(
@@ -47,7 +47,7 @@ def train_rl(trainer, folder):
         whiten_rewards=True,
     )  # fmt: skip
     options = {"held_out": PROMPTS[:3], "folder": folder}
-    history = trainer(model, tokenizer, PROMPTS, share_of_yes, config, **options)
+    history = trainer(model, tokenizer, PROMPTS, reward, config, **options)
     return history.drop(columns=[c for c in history if c.startswith("seconds_")]), model
 
 
@@ -151,6 +151,7 @@ TRAININGS = {
     "pairs": partial(train_reward_model, "pairs"),
     "segments": train_on_segments,
     "PPO": partial(train_rl, ppo.train_ppo),
+    "shuffled PPO": partial(train_rl, ppo.train_ppo, reward=rewards.shuffled(share_of_yes)),
     "RLOO": partial(train_rl, rloo.train_rloo),
     "conditioning": train_conditional,
 }
