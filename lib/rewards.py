@@ -209,7 +209,7 @@ def shuffled(reward_fn: RewardFunction) -> RewardFunction:
         _, sums = place_rewards(reward_fn(samples), samples)
         everyone = {name: np.asarray(processes.joined(values)) for name, values in sums.items()}
         mine = processes.my_rows(len(samples))
-        order = np.random.permutation(sum(processes.joined([len(samples)])))[mine]
+        order = np.random.permutation(len(next(iter(everyone.values()))))[mine]
         return {name: values[order] for name, values in everyone.items()}
 
     return control

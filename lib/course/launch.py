@@ -24,13 +24,18 @@ def command(module: str, *arguments: str, processes: int) -> list[str]:
     return [*launcher, *options, "-m", module, *arguments]
 
 
+def loopback() -> dict[str, str]:
+    """What keeps processes on this machine's CPU from talking over another network than its own."""
+    on_cpu = sys.platform == "linux" and runtime.get_device().type == "cpu"
+    return {"GLOO_SOCKET_IFNAME": "lo"} if on_cpu else {}
+
+
 def launch(module: str, *arguments: str, processes: int) -> None:
     """Run `command` and wait.  Raises RuntimeError with the end of what it said where it fails."""
     paths = [str(runtime.project_root()), os.environ.get("PYTHONPATH", "")]
     settings = {"FEEDBACK_HEADLESS": "1", "OMP_NUM_THREADS": "1", **os.environ}
     settings["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
-    if sys.platform == "linux" and runtime.get_device().type == "cpu":
-        settings["GLOO_SOCKET_IFNAME"] = "lo"  # nothing leaves this machine
+    settings |= loopback()
     done = subprocess.run(
         command(module, *arguments, processes=processes),
         env=settings,

@@ -25,6 +25,7 @@ from pathlib import Path
 import psutil
 
 from lib import runtime
+from lib.course.launch import loopback
 
 GOES_ON = 120  # seconds that the others have after the first process has finished
 HERE = "127.0.0.1"
@@ -62,10 +63,8 @@ class Others:
             return {}
         shared = {"WORLD_SIZE": self.processes, "MASTER_ADDR": HERE, "MASTER_PORT": self.port}
         shared |= {"RANK": number, "LOCAL_RANK": number, "LOCAL_WORLD_SIZE": self.processes}
-        settings = {"OMP_NUM_THREADS": "1"} | {name: str(value) for name, value in shared.items()}
-        if sys.platform == "linux" and runtime.get_device().type == "cpu":
-            settings["GLOO_SOCKET_IFNAME"] = "lo"  # nothing leaves this machine
-        return settings
+        settings = {name: str(value) for name, value in shared.items()}
+        return settings | {"OMP_NUM_THREADS": "1"} | loopback()
 
     def start(self, notebook: Path, values: dict, folder: Path, env: dict[str, str]) -> None:
         """Start them on a notebook's code cells, with these parameters."""

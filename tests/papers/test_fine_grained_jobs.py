@@ -291,3 +291,17 @@ def test_rouge_lsum_by_hand():
     best = rouge.rouge_lsum(["a dog ran"], [["the cat sat", "a dog ran"]])
     assert best[0] == 100
     assert rouge.rouge_lsum(["sat cat the"], [["the cat sat"]])[0] == pytest.approx(100 / 3)
+
+
+@pytest.mark.parametrize(
+    "word, stem",
+    [
+        ("caresses", "caress"), ("ponies", "poni"), ("flies", "fli"), ("dies", "die"),
+        ("agreed", "agre"), ("plastered", "plaster"), ("sing", "sing"), ("hopping", "hop"),
+        ("falling", "fall"), ("filing", "file"), ("happy", "happi"), ("relational", "relat"),
+        ("vietnamization", "vietnam"), ("formalize", "formal"), ("electrical", "electr"),
+        ("adoption", "adopt"), ("controlling", "control"), ("rate", "rate"), ("sky", "sky"),
+    ],
+)  # fmt: skip
+def test_stems_are_porter_s(word, stem):
+    assert rouge.stem(word) == stem

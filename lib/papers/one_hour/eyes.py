@@ -47,9 +47,9 @@ def of(name: str, error: float, seed: int, client: ChatClient | None = None) -> 
     """
     if client:
         return Model(EndpointAnnotator(client), seed)
-    return (
-        Simulated(error, seed) if name == SIMULATED else Model(LocalAnnotator(name, ask=True), seed)
-    )
+    if name == SIMULATED:
+        return Simulated(error, seed)
+    return Model(LocalAnnotator(name, ask=True), seed)
 
 
 def generator(seed: int, *key) -> np.random.Generator:
