@@ -55,7 +55,14 @@ class ReplyStore:
     def _open(self) -> sqlite3.Connection:
         db = sqlite3.connect(self.path, timeout=60, check_same_thread=False)
         # With a write-ahead log a commit outlives its process without waiting for the disk.
-        db.execute("PRAGMA journal_mode=WAL")
+        for _ in range(600):
+            try:
+                db.execute("PRAGMA journal_mode=WAL")
+                break
+            except sqlite3.OperationalError as error:  # two begin one file: no timeout holds here
+                if "locked" not in str(error):
+                    raise
+                time.sleep(0.1)
         db.execute("PRAGMA synchronous=NORMAL")
         db.execute("CREATE TABLE IF NOT EXISTS replies (key TEXT PRIMARY KEY, reply TEXT, at TEXT)")
         return db

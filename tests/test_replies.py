@@ -43,6 +43,19 @@ def test_threads_that_ask_at_once_get_one_store(tmp_path, monkeypatch):
     assert [store.claim("0" * 16) for store in stores] == [True] + [False] * 7
 
 
+def test_processes_that_begin_one_file_at_once_all_open_it(tmp_path):
+    """A new file is turned to its log by one of them; the others wait for it (each connection is its own)."""
+    barrier = threading.Barrier(8)
+
+    def begin(path):
+        barrier.wait()
+        return replies.ReplyStore(path)
+
+    with ThreadPoolExecutor(8) as threads:
+        for k in range(60):
+            assert len(list(threads.map(begin, [tmp_path / f"{k}.sqlite"] * 8))) == 8
+
+
 def test_no_module_opens_a_store_of_its_own():
     lib = Path(replies.__file__).parent
     opened = [p for p in lib.rglob("*.py") if "= ReplyStore(" in p.read_text()]
