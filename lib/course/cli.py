@@ -226,10 +226,10 @@ def build_parser() -> argparse.ArgumentParser:
     jupyter = add("lab", _lab, "open the course in JupyterLab")
     jupyter.add_argument("rest", nargs=argparse.REMAINDER, help="options of JupyterLab")
     fetching = add(
-        "fetch", _fetch, "get the papers' own released files (without a name: list them)"
+        "fetch", _fetch, "get the papers' released files, or a model (without a name: list them)"
     )
     fetching.add_argument(
-        "sets", nargs="*", metavar="NAME", help="such as qa_feedback; several too"
+        "sets", nargs="*", metavar="NAME", help="such as qa_feedback or qwen-1.5b; several too"
     )
     text = "write an annotation page that works offline in a browser"
     _add_page_options(add("annotate", _annotate, text))

@@ -4,6 +4,7 @@
 fixed revision, into `<cache>/released/<name>/` (git-ignored) and writes `card.json` beside the files:
 source, licence, sizes, hashes.  A cut or killed download goes on where it stopped.  `released` says
 where a set is.  Nothing of these files is part of the course, and some may not be passed on at all.
+The name of an asset (`lib.course.assets`), such as a local annotator's, gets that.
 
 `COURSE_GITHUB` and `HF_ENDPOINT` name other servers in the place of raw.githubusercontent.com and
 huggingface.co: for mirrors, and for tests with a server on loopback.
@@ -21,7 +22,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote, urlsplit
@@ -30,6 +31,7 @@ import filelock
 import requests
 
 from lib import runtime
+from lib.course import assets
 from lib.course.assets import AssetError, advice
 
 CARD = "card.json"
@@ -142,9 +144,9 @@ def find(name: str, *files: str) -> Path | None:
     return item.folder if _has(item, files or item.files) else None
 
 
-def _known(name: str) -> Released:
+def _known(name: str, others: Sequence[str] = ()) -> Released:
     if name not in SETS:
-        raise ValueError(f"unknown set {name!r}; allowed: {', '.join(SETS)}.")
+        raise ValueError(f"unknown set {name!r}; allowed: {', '.join([*SETS, *others])}.")
     return SETS[name]
 
 
@@ -170,7 +172,7 @@ def _has(item: Released, files) -> bool:
 
 
 def describe_sets() -> str:
-    """What there is, one paragraph a set: what, where from, licence, size, and whether it is here."""
+    """What there is, one paragraph a set or asset: what, where from, licence, size, is it here."""
     parts = []
     for item in SETS.values():
         sources = " and ".join(source.address for source in item.sources)
@@ -181,6 +183,10 @@ def describe_sets() -> str:
             f"licence: {item.licence}",
         ]
         parts.append("\n    ".join(lines))
+    for card in assets.cards().to_dict("records"):
+        head = f"{card['name']}: {card['state']}"
+        size = f"{card['rows or parameters']}, {card['MB']:.1f} MB, from {card['source']}"
+        parts.append("\n    ".join([head, card["what"], size, f"licence: {card['licence']}"]))
     return "\n".join([*parts, "Get one with: python -m lib fetch NAME"])
 
 
@@ -206,16 +212,17 @@ def _files(count: int) -> str:
 
 
 def fetch(*names: str) -> None:
-    """Download what is missing or damaged of these sets, check it, and write their cards.
+    """Download what is missing or damaged of these sets, check it, and write their cards; or of assets.
 
     Files that are whole are not asked for again.  Raises ValueError for an unknown name, before anything
     is downloaded, and, after all was tried, AssetError where a file cannot be had or is not the expected
     one; what was whole by then is kept and usable.
     """
     failures = []
-    for item in [_known(name) for name in names]:
+    asked = [assets.ASSETS.get(name) or _known(name, [*assets.ASSETS]) for name in names]
+    for item in asked:
         try:
-            failures += _fetch_set(item)
+            failures += _fetch_set(item) if isinstance(item, Released) else _fetch_asset(item)
         except OSError as error:  # the disk, not the network
             failures.append(advice(f"{type(error).__name__}: {error}", error.errno))
     if failures:
@@ -223,6 +230,16 @@ def fetch(*names: str) -> None:
             "\n".join(["not everything was fetched; what is whole is kept.", *failures])
         )
     print("Notebooks that ran before: run them again with --force to see these files.")
+
+
+def _fetch_asset(asset: assets.Asset) -> list[str]:
+    """One asset, where it is not here whole.  Returns what went wrong."""
+    print(f"{asset.name}: {asset.what}. Licence: {asset.licence}.")
+    try:
+        print(f"{asset.name}: in {assets.fetch(asset.name)}")
+    except AssetError as error:
+        return [str(error)]
+    return []
 
 
 def _fetch_set(item: Released) -> list[str]:

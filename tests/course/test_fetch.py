@@ -19,7 +19,7 @@ import pandas as pd
 import pytest
 
 from lib import data
-from lib.course import cli, fetch
+from lib.course import assets, cli, fetch
 from lib.papers import rewardlm
 from lib.papers.ilf import data as ilf
 
@@ -272,6 +272,38 @@ def test_unknown_names_are_refused_before_anything_is_asked(server, capsys):
     said = capsys.readouterr().err
     assert "'qa_fedback'" in said and "qa_feedback" in said
     assert not server.requests
+
+
+def test_an_asset_is_fetched_by_its_name_too(server, monkeypatch, capsys, tmp_path):
+    """Several in one call, of both kinds; one that cannot be had does not keep the others from coming."""
+    asked = []
+
+    def get(name):
+        asked.append(name)
+        if name == "qwen-1.5b":
+            raise assets.AssetError("asset 'qwen-1.5b': no way")
+        return tmp_path / name
+
+    monkeypatch.setattr(assets, "fetch", get)
+    assert cli.main(["fetch", "qwen-1.5b", "qwen-0.5b", "tiny"]) == 2
+    assert asked == ["qwen-1.5b", "qwen-0.5b"] and fetch.find("tiny")
+    said = capsys.readouterr()
+    assert f"qwen-0.5b: in {tmp_path / 'qwen-0.5b'}" in said.out and "no way" in said.err
+    cli.main(["fetch"])
+    assert "qwen-0.5b: not fetched yet" in capsys.readouterr().out
+
+
+def test_every_fetch_that_a_text_names_is_known():
+    """In notebooks, documents and messages: `lib fetch NAME`, or several names."""
+    root = ROOT
+    named = set()
+    for pattern in ("*.md", "docs/*.md", "data/**/*.md", "notebooks/**/*.ipynb", "lib/**/*.py"):
+        for path in root.glob(pattern):
+            text = path.read_text(encoding="utf-8")
+            for names in re.findall(r"lib fetch((?:\s+[a-z][\w.-]*[\w])+)", text):
+                named |= set(names.split()[:1])
+    known = {*fetch.SETS, *assets.ASSETS}
+    assert {"qa_feedback", "qwen-1.5b"} <= named and named <= known, named - known
 
 
 def test_your_own_folder_comes_first(server, folder, tmp_path, monkeypatch, capsys):
