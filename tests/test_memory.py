@@ -125,7 +125,7 @@ def at_gpu(notebook):
     ("40", lambda x: memory.fine_tuning(skeleton(x["model"], x["train"]), x["batch"],
                                         x["max_answer"], x["max_prompt"])),
     ("31", lambda x: memory.fine_tuning(skeleton(x["model"], "top", layers=x["train_layers"]),
-                                        x["batch"], x["post_tokens"] + x["tokens"])),
+                                        x["batch"], x["max_length"])),
     ("51", lambda x: memory.ppo(skeleton(x["model"], x["train"], layers=x["layers"]), 32, 40,
                                 x["max_new_tokens"], episodes=512)),
 ])  # fmt: skip

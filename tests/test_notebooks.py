@@ -22,6 +22,7 @@ from lib.course import record
 from lib.papers.alt import conditions, critics
 from lib.papers.fine_grained import models as fine_grained
 from lib.papers.fine_grained import schema as qa
+from lib.papers.ilf import refine
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -402,26 +403,40 @@ def test_a_kept_policy_of_43_is_the_one_that_was_measured(tmp_path):
     np.testing.assert_allclose(measured[measured.arm == "dense"].log_prob, sums, rtol=1e-4)
 
 
-def test_a_kept_refiner_and_a_reward_model_of_your_own_are_used_by_31(tmp_path):
-    """Nothing is warmed up, and the kept reward model's scores choose; what 31 trains is kept."""
-    refiner = tmp_path / "refiner"
-    words = {*models.sample_words(), "Yes", "No", "True", "False", "A", "B"}  # as 31's own
-    models.save(*models.build_tiny_model("tiny", words=sorted(words)), refiner)
-    model, tokenizer = models.load_policy(str(refiner), dtype=torch.float32)
+def test_refinements_and_a_reward_model_of_your_own_are_used_by_31(tmp_path):
+    """The student learns from the file's texts, is tested on other articles, and the reward model chooses."""
+    model, tokenizer = models.build_tiny_model("tiny", seed=3)
     reward = reward_models.RewardModel(model.base_model, tokenizer)
-    torch.nn.init.constant_(reward.head.bias, 2.5)  # all texts alike
+    torch.nn.init.normal_(reward.head.weight)
     models.save(reward, tokenizer, tmp_path / "reward")
-    parameters = {"START_FROM": str(refiner), "REWARD": str(tmp_path / "reward"),
-                  "ARMS": '["refinement"]', "SIZES": "[4]"}  # fmt: skip
+    models.save(model, tokenizer, tmp_path / "student")
+    mine = refine.load_articles("samples", "train", 4)[["id", "title"]]
+    mine = mine.assign(summary="It is here.", feedback="Say where.")
+    mine["refinement"] = [f"It is in the north, number {i}." for i in range(4)]
+    mine.to_csv(tmp_path / "mine.csv", index=False)
+    parameters = {"REFINEMENTS": str(tmp_path / "mine.csv"), "REWARD": str(tmp_path / "reward"),
+                  "STUDENT": str(tmp_path / "student"), "SIZES": "[4]",
+                  "ARMS": '["refinement", "writer\'s summary", "reward model"]'}  # fmt: skip
     options = [part for name, value in parameters.items() for part in ("-p", name, value)]
     folder = run_notebook(ROOT / "notebooks/31_learn_from_refinements.ipynb", tmp_path, *options)
-    pools = pd.read_csv(folder / "pools.csv")
-    np.testing.assert_allclose(pools.reward, 2.5, rtol=1e-5)
-    assert set(pools.reward_model) == {parameters["REWARD"]}
+    targets = pd.read_csv(folder / "targets.csv", keep_default_na=False)
+    assert sorted(targets.refinement) == sorted(mine.refinement)
+    assert set(targets["writer's summary"]) == {""}  # no texts, no such arm
+    scores = pd.read_csv(folder / "scores.csv")
+    assert set(scores.arm) == {"first student", "the writer", "refinement"}
+    assert not set(scores.id) & set(mine.id)
+    assert set(pd.read_csv(folder / "reward.csv").arm) == {"longer", "reward model"}
     assert [path.name for path in (folder / "models").iterdir()] == ["refinement"]
-    models.load_policy(str(folder / "models" / "refinement"))
+    before, after = (
+        models.load_policy(str(x))[0] for x in (tmp_path / "student", folder / "models/refinement")
+    )
+    moved = [
+        not torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True)
+    ]
+    assert any(moved) and not moved[0]  # the upper layers, not the embeddings
     settings = json.loads((folder / "settings.json").read_text())
-    assert settings["start_from"] == str(refiner) and settings["reward"] == parameters["REWARD"]
+    assert settings["refinements"] == parameters["REFINEMENTS"]
+    assert settings["student"] == parameters["STUDENT"]
 
 
 def test_51_trains_your_model_on_your_prompts_by_your_reward_model(tmp_path):
@@ -453,7 +468,7 @@ def test_51_trains_your_model_on_your_prompts_by_your_reward_model(tmp_path):
 
 
 @pytest.mark.parametrize("number, name", [
-    ("22", "MODEL"), ("30", "WRITER"), ("31", "MODEL"), ("31", "START_FROM"), ("40", "MODEL"),
+    ("22", "MODEL"), ("30", "WRITER"), ("31", "STUDENT"), ("40", "MODEL"),
     ("42", "START_FROM"), ("43", "MODEL"), ("43", "START_FROM"), ("44", "MODEL"),
     ("44", "START_FROM"), ("50", "START_FROM"), ("51", "MODEL"),
 ])  # fmt: skip

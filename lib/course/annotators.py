@@ -18,7 +18,7 @@ from lib.annotator import SimulatedAnnotator
 from lib.course import fetch, gate, items
 from lib.judge import LocalAnnotator
 from lib.papers.alt import real
-from lib.papers.ilf import study
+from lib.papers.ilf import imitate, study
 from lib.papers.sparse_feedback import analysis, choices, noise, protocols
 
 MODELS = ("qwen-0.5b", "qwen-1.5b")
@@ -140,17 +140,20 @@ def taught(
 
 
 def refine_with_feedback(_: str) -> list[Path]:
-    """The texts of notebooks 30 and 31 and the judge's answers on them, for every part of the study; who
-    chooses among the refinements of the train and test parts; word removal by all three."""
+    """The texts of notebooks 30 and 31 and the judge's answers on them; who chooses among the refinements of
+    the test and train parts (the latter without the controls, which no student imitates); word removal."""
     roles = (study.STUDENT, study.WRITER, study.JUDGE)
     student, writer, judge = [LocalAnnotator(name, ask=True) for name in roles]
     threshold, _ = study.fit_threshold(judge, study_articles("tuning"))
     for annotator in (student, judge, writer):
         study.word_removal(annotator, REMOVAL_PROMPTS)
-    for part in study.PARTS:
+    for part in ("tuning", "test"):
         articles, texts = study_tables(study_articles(part), student, writer, judge, threshold)
-        if part != "tuning":
+        if part == "test":
             study.instruct_rm(writer, study.candidates(articles, texts))
+    articles, texts = imitate.material(student, writer, study_articles("train"))
+    study.instruct_rm(writer, imitate.refinements(articles, texts))
+    study.judge(judge, articles, texts, threshold)
     return [annotator.export("refinements") for annotator in (student, writer, judge)]
 
 

@@ -1,11 +1,13 @@
 """Learning from refinements: targets of every arm, what carries loss, likelihood, choices, reward pairs."""
 
+import json
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
-from lib import generation, models, reward_models, sft
+from lib import generation, models, reward_models, runtime, sft
 from lib.data import apply_template
 from lib.papers.ilf import imitate as im
 from lib.papers.ilf import refine as rf
@@ -159,14 +161,20 @@ def test_a_measured_student_has_texts_likelihood_and_distance(tiny):
     assert set(both["table"]) == {"texts"}
 
 
-def test_texts_that_no_judge_read_are_counted_and_left_out():
+def test_texts_that_no_judge_read_are_counted_and_left_out(capsys):
     class Half:
+        name = "half"
+
         def supports(self, texts, statements):
             return np.array([np.nan if "Summary 1" in text else 1.0 for text in texts])
 
     table = pd.DataFrame({"id": ["a0", "a1"], "text": ["Summary 0.", "Summary 1."]})
     judged = im.judged(Half(), articles(2), table, 0.0)
-    assert judged["id"].tolist() == ["a0"] and judged.attrs["missing"] == 1
+    assert judged["id"].tolist() == ["a0"]
+    said = capsys.readouterr().out
+    assert (
+        said == "1 of 2 texts are not judged, because half is not here: python -m lib fetch half\n"
+    )
     assert judged["complete"].tolist() == [1.0]
 
 
@@ -301,3 +309,34 @@ def test_weights_correct_for_the_proposal():
 def test_weights_refuse_a_beta_of_zero():
     with pytest.raises(ValueError, match="> 0"):
         im.target_weights(np.zeros((1, 2)), 0.0)
+
+
+def test_the_settings_that_decide_are_those_of_the_design():
+    """The planned runs train arms that there are, the controls among them, at both sizes."""
+    folder = runtime.project_root() / "data/results/31_learn_from_refinements"
+    design = json.loads((folder / "design.json").read_text(encoding="utf-8"))
+    assert set(design["parameters"]["ARMS"]) <= {*im.ARMS, "reward model"}
+    assert {"initial", "refinement", "shuffled", study.OWN} <= set(design["parameters"]["ARMS"])
+    assert design["parameters"]["SIZES"] == [32, 96]
+
+
+def test_the_plan_counts_what_each_article_asks():
+    full = {"train_articles": 10, "test": 4, "questions": 5, "sizes": [2, 10], "best_of": 64}
+    plan = im.full_plan(full)
+    assert plan.loc["InstructRM, 5 questions", "calls"] == 10 * 5 * 5
+    assert plan.loc["samples for best of n", "calls"] == 2 * 4 * 64
+    written = plan.loc["feedback, refinements, own summaries", "hours written"]
+    assert written == pytest.approx(70 * 60 / 2500 / 3600)
+
+
+def test_what_no_arm_needs_is_not_written():
+    """Second tries and refinements with another's feedback are written for the arms that imitate them."""
+
+    class Writes:
+        def __call__(self, prompts, n=1, seed=0):
+            return [[rf.Draft(f"Text {k}.", True) for k in range(n)] for _ in prompts]
+
+    few = im.material(None, Writes(), articles(2))[1]
+    assert set(few["arm"]) == {study.FIRST, "feedback", study.OWN}
+    more = im.material(None, Writes(), articles(2), ["refinement", "second try"])[1]
+    assert set(more["arm"]) == {*few["arm"], "second try"}

@@ -1,4 +1,4 @@
-"""Refinement: drafts and flags, incorporation, choosers, InstructRM on three tokenizers, word removal."""
+"""Refinement: prompts, drafts, choosers, answers' probabilities on three tokenizers, word removal."""
 
 import json
 import subprocess
@@ -15,7 +15,7 @@ from tokenizers import models as token_models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lib import chat, embeddings, encoding, logprobs, models
-from lib.annotator import Critique, Rubric, SimulatedAnnotator
+from lib.annotator import Rubric
 from lib.papers.ilf import refine as rf
 
 POST = (
@@ -33,20 +33,8 @@ def articles(n=3):
             "post": POST,
             "summary": "Lake Ormin is a shallow lake.",
             "feedback": [f"It does not say Halland, {i}." for i in range(n)],
-            "feedback_class": "coverage",
-            "feedback_target": "Halland",
         }
     )
-
-
-def scripted(*texts):
-    """A writer that gives the same drafts for each prompt, and keeps the prompts."""
-
-    def write(prompts, n=1, seed=0):
-        write.prompts = list(prompts)
-        return [[rf.Draft(t, True) for t in texts[:n]] for _ in prompts]
-
-    return write
 
 
 # --- prompts and drafts --------------------------------------------------------------------------
@@ -74,29 +62,13 @@ def test_tidy(text, kept):
     assert rf.tidy(text) == kept
 
 
-def test_refine_flags_and_order_of_filling():
-    drafts = ["", "Lake Ormin is a shallow lake.", "New text.", "New text.", "Other text."]
-    writer = scripted(*drafts)
-    table = rf.refine(writer, articles(2), n=4, extra=1)
-    assert table["refinement"][:4].tolist() == [drafts[1], drafts[2], drafts[4], drafts[3]]
-    assert table["candidate"].tolist() == [0, 1, 2, 3] * 2
-    flags = table[["empty", "overlong", "duplicate", "unchanged"]].sum()
-    assert flags.tolist() == [0, 0, 2, 2]
-    assert rf.refine(writer, articles(1), n=5)["empty"].sum() == 1
-
-
-def test_refine_shows_the_feedback_asked_for():
-    writer, rows = scripted("A lake."), articles()
-    rf.refine(writer, rows, n=1)
-    assert [f"Halland, {i}." in p for i, p in enumerate(writer.prompts)] == [True] * 3
-    rf.refine(writer, rows, n=1, feedback=None)
-    assert not any("Halland, " in p for p in writer.prompts)
+def test_shuffled_feedback_is_always_another_article_s():
+    rows = articles()
     shuffled = rf.shuffled_feedback(rows)
-    rf.refine(writer, rows, n=1, feedback=shuffled)
-    assert [f"Halland, {i}." in p for i, p in enumerate(writer.prompts)] == [False] * 3
+    assert not (shuffled == rows["feedback"]).any()
     assert sorted(shuffled) == sorted(rows["feedback"])
-    with pytest.raises(ValueError, match="no feedback"):
-        rf.refine(writer, rows.assign(feedback=""), n=1)
+    with pytest.raises(ValueError, match="1 article"):
+        rf.shuffled_feedback(articles(1))
 
 
 def test_local_writer_marks_unfinished_drafts(tiny):
@@ -130,18 +102,20 @@ def test_api_writer_goes_on_without_buying_again(endpoint, tmp_path):
         how = {"concurrency": 1, "cache": tmp_path / "replies.sqlite", "price": (1.0, 2.0)}
         return rf.ApiWriter(chat.ChatClient("m", base_url=f"{endpoint}/v1", **how))
 
+    columns = ["title", "post", "summary", "feedback"]
+    prompts = [rf.refinement_prompt(*row) for row in articles()[columns].to_numpy()]
     with pytest.raises(chat.EndpointError, match="bad key"):
-        rf.refine(write(), articles(), n=2)
-    prompt = rf.refinement_prompt(*articles().loc[0, ["title", "post", "summary", "feedback"]])
+        write()(prompts, 2)
     left = write()
-    assert left.client.estimate(left.requests([prompt], 2)) | {"cost": 0} == {
+    assert left.client.estimate(left.requests(prompts[:1], 2)) | {"cost": 0} == {
         **left.client.estimate([]), "calls": 2, "cached": 2, "cost": 0,
     }  # fmt: skip
-    table = rf.refine(left, articles(), n=2)
-    assert len(table) == 6 and left.client.bought == 2 and not table["overlong"].any()
+    drafts = left(prompts, 2)
+    assert [len(row) for row in drafts] == [2] * 3 and left.client.bought == 2
+    assert all(draft.finished for row in drafts for draft in row)
     again = write()
-    assert rf.refine(again, articles(), n=2).equals(table) and again.client.bought == 0
-    rf.refine(again, articles(), n=2, seed=1)
+    assert again(prompts, 2) == drafts and again.client.bought == 0
+    again(prompts, 2, seed=1)
     assert again.client.bought == 6
     with urllib.request.urlopen(f"{endpoint}/log") as log:
         outcomes = [kind for _, _, kind in json.load(log)]
@@ -150,70 +124,13 @@ def test_api_writer_goes_on_without_buying_again(endpoint, tmp_path):
     assert sent[0] != sent[1] and sent[0]["max_tokens"] == 48 and sent[0]["top_p"] == 0.95
 
 
-# --- incorporation and the rule edit -------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("category", "target", "refinement", "followed"),
-    [
-        ("coverage", "Halland", "Lake Ormin is a lake in Halland.", True),
-        ("coverage", "Halland", "Lake Ormin is a shallow lake.", False),
-        ("coverage", "Halland", "", False),
-        ("support", "It is full of crocodiles", "Lake Ormin is a shallow lake.", True),
-        ("support", "It is full of crocodiles", "Lake Ormin has crocodiles.", False),
-        ("repetition", "", "A lake in Halland. A lake in Halland.", False),
-        ("repetition", "", "Lake Ormin is a lake in Halland.", True),
-        ("length", "", "Lake.", False),
-        ("length", "", "Lake Ormin is a shallow lake in Halland, by a river.", True),
-        ("none", "", "Lake Ormin is a lake in Halland.", False),
-    ],
-)
-def test_incorporates(category, target, refinement, followed):
-    summary = "Lake Ormin is a lake. It is full of crocodiles."
-    critique = Critique(category, target, "said so")
-    assert rf.incorporates(RUBRIC, POST, summary, critique, refinement) is followed
-
-
-def test_rule_edit_keeps_what_was_right_and_follows_every_critique():
-    summary = "Lake Ormin is a shallow lake. It is full of tropical crocodiles."
-    for target in ("Halland", "42", "River Sund"):
-        critique = Critique("coverage", target, "")
-        edited = rf.rule_edit(RUBRIC, POST, summary, critique)
-        assert edited.startswith("Lake Ormin is a shallow lake") and "crocodiles" not in edited
-        assert RUBRIC.states(edited, target)
-        assert RUBRIC.judge(POST, edited).score > RUBRIC.judge(POST, summary).score
-    assert rf.rule_edit(RUBRIC, POST, summary, Critique("coverage", "Paris", "")) == ""
-    wrong = rf.rule_edit(RUBRIC, POST, "It is full of crocodiles.", Critique("coverage", "42", ""))
-    assert wrong.split(" Also: ")[0] in POST and "42" in wrong  # a text, and not "Also:" alone
-
-
-def test_simulated_feedback_and_warm_up():
-    rows = articles(4).drop(columns=["feedback", "feedback_class", "feedback_target"])
-    rows.loc[3, "summary"] = POST
-    found = rf.give_feedback(rows, SimulatedAnnotator())
-    assert found.attrs["without_feedback"] == 1 and len(found) == 3
-    assert all(t in f for t, f in zip(found.feedback_target, found.feedback, strict=True))
-    vague = rf.give_feedback(rows, SimulatedAnnotator(), name_facts=False)
-    assert vague["feedback_target"].tolist() == found["feedback_target"].tolist()
-    assert not any(t in f for t, f in zip(vague.feedback_target, vague.feedback, strict=True))
-    examples = rf.warm_up_examples(found, RUBRIC, without_feedback=0.5)
-    assert len(examples) == 5 and examples.attrs["left_out"] == 0
-    assert examples["prompt"].str.contains("Feedback on summary").sum() == 3
-
-
-def test_measure_leaves_other_feedback_unknown():
-    table = rf.refine(scripted("Lake Ormin lies in Halland."), articles(), n=1)
-    assert rf.measure(table, RUBRIC)["incorporated"].tolist() == [1, 1, 1]
-    human = rf.measure(table.assign(feedback_class="Coverage"), RUBRIC)
-    assert human["incorporated"].isna().all() and human["score"].notna().all()
-
-
 # --- choosers ------------------------------------------------------------------------------------
 
 
 def candidates():
     texts = ["Lake Ormin.", "Lake Ormin is in Halland.", "Lake Ormin is a lake."]
-    return rf.refine(scripted(*texts), articles(), n=3)
+    table = articles().loc[np.repeat(range(3), 3)].reset_index(drop=True)
+    return table.assign(candidate=[0, 1, 2] * 3, refinement=texts * 3, empty=False)
 
 
 def test_ties_go_to_the_first_candidate_and_empty_ones_lose():
@@ -228,25 +145,15 @@ def test_ties_go_to_the_first_candidate_and_empty_ones_lose():
         rf.choose(table, [np.nan] + [0] * 8)
 
 
-def test_ties_count_different_texts_only():
-    table = pd.DataFrame(
-        {
-            "id": list("aaabbbcc"), "candidate": [0, 1, 2, 0, 1, 2, 0, 1],
-            "refinement": ["x", "y", "z", "x", "x", "y", "x", ""], "empty": [False] * 7 + [True],
-        }
-    )  # fmt: skip
-    scores = [1.0, 1.0, 0.0, 2.0, 2.0, 1.0, 3.0, 3.0]
-    assert list(rf.tied(table, scores)) == [True, False, False]
-
-
 def test_a_choosers_report_is_the_gain_over_an_articles_mean():
-    table = rf.measure(candidates(), RUBRIC)
-    oracle = table["incorporated"].fillna(0) + table["score"]
-    scores = {"longest": rf.longest(table), "oracle": oracle.to_numpy()}
+    table = candidates()
+    table = table.assign(states=table["refinement"].str.contains("Halland") * 1.0)
+    table = table.assign(score=table["states"], words=rf.longest(table))
+    scores = {"longest": rf.longest(table), "oracle": table["states"].to_numpy()}
     best = rf.choose(table, scores["oracle"])["refinement"]
     assert best.tolist() == ["Lake Ormin is in Halland."] * 3
-    report = rf.chooser_report(table, scores)
-    oracle = report.set_index(["chooser", "measure"]).loc[("oracle", "incorporated")]
+    report = rf.chooser_report(table, scores, measures=("states", "score", "words"))
+    oracle = report.set_index(["chooser", "measure"]).loc[("oracle", "states")]
     assert oracle["value"] == 1 and oracle["n"] == 3
     assert oracle["difference"] == pytest.approx(1 - 1 / 3)
 
@@ -259,7 +166,10 @@ def test_a_random_choice_is_the_mean_of_an_articles_candidates():
             "score": [0.2, 0.5, 0.5, 0.9, 0.1, 0.0], "words": 1.0,
         }
     )  # fmt: skip
-    best = rf.chooser_report(table, {"best": table["score"]}).set_index(["chooser", "measure"])
+    measures = ("incorporated", "score", "words")
+    best = rf.chooser_report(table, {"best": table["score"]}, measures=measures).set_index(
+        ["chooser", "measure"]
+    )
     assert best.loc[("random", "incorporated"), "value"] == pytest.approx((1 / 3 + 1 / 2) / 2)
     assert best.loc[("random", "points"), "value"] == 0.5
     assert best.loc[("best", "points"), "value"] == pytest.approx((2 / 3 + 0.75) / 2)
@@ -283,7 +193,7 @@ def test_embedding_similarity(tiny):
     assert np.allclose(alone, both[:1], atol=1e-6)
 
 
-# --- InstructRM ----------------------------------------------------------------------------------
+# --- probabilities of answers --------------------------------------------------------------------
 
 
 def small_model(tokenizer):
@@ -371,22 +281,6 @@ def test_log_odds_of_a_bfloat16_model_are_not_rounded_by_its_output_layer():
         logits = [model(row).logits[0, -1].float() for row in ids]
     rounded = {(row[yes] - row[no]).item() for row in logits}
     assert len(set(odds)) > 0.97 * len(prompts) and len(rounded) < 0.3 * len(prompts)
-
-
-def test_instruct_rm_averages_probabilities():
-    tokenizer = words_tokenizer()
-    model = small_model(tokenizer)
-    questions = rf.QUESTIONS[1:3]
-    judge = rf.InstructRM(model, tokenizer, questions)
-    table = candidates()
-    probabilities = judge.probabilities(table)
-    assert probabilities.shape == (9, 2) and ((probabilities > 0) & (probabilities < 1)).all()
-    assert np.allclose(judge(table), probabilities.mean(1))
-    turned = [q._replace(yes=q.no, no=q.yes) for q in questions]
-    other = rf.InstructRM(model, tokenizer, turned).probabilities(table)
-    assert np.allclose(probabilities + other, 1)
-    alone = judge.probabilities(table.iloc[[4]])
-    assert np.allclose(alone, probabilities[4], atol=1e-5)
 
 
 def test_answers_that_cannot_be_told_apart():

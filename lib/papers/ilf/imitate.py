@@ -52,13 +52,40 @@ def refinements(articles: pd.DataFrame, texts: pd.DataFrame) -> pd.DataFrame:
     return study.refinements(articles, texts)[REFINEMENT]
 
 
+def full_plan(full: dict) -> pd.DataFrame:
+    """What a run at the scale `full` asks: calls, tokens of each that are read, written, trained, and hours.
+
+    Hours assume that one GPU reads 20,000, writes 2,500 and trains 6,000 tokens a second (assumed, not
+    measured).
+    """
+    posts, tests = full["train_articles"], full["test"]
+    asked = {  # calls or rows; tokens read, written and trained by each
+        "feedback, refinements, own summaries": (posts * 7, 480, 60, 0),
+        f"InstructRM, {full['questions']} questions": (posts * 5 * full["questions"], 620, 1, 0),
+        "fine-tuning, 6 arms": (2 * sum(full["sizes"]) + 4 * posts, 0, 0, 500),
+        "summaries of test articles": (tests * 10, 400, 60, 0),
+        "judge: facts and sentences": (tests * 28 * 15, 200, 1, 0),
+        "samples for best of n": (2 * tests * full["best_of"], 10, 60, 0),
+    }
+    plan = pd.DataFrame(asked, index=["calls", "read", "written", "trained"]).T
+    tokens = plan.drop(columns="calls").mul(plan["calls"], axis=0)
+    return plan.join((tokens / [20_000, 2500, 6000] / 3600).add_prefix("hours "))
+
+
 def material(
-    student: LocalAnnotator, writer, articles: pd.DataFrame
+    student: LocalAnnotator,
+    writer: LocalAnnotator | refine.Writer,
+    articles: pd.DataFrame,
+    arms: Sequence[str] = (),
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The articles with summary and feedback (a person's, where there is one), and every text, unjudged."""
+    """The articles with summary and feedback (a person's, where there is one), and their texts, unjudged.
+
+    Beside the first summaries, refinements and the writer's own summaries those that `arms` of `ARMS` need.
+    """
     articles = study.prepare(student, writer, articles)
     articles = articles[articles["feedback"].fillna("") != ""].reset_index(drop=True)
-    return articles, study.texts(writer, articles)
+    kinds = ["feedback", *(arm for arm in study.N if arm in arms and arm != "feedback"), study.OWN]
+    return articles, study.texts(writer, articles, kinds)
 
 
 def choose(
@@ -303,12 +330,16 @@ def measure(
 def judged(
     annotator: LocalAnnotator, articles: pd.DataFrame, table: pd.DataFrame, threshold: float
 ) -> pd.DataFrame:
-    """`study.judge` of the texts that have their answers; attrs["missing"] counts the others, left out."""
+    """`study.judge` of the texts that have their answers; the others are counted, printed and left out."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # counted instead
         rows = study.judge(annotator, articles, table, threshold)
     answered = rows[rows["complete"].notna()].reset_index(drop=True)
-    answered.attrs["missing"] = len(rows) - len(answered)
+    if missing := len(rows) - len(answered):
+        print(
+            f"{missing} of {len(rows)} texts are not judged, because {annotator.name} is not here: "
+            f"python -m lib fetch {annotator.name}"
+        )
     return answered
 
 
@@ -404,9 +435,13 @@ def pairs_right(score: Scores, pairs: pd.DataFrame) -> pd.DataFrame:
     """id and right of each pair: 1 where the preferred text scores higher, 0.5 for the same score, else 0."""
     prompts = pairs["instruction"].tolist()
     first, second = (score(prompts, pairs[f"response{k}"].tolist()) for k in (1, 2))
+    return margins_right(np.asarray(first) - np.asarray(second), pairs)
+
+
+def margins_right(margins: np.ndarray, pairs: pd.DataFrame) -> pd.DataFrame:
+    """id and right of each pair, by how much its first text is the better one: `pairs_right`."""
     sign = np.where(pairs["verdict"] == "(a)", 1, -1)
-    right = (1 + sign * np.sign(np.asarray(first) - np.asarray(second))) / 2
-    return pd.DataFrame({"id": pairs["id"], "right": right})
+    return pd.DataFrame({"id": pairs["id"], "right": (1 + sign * np.sign(margins)) / 2})
 
 
 def picks(pool: pd.DataFrame, articles: pd.DataFrame, score: Scores) -> pd.DataFrame:

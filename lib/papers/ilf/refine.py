@@ -1,13 +1,10 @@
-"""Refinement with language feedback (ILF, Scheurer et al. 2023): summary -> feedback -> refinements -> best.
+"""Refinement with language feedback (ILF, Scheurer et al. 2023): prompts, writers, choosers, word removal.
 
-Tables carry the pipeline.  Articles: id, title, post, summary (the initial one), and feedback, with
-feedback_class and feedback_target where they are known (`give_feedback`).  Refinements: the article's
-columns, then candidate (0 to n-1), refinement and its flags.  A *writer* turns prompts into drafts (a
-local model or an endpoint); a *chooser* is any function of a table of refinements that gives each row a
-score; `choose` takes the best of each article.
+Articles: a table with id, title, post, summary (the initial one) and feedback.  A *writer* turns prompts
+into drafts (a local model or an endpoint).  A *chooser* is any function of a table of refinements (id,
+candidate, refinement, empty) that gives each row a score; `choose` takes the best of each article.
 
-Simplified: prompts have the parts of the paper's in our own words; the rubric decides whether feedback
-was incorporated, so it is known only for feedback of the simulated annotator.
+Simplified: prompts have the parts of the paper's in our own words.
 """
 
 from __future__ import annotations
@@ -22,17 +19,16 @@ import numpy as np
 import pandas as pd
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lib import data, embeddings, encoding, generation, logprobs, runtime, stats, tables
-from lib.annotator import CATEGORIES, Critique, Rubric, SimulatedAnnotator, stems
+from lib import data, embeddings, encoding, generation, runtime, stats, tables
+from lib.annotator import Rubric
 from lib.answers import without_reasoning
 from lib.chat import ChatClient, chat, with_defaults
 from lib.judge import LocalAnnotator
 from lib.papers.ilf.data import load_slf5k, wikipedia_as_slf5k
 from lib.segments import Segmenter
-from lib.text import is_empty, words
+from lib.text import words
 
 SAMPLING = {"temperature": 1.0, "top_p": 0.95}  # the paper's; 48 new tokens
-ARTICLE = ("id", "title", "post", "summary", "feedback", "feedback_class", "feedback_target")
 
 
 # --- articles ------------------------------------------------------------------------------------
@@ -65,7 +61,7 @@ def load_articles(
     else:
         table = load_slf5k(source, split).to_pandas()
         summary = table["generated_summary_for_feedback"]
-        table = table.assign(summary=summary, feedback_target="")
+        table = table.assign(summary=summary)
     if n is not None and not 0 < n <= len(table):
         raise ValueError(f"n is {n!r}; split {split!r} of {source} has {len(table)} articles.")
     return table[:n]
@@ -202,137 +198,23 @@ class ApiWriter:
         return [drafts[i : i + n] for i in range(0, len(drafts), n)]
 
 
-# --- the pipeline --------------------------------------------------------------------------------
-
-
-def summarise(writer: Writer, articles: pd.DataFrame, *, n: int = 1, seed: int = 0) -> pd.DataFrame:
-    """The articles with summary, and for n > 1 summary_2, ... (the paper compares two, criticises a third).
-
-    Summaries are tidied; one that is empty stays empty and has its words counted as 0.
-    """
-    prompts = [summary_prompt(a.title, a.post) for a in articles.itertuples()]
-    drafts = writer(prompts, n, seed)
-    names = ["summary", *(f"summary_{k}" for k in range(2, n + 1))]
-    return articles.assign(
-        **{name: [tidy(row[k].text) for row in drafts] for k, name in enumerate(names)}
-    )
-
-
-def give_feedback(
-    articles: pd.DataFrame, annotator: SimulatedAnnotator, *, name_facts: bool = True
-) -> pd.DataFrame:
-    """The articles with the simulated annotator's feedback, feedback_class and feedback_target.
-
-    Articles whose summary leaves nothing to criticise are left out: attrs["without_feedback"] counts them.
-    """
-    remarks = [
-        annotator.remark(a.post, a.summary, name_facts=name_facts) for a in articles.itertuples()
-    ]
-    table = articles.assign(
-        feedback=[r.text for r in remarks],
-        feedback_class=[r.category for r in remarks],
-        feedback_target=[r.target for r in remarks],
-    )
-    criticised = table[table["feedback"] != ""].reset_index(drop=True)
-    criticised.attrs["without_feedback"] = len(table) - len(criticised)
-    return criticised
+# --- feedback ------------------------------------------------------------------------------------
 
 
 def write_feedback(writer: Writer, articles: pd.DataFrame, *, seed: int = 0) -> pd.DataFrame:
-    """The articles with feedback written by a model (class and target are not known: "")."""
+    """The articles with feedback written by a model."""
     prompts = [feedback_prompt(a.title, a.post, a.summary) for a in articles.itertuples()]
     texts = [" ".join(row[0].text.split()) for row in writer(prompts, 1, seed)]
-    return articles.assign(feedback=texts, feedback_class="", feedback_target="")
+    return articles.assign(feedback=texts)
 
 
 def shuffled_feedback(articles: pd.DataFrame) -> pd.Series:
-    """The control: each article's feedback replaced by the next one's (class and target stay its own)."""
+    """The control: each article's feedback replaced by the next one's."""
     if len(articles) < 2:
         raise ValueError(
             f"{len(articles)} article(s); feedback can be exchanged between two or more."
         )
     return pd.Series(np.roll(articles["feedback"], 1), index=articles.index)
-
-
-def refine(
-    writer: Writer, articles: pd.DataFrame, *, n: int = 5, extra: int = 0, seed: int = 0,
-    feedback: Sequence[str] | None | str = "feedback",
-) -> pd.DataFrame:  # fmt: skip
-    """n refinements of each article's summary, one row each, in the articles' order.
-
-    `feedback`: the column that the prompt shows, a text for each article, or None for a second try
-    without.  n + `extra` drafts are drawn; first come different texts that are not empty, then repeated
-    ones, then empty ones, each in order of generation, and n are kept.  Adds candidate, refinement, and
-    empty, overlong (cut at the token limit), duplicate (of an earlier candidate), unchanged (equal to the
-    summary), words.  Raises ValueError where an article's feedback is empty.
-    """
-    shown = articles[feedback] if isinstance(feedback, str) else feedback
-    shown = [None] * len(articles) if shown is None else list(shown)
-    if "" in shown:
-        raise ValueError("an article has no feedback; leave it out, or use feedback=None for all.")
-    prompts = [
-        refinement_prompt(a.title, a.post, a.summary, f)
-        for a, f in zip(articles.itertuples(), shown, strict=True)
-    ]
-    rows = []
-    known = [name for name in ARTICLE if name in articles]
-    for article, drafts in zip(
-        articles[known].to_dict("records"), writer(prompts, n + extra, seed), strict=True
-    ):
-        rows += [article | c for c in _candidates(drafts, article["summary"])[:n]]
-    table = pd.DataFrame(rows)
-    return table.assign(candidate=table.groupby("id", sort=False).cumcount())
-
-
-def _candidates(drafts: Sequence[Draft], summary: str) -> list[dict]:
-    rows, seen = [], set()
-    for draft in drafts:
-        text = tidy(draft.text)
-        flags = {"empty": not text, "overlong": not draft.finished, "duplicate": text in seen}
-        flags |= {"unchanged": text == summary, "words": len(words(text))}
-        rows.append({"refinement": text, **flags})
-        seen.add(text)
-    return sorted(rows, key=lambda c: (c["empty"], c["duplicate"]))
-
-
-# --- was the feedback followed? ------------------------------------------------------------------
-
-
-def incorporates(
-    rubric: Rubric, source: str, summary: str, critique: Critique, refinement: str
-) -> bool:
-    """Whether a refinement does what the critique of the summary asks, by the rubric.
-
-    coverage: it states the missing fact.  support: the words of the clause that the source does not have
-    are gone (all of the source's foreign words, where no clause was named).  repetition: nothing is
-    repeated.  length: within the rubric's limits.  An empty refinement follows nothing.
-    """
-    if is_empty(refinement) or critique.category == "none":
-        return False
-    after = rubric.judge(source, refinement)
-    if critique.category == "coverage":
-        return rubric.states(refinement, critique.target)
-    if critique.category == "support":
-        wrong = rubric.foreign(source, critique.target or summary)
-        return not wrong & rubric.foreign(source, refinement)
-    return after.repetition == 0 if critique.category == "repetition" else after.length == 1
-
-
-def measure(table: pd.DataFrame, rubric: Rubric) -> pd.DataFrame:
-    """The refinements with the rubric's coverage, support, repetition, length, score and `incorporated`.
-
-    `incorporated` (1.0 or 0.0) is NaN where the feedback's class is not known (a person's, a model's).
-    """
-    judged = rubric.judge_all(table["post"], table["refinement"])
-    parts = ("coverage", "support", "repetition", "length", "score")
-    table = table.assign(**{name: [getattr(j, name) for j in judged] for name in parts})
-    followed = []
-    for row in table.itertuples():
-        known = row.feedback_class in CATEGORIES
-        critique = Critique(row.feedback_class, row.feedback_target, row.feedback)
-        texts = (row.post, row.summary, critique, row.refinement)
-        followed.append(float(incorporates(rubric, *texts)) if known else np.nan)
-    return table.assign(incorporated=followed)
 
 
 # --- choosers ------------------------------------------------------------------------------------
@@ -355,15 +237,6 @@ def choose(table: pd.DataFrame, scores: Sequence[float]) -> pd.DataFrame:
         ["empty", "choice_score", "candidate"], ascending=[True, False, True], kind="stable"
     )
     return order.groupby("id", sort=False).head(1).sort_values("_row").drop(columns="_row")
-
-
-def tied(table: pd.DataFrame, scores: Sequence[float]) -> np.ndarray:
-    """Whether an article's highest score belongs to more than one text, (articles,) in order; such a choice
-    is the order of generation, not the score.  Empty refinements do not count.
-    """
-    filled = table.assign(_score=np.asarray(scores, dtype=float))[~table["empty"].to_numpy(bool)]
-    top = filled["_score"] == filled.groupby("id")["_score"].transform("max")
-    return (filled[top].groupby("id", sort=False)["refinement"].nunique() > 1).to_numpy()
 
 
 def longest(table: pd.DataFrame) -> np.ndarray:
@@ -431,40 +304,12 @@ QUESTIONS = (  # the roles of the paper's five prompts, in our words
 )
 
 
-class InstructRM:
-    """Chooser: the probability of "yes" against "no", averaged over several questions (section 1.5).
-
-    Each question's probability is p(yes) / (p(yes) + p(no)) = sigmoid(log p(yes) - log p(no)), where the
-    log-probability of an answer sums over the tokens it is split into.
-    """
-
-    def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
-        questions: Sequence[Question] = QUESTIONS,
-    ):  # fmt: skip
-        self.model, self.tokenizer, self.questions = model, tokenizer, tuple(questions)
-
-    def __call__(self, table: pd.DataFrame) -> np.ndarray:
-        return self.probabilities(table).mean(1)
-
-    def probabilities(self, table: pd.DataFrame) -> np.ndarray:
-        """One column a question, (rows, questions), each in [0, 1]."""
-        fields = table[["title", "post", "summary", "feedback", "refinement"]].to_dict("records")
-        columns = []
-        for question in self.questions:
-            prompts = [question.prompt.format(**row) for row in fields]
-            answers = (question.yes, question.no)
-            log_probs = logprobs.answer_log_probs(self.model, self.tokenizer, prompts, answers)
-            columns.append(1 / (1 + np.exp(log_probs[:, 1] - log_probs[:, 0])))
-        return np.stack(columns, 1)
-
-
 # --- what the choosers did -----------------------------------------------------------------------
 
 
 def chooser_report(
     table: pd.DataFrame, scores: dict[str, np.ndarray], *, seed: int = 0,
-    measures: Sequence[str] = ("incorporated", "score", "words"),
+    measures: Sequence[str] = ("score", "words"),
 ) -> pd.DataFrame:  # fmt: skip
     """What each chooser takes, against a random choice, from a measured table: a row a chooser and measure.
 
@@ -518,104 +363,6 @@ def chance_agreement(table: pd.DataFrame) -> float:
     """How often two random choices take the same text: sum of squared shares of texts, mean over articles."""
     shares = _choosable(table).groupby("id")["refinement"].value_counts(normalize=True)
     return float((shares**2).groupby("id").sum().mean())
-
-
-# --- warm-up: examples of following feedback -----------------------------------------------------
-
-
-def rule_edit(rubric: Rubric, source: str, summary: str, critique: Critique) -> str:
-    """A refinement made by rule: what was right is kept, what the critique names is put right.
-
-    Sentences with something that the source does not support, or that is said before, go; for a missing
-    fact, and for a summary that is too short, "Also:" and the words of the source that state it are added.
-    Where no sentence is left, the source's first one takes their place: a text of "Also:" alone would
-    teach a model to write nothing else.
-    "" where the edit would not do what the critique asks, or would lower the rubric's score.
-    """
-    wrong = rubric.judge(source, summary).spans
-    sentences = [
-        _sentence(summary[start:end])
-        for start, end in SENTENCES.spans(summary)
-        if not any(start <= span.start < end for span in wrong)
-    ]
-    sentences = sentences or [_opening(source)]
-    left = rubric.judge(source, " ".join(sentences)).missing
-    fact = critique.target if critique.category == "coverage" else (left[0] if left else "")
-    if fact and critique.category != "repetition":
-        added = _statement(rubric, source, fact)
-        stated = set(stems(added))
-        sentences = [s for s in sentences if not stated.issuperset(stems(s))] or [_opening(source)]
-        if not rubric.states(" ".join(sentences), fact):
-            sentences.append(added)
-    refined = " ".join(sentences).strip()
-    if not incorporates(rubric, source, summary, critique, refined):
-        return ""
-    better = rubric.judge(source, refined).score >= rubric.judge(source, summary).score
-    return refined if better else ""
-
-
-def _sentence(text: str) -> str:
-    """Blanks and left-over marks put right, a capital at the start, a full stop at the end."""
-    text = re.sub(r"\s+([.,;:!?])", r"\1", " ".join(text.split())).lstrip(" .,;:!?")
-    text = re.sub(r"[,;:]+$", "", text.rstrip())
-    return text[:1].upper() + text[1:] + ("" if not text or text[-1] in ".!?" else ".")
-
-
-def _clause_ends(words: Sequence[str]) -> list[int]:
-    """How many words stand up to the end of each clause."""
-    return [i + 1 for i, word in enumerate(words) if re.search(r"[,;:.!?]$", word)]
-
-
-def _statement(rubric: Rubric, source: str, fact: str, most: int = 12) -> str:
-    """What the source says from the fact on, to the end of the clause or `most` words; "" if nothing.
-
-    A fact that ends its clause brings the few words before it.
-    """
-    needed = set(stems(fact))
-    for start, end in SENTENCES.spans(source):
-        words = source[start:end].split()
-        at = next((i for i, word in enumerate(words) if needed & set(stems(word))), None)
-        if at is None or not rubric.states(" ".join(words[at : at + most]), fact):
-            continue
-        stops = [stop for stop in _clause_ends(words) if stop > at]
-        stop = next((i for i in stops if rubric.states(" ".join(words[at:i]), fact)), at)
-        stop = min(max(stop, at + 1), at + most)
-        said = words[max(0, stop - 4) if stop - at < 3 else at : stop]
-        return "Also: " + " ".join(said).strip(' .,;:!?"') + "."
-    return ""
-
-
-def _opening(source: str, most: int = 24) -> str:
-    """The source's first sentence, or as many of its clauses as fit in `most` words."""
-    words = next(iter(SENTENCES.texts(source)), "").split()
-    fit = [stop for stop in _clause_ends(words) if stop <= most]
-    return _sentence(" ".join(words[: fit[-1] if fit else most]))
-
-
-def warm_up_examples(
-    articles: pd.DataFrame, rubric: Rubric, *, without_feedback: float = 0.25
-) -> pd.DataFrame:
-    """prompt and completion of rule-edited refinements, for `sft.encode_completions`.
-
-    One row an article whose summary can be edited by rule, and for every 1 / `without_feedback`th article
-    the same target after the prompt without feedback, so that the control's prompt is as well known.
-    attrs["left_out"] counts articles without an edit.
-    """
-    rows, edited = [], 0
-    every = round(1 / without_feedback) if without_feedback else 0
-    for a in articles.itertuples():
-        critique = Critique(a.feedback_class, a.feedback_target, a.feedback)
-        target = rule_edit(rubric, a.post, a.summary, critique)
-        if not target:
-            continue
-        shown = [a.feedback, None] if every and edited % every == 0 else [a.feedback]
-        for text in shown:
-            prompt = refinement_prompt(a.title, a.post, a.summary, text)
-            rows.append({"id": a.id, "prompt": prompt, "completion": f" {target}"})
-        edited += 1
-    table = pd.DataFrame(rows, columns=["id", "prompt", "completion"])
-    table.attrs["left_out"] = len(articles) - edited
-    return table
 
 
 # --- targeted word removal (Table 1 of the paper) ------------------------------------------------

@@ -30,7 +30,7 @@ from lib.text import words
 # model's; both state a third of the article's.  The judge told what an article's first two sentences state
 # from what they do not in all cases.
 STUDENT, WRITER, JUDGE = "policy", "qwen-1.5b", "qwen-0.5b"
-PARTS = {"tuning": 24, "test": 96, "train": 160}  # articles; more can be added to a part at its end
+PARTS = {"tuning": 24, "test": 96, "train": 96}  # articles; more can be added to a part at its end
 N_WORDS = (60, 110)
 N = {"feedback": 5, "second try": 2, "other feedback": 2}  # texts an article
 FIRST, OWN = "first summary", "writer's summary"
@@ -89,11 +89,14 @@ def prepare(
     return articles if "feedback" in articles else criticise(writer, articles)
 
 
-def texts(writer: LocalAnnotator | Writer, articles: pd.DataFrame) -> pd.DataFrame:
-    """Every text of the study, a row each: id, arm, candidate, text.
+def texts(
+    writer: LocalAnnotator | Writer, articles: pd.DataFrame, kinds: Sequence[str] = (*N, OWN)
+) -> pd.DataFrame:
+    """The texts of the study, a row each: id, arm, candidate, text.
 
-    Arms: the student's first summary; refinements with feedback, without (a second try), with another
-    article's feedback; and the writer's own first summary, which says what it can do without any of it.
+    Arms: the student's first summary, and of these the `kinds`: refinements with feedback, without (a second
+    try), with another article's feedback; the writer's own first summary, which says what it can do without
+    any of it.
     """
     write = _writer(writer, "summary")
     shown = {
@@ -103,6 +106,8 @@ def texts(writer: LocalAnnotator | Writer, articles: pd.DataFrame) -> pd.DataFra
     }
     rows = [_rows(articles["id"], FIRST, [[text] for text in articles["summary"]])]
     for arm, feedback in shown.items():
+        if arm not in kinds:
+            continue
         prompts = [
             refine.refinement_prompt(a.title, a.post, a.summary, f) + LENGTH
             for a, f in zip(
@@ -114,9 +119,10 @@ def texts(writer: LocalAnnotator | Writer, articles: pd.DataFrame) -> pd.DataFra
         drafts = write(prompts, N[arm], 1)
         tidied = [[refine.tidy(draft.text) for draft in row] for row in drafts]
         rows.append(_rows(articles["id"], arm, tidied))
-    prompts = [refine.summary_prompt(a.title, a.post) + LENGTH for a in articles.itertuples()]
-    own = [[refine.tidy(row[0].text)] for row in write(prompts, 1, 2)]
-    rows.append(_rows(articles["id"], OWN, own))
+    if OWN in kinds:
+        asked = [refine.summary_prompt(a.title, a.post) + LENGTH for a in articles.itertuples()]
+        own = [[refine.tidy(row[0].text)] for row in write(asked, 1, 2)]
+        rows.append(_rows(articles["id"], OWN, own))
     return pd.concat(rows, ignore_index=True)
 
 
@@ -311,7 +317,7 @@ def instruct_rm(
 ) -> np.ndarray:
     """P(yes) of each question on each refinement, (rows, questions): does it follow the feedback?
 
-    As `refine.InstructRM`, but asked in the annotator's chat form, with stored replies.
+    InstructRM: asked in the annotator's chat form; its mean over the questions is the reward.
     """
     fields = rows[["title", "post", "summary", "feedback", "refinement"]].to_dict("records")
     # question by question: an article's refinements then follow each other and share what stands before them
