@@ -5,7 +5,8 @@ Prompt and completion are tokenised apart, as when sampling.  Sequences longer t
 their end (and with it the end token); how many did is in `history.attrs["truncated"]`.
 Encoder-decoder models, which SFTTrainer does not take, go through its parent, `transformers.Trainer`.
 Several processes (`processes`) make the optimizer steps that one makes: `per_device_train_batch_size` is that
-of one process, and they divide it, or the accumulation, among them.  Simplified: dropout differs, where a
+of one process, and they divide it, or the accumulation, among them; each holds the model whole, or in shards
+(`shards`).  Simplified: dropout differs, where a
 model has it.
 """
 
@@ -28,7 +29,7 @@ from accelerate.state import AcceleratorState
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lib import adapters, data, encoding, models, processes, runtime, training
+from lib import adapters, data, encoding, models, processes, runtime, shards, training
 
 NO_LOSS = -100  # label of a token without loss
 PLAIN = {"logging_steps": 1, "report_to": "none", "disable_tqdm": True}
@@ -152,7 +153,8 @@ def train_sft(
         def attempt(rows_at_once: int) -> Recorder:
             recorder = Recorder("SFT", folder, arguments, _log_row)
             size = divided(arguments, rows_at_once, processes.world())
-            _train(model, tokenizer, train, test, [recorder, *callbacks], arguments | size)
+            with shards.of(model) as trained:
+                _train(trained, tokenizer, train, test, recorder, callbacks, arguments | size)
             return recorder
 
         recorder = _with_less_at_once(attempt, model, arguments)
@@ -162,7 +164,7 @@ def train_sft(
     return history
 
 
-def _train(model, tokenizer, train, test, callbacks, arguments: dict) -> None:
+def _train(model, tokenizer, train, test, recorder, callbacks, arguments: dict) -> None:
     """One call of the trainer, from the newest whole checkpoint in its folder."""
     # the file that is written last
     whole = Path(arguments["output_dir"]).glob("checkpoint-*/trainer_state.json")
@@ -175,7 +177,8 @@ def _train(model, tokenizer, train, test, callbacks, arguments: dict) -> None:
         models.fast_float32(model),
     ):
         trainer = _trainer(model, tokenizer, train, test, **arguments)
-        for callback in callbacks:
+        shards.check(trainer, callbacks)
+        for callback in (recorder, *callbacks):
             trainer.add_callback(callback)
         train_in_float32(model)
         trainer.train(resume_from_checkpoint=last and str(last.parent))
@@ -371,10 +374,12 @@ def _trainer(model, tokenizer, train, test, **arguments):
     import trl
 
     runtime.quiet_libraries()
-    device, evaluate = model.device.type, "epoch" if test else "no"
+    device = runtime.get_device().type if shards.wanted() else model.device.type
+    evaluate = "epoch" if test else "no"
     fixed = {**PLAIN, "save_total_limit": 2, "eval_strategy": evaluate, "use_cpu": device == "cpu"}
     fixed["bf16"] = device == "cuda" and runtime.cuda_has_bfloat16()
     fixed["fp16"] = device == "cuda" and not fixed["bf16"]
+    fixed |= shards.ARGUMENTS if shards.wanted() else {}
     if not processes.alone():
         shortest = min(train, key=lambda row: len(row["input_ids"]))
         train = [*train, silent(shortest)]

@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lib import processes, sft, training
+from lib import processes, sft, shards, training
 from lib.course.launch import launch
 from tests import two_processes
 from tests.two_processes import TRAININGS
@@ -54,6 +54,42 @@ def test_both_killed_they_go_on_to_the_same_end(tmp_path):
     assert not (tmp_path / "SFT.csv").exists()
     train_on_two(tmp_path, ["SFT"])
     assert_same(tmp_path, "SFT", *TRAININGS["SFT"](None))
+
+
+# --- in shards -------------------------------------------------------------------------------------
+
+IN_SHARDS = ("SFT", "SFT of tied embeddings", "SFT of adapters")
+
+
+@pytest.fixture
+def as_on_gpus(monkeypatch):
+    """accelerate makes shards on GPUs only; torch makes the same ones here."""
+    monkeypatch.setenv("FEEDBACK_SHARDS", "1")
+    monkeypatch.setenv("AS_ON_GPUS", "1")
+
+
+def test_fine_tuning_in_shards_ends_as_one_process(tmp_path, as_on_gpus):
+    train_on_two(tmp_path, IN_SHARDS)
+    for name in IN_SHARDS:
+        assert_same(tmp_path, name, *TRAININGS[name](tmp_path / "alone" / name))
+
+
+def test_a_killed_training_in_shards_goes_on(tmp_path, as_on_gpus):
+    with pytest.raises(RuntimeError, match="on 2 processes ended with"):
+        train_on_two(tmp_path, ["SFT"], "5")
+    assert (tmp_path / "runs" / "SFT" / "checkpoint-3").exists()
+    train_on_two(tmp_path, ["SFT"])
+    assert_same(tmp_path, "SFT", *TRAININGS["SFT"](None))
+
+
+def test_what_cannot_be_in_shards_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("FEEDBACK_SHARDS", "1")
+    with pytest.raises(RuntimeError, match="accelerate makes shards on GPUs only"):
+        train_on_two(tmp_path / "a", ["SFT"])
+    monkeypatch.setenv("AS_ON_GPUS", "1")
+    with pytest.raises(RuntimeError, match="not encoder-decoders"):
+        train_on_two(tmp_path / "b", ["SFT of an encoder-decoder"])
+    assert not shards.wanted()  # one process holds everything
 
 
 # --- the parts -------------------------------------------------------------------------------------

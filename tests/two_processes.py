@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from accelerate import DistributedType, PartialState
 from safetensors.torch import save_file
 
 from lib import models, ppo, processes, reward_models, rewards, rloo, sft
@@ -51,9 +52,22 @@ def train_rl(trainer, folder, reward=share_of_yes):
     return history.drop(columns=[c for c in history if c.startswith("seconds_")]), model
 
 
+def make(kind):
+    """A tiny model; tied: whose output layer is its embeddings; lora: of which adapters learn."""
+    model, tokenizer = tiny("tiny" if kind in ("tied", "lora") else kind)
+    if kind == "tied":
+        model.config.tie_word_embeddings = True
+        model = type(model)(model.config)
+        torch.nn.init.normal_(model.lm_head.weight, std=0.1, generator=torch.manual_seed(0))
+    if kind == "lora":
+        torch.manual_seed(0)
+        models.set_trainable(model, "lora", layers=1, lora_rank=2)
+    return model, tokenizer
+
+
 def train_sft(kind, folder, rows_at_once=6):
     """Eleven rows of different lengths, six an optimizer step, so that the second of an epoch has five."""
-    model, tokenizer = tiny(kind)
+    model, tokenizer = make(kind)
     prompts = [PROMPTS[3 * i] for i in range(11)]
     answers = [" ".join(WORDS[i % 5 : i % 5 + 1 + i % 3]) for i in range(11)]
     rows = sft.encode_completions(tokenizer, prompts, answers)
@@ -147,6 +161,8 @@ def _yes(prompts, responses):
 TRAININGS = {
     "SFT": partial(train_sft, "tiny"),
     "SFT of an encoder-decoder": partial(train_sft, "tiny-encoder-decoder"),
+    "SFT of tied embeddings": partial(train_sft, "tied"),
+    "SFT of adapters": partial(train_sft, "lora"),
     "ratings": partial(train_reward_model, "ratings"),
     "pairs": partial(train_reward_model, "pairs"),
     "segments": train_on_segments,
@@ -162,6 +178,8 @@ TRAININGS = {
 
 def main(out, names, die_at=None) -> None:
     """Train each and write `<name>.csv` and `<name>.safetensors` into `out`; see `dies` for `die_at`."""
+    if os.environ.get("AS_ON_GPUS"):
+        shard_on_processors()
     processes.begin(torch.device("cpu"))
     assert processes.world() == 2, processes.world()
     if die_at:
@@ -172,6 +190,18 @@ def main(out, names, die_at=None) -> None:
             history.to_csv(Path(out) / f"{name}.csv", index=False)
             save_file(state_of(model), Path(out) / f"{name}.safetensors")
         processes.wait()
+
+
+def shard_on_processors() -> None:
+    """Let accelerate make shards here: torch can, over gloo, and accelerate asks for GPUs."""
+    real = PartialState.__init__
+
+    def as_on_gpus(self, *arguments, **options):
+        real(self, *arguments, **options)
+        if self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type = DistributedType.MULTI_GPU
+
+    PartialState.__init__ = as_on_gpus
 
 
 def dies(step: int) -> None:

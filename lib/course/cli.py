@@ -23,8 +23,10 @@ def _run(options: argparse.Namespace) -> int:
     chosen = notebooks.assign_parameters(names, options.parameters)
     if options.out:
         os.environ["FEEDBACK_OUT"] = options.out
+    if options.shards:
+        os.environ["FEEDBACK_SHARDS"] = "1"
     try:
-        ranks.check(options.processes)
+        ranks.check(options.processes, options.shards)
     except ValueError as error:
         raise notebooks.RequestError(str(error)) from None
     if options.jobs < 0:
@@ -185,6 +187,8 @@ def _add_run_options(run: argparse.ArgumentParser) -> None:
     run.add_argument("--jobs", type=int, default=0, metavar="N", help=text)
     text = "train on so many processes, each on a GPU of its own (default 1)"
     run.add_argument("--processes", type=int, default=1, metavar="N", help=text)
+    text = "with --processes: fine-tune in shards, one a GPU, what no GPU can train whole"
+    run.add_argument("--shards", action="store_true", help=text)
     run.add_argument(
         "-p",
         dest="parameters",

@@ -34,13 +34,18 @@ HERE = "127.0.0.1"
 # --- in the process that runs notebooks ----------------------------------------------------------
 
 
-def check(processes: int) -> None:
-    """ValueError where so many processes cannot run here."""
-    if processes == 1:
+def check(processes: int, shards: bool = False) -> None:
+    """ValueError where so many processes cannot run here, or cannot share a model's weights out."""
+    if processes == 1 and not shards:
         return
     import torch
 
     gpus = torch.cuda.device_count()
+    if shards and (processes == 1 or not gpus):
+        raise ValueError(
+            f"--shards with --processes {processes} and {gpus} GPUs; it needs two GPUs or more, and as many "
+            "processes."
+        )
     if processes < 1 or (gpus and processes > gpus):
         allowed = f"1 to {gpus}, the GPUs of this machine" if gpus else "1 or more"
         raise ValueError(f"--processes is {processes}; allowed: {allowed}.")

@@ -109,9 +109,20 @@ def test_what_cannot_be_is_refused(monkeypatch, gpus, asked, allowed):
     ranks.check(gpus or 7)
 
 
+@pytest.mark.parametrize("gpus, processes", [(0, 2), (2, 1)])
+def test_shards_need_gpus_and_processes(monkeypatch, gpus, processes):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    with pytest.raises(ValueError, match=f"--shards with --processes {processes} and {gpus} GPUs"):
+        ranks.check(processes, shards=True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    ranks.check(2, shards=True)
+
+
 def test_the_command_line_says_so(capsys):
     assert main(["run", "00", "--processes", "0"]) != 0
     assert "--processes is 0" in capsys.readouterr().err
+    assert main(["run", "00", "--processes", "2", "--shards"]) != 0
+    assert "--shards with --processes 2" in capsys.readouterr().err
 
 
 def test_alone_nothing_is_started_or_set(tmp_path):
