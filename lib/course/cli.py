@@ -23,12 +23,12 @@ def _run(options: argparse.Namespace) -> int:
     chosen = notebooks.assign_parameters(names, options.parameters)
     if options.out:
         os.environ["FEEDBACK_OUT"] = options.out
-    if options.shards:
-        os.environ["FEEDBACK_SHARDS"] = "1"
     try:
         ranks.check(options.processes, options.shards)
     except ValueError as error:
         raise notebooks.RequestError(str(error)) from None
+    if options.shards:
+        os.environ["FEEDBACK_SHARDS"] = "1"
     if options.jobs < 0:
         raise notebooks.RequestError(f"--jobs is {options.jobs}; allowed: 1 or more.")
     alone = len(names) == 1 or options.scale not in side_by_side.SCALES
