@@ -59,6 +59,25 @@ def test_conversions_by_hand():
     assert found[key]["sentences"] == [["red", "blue"], ["a, b", "red"], ["blue", "red"]]
 
 
+def test_every_row_that_differs_from_a_shipped_file_is_counted(tmp_path):
+    (tmp_path / "sample_generation.json").write_text(json.dumps(ITEMS))
+    rated, pairs = conversions.to_ratings_table(ITEMS), conversions.to_rankings_table(ITEMS)
+    pairs.to_csv(tmp_path / "rankings_sample_generation.csv", index=False)
+    rated.loc[[0, 5], "response"] = ["Red", "Three"]
+    rated.to_csv(tmp_path / "ratings_sample_generation.csv", index=False)
+    ranked = pairs.assign(verdict="(a)")
+    ranked.to_csv(tmp_path / "feedback_rankings_sample_generation.csv", index=False)
+    shipped = conversions.to_rankings_rm(ranked)
+    shipped[preferences.alpaca_prompt("Sum.", "1 2")]["sentences"][0].reverse()
+    path = tmp_path / "feedback_rankings_for_rm_sample.json"
+    path.write_text(json.dumps(shipped))
+    assert conversions.compare_shipped(tmp_path) == {
+        "ratings table": (4, 6),
+        "rankings table": (7, 7),
+        "reward-model pairs, by prompt": (1, 2),
+    }
+
+
 def test_evaluation_tables_by_hand():
     named = (("koala", "p"), ("selfinstruct", "q"))
     outputs = [{"dataset": d, "instruction": i, "output": f"{i}!"} for d, i in named]
@@ -88,6 +107,11 @@ def test_released_files_row_for_row(real_data):
     shipped = json.loads((folder / "feedback_rankings_for_rm_sample.json").read_text())
     found = conversions.to_rankings_rm(given)
     assert found == shipped and list(found) == list(shipped)
+    assert conversions.compare_shipped(folder) == {
+        "ratings table": (100, 100),
+        "rankings table": (200, 200),
+        "reward-model pairs, by prompt": (len(shipped), len(shipped)),
+    }
     reference = conversions.read_outputs(folder / "davinci003.json")
     policies = [
         conversions.read_outputs(folder / f"{name}_alpaca.json") for name in ("ratings", "rankings")

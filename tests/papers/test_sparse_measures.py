@@ -1,4 +1,4 @@
-"""What notebook 22 measures: evaluation files, win rates, released outputs, annotators made by hand."""
+"""What notebook 22 measures: evaluation files, win rates, released outputs, choices, annotators by hand."""
 
 import numpy as np
 import pandas as pd
@@ -85,6 +85,62 @@ def test_pairs_as_trl_takes_them():
     assert [side[0]["content"] for side in pairs["rejected"]] == ["a", "e"]
 
 
+def test_the_training_figure_shows_means_by_epoch_and_every_step_is_saved(run):
+    steps = {"epoch": [0.5, 1.0, 1.5, 2.0], "loss": [1.0, 0.5, 0.4, 0.2]}
+    fitted = {kind: ({}, pd.DataFrame(steps)) for kind in ("ratings", "rankings")}
+    image = measures.training_figure(run, fitted, name="22_training")
+    assert image.alt.startswith("Loss curves: ")
+    assert image.alt.count("RM from 0.750 to 0.300") == 2
+    saved = pd.read_csv(run.folder / "history.csv")
+    assert saved["value"].tolist() == steps["loss"] * 2
+    assert saved["arm"].unique().tolist() == ["ratings RM", "rankings RM"]
+
+
+def test_the_calibration_figure_says_where_each_model_begins_and_ends(run):
+    bins = pd.DataFrame({"condition": "ratings RM", "predicted": [0.2, 0.8], "value": [0.1, 0.9]})
+    bins = bins.assign(low=bins["value"] - 0.1, high=bins["value"] + 0.1)
+    image = measures.calibration_figure(run, bins, name="22_calibration")
+    assert image.alt.endswith(": ratings RM 0.10 to 0.90")
+
+
+@pytest.mark.parametrize("missing", [0, 1])
+def test_a_judge_of_whom_a_judgement_is_missing_has_no_rows(missing, monkeypatch, capsys):
+    """Only the main judge is asked to compare, and only the best of the most responses."""
+    pool = choices.shuffled_pool(made_items(2, 4))
+    picks = pool[pool["place"] == 1].assign(arm="ratings", seed=11)
+    columns = ["id", "arm", "seed", "n", "place", "generator", "sample"]
+    picks = pd.concat([picks.assign(n=n) for n in (2, 4)])[columns]
+    answered, asked = [], []
+
+    class Stored:
+        def __init__(self, model, *, ask):
+            self.model = model
+            asked.append((model, ask))
+
+    def judge(annotator, picks, pool, *, compare):
+        answered.append((annotator.model, compare))
+        rows = pool.assign(reference="x", rating=5.0, reference_rating=4.0)
+        rows["p_better"] = np.where(compare & (rows["place"] == 1), 0.7, np.nan)
+        if annotator.model == "large":
+            rows.loc[rows.index[rows["place"] == 1][:missing], "p_better"] = np.nan
+        return rows
+
+    monkeypatch.setattr(measures, "LocalAnnotator", Stored)
+    monkeypatch.setattr(choices, "judge", judge)
+    unit = {"rating": 1.0, "ranking": 1.0}
+    judges = {"main": "large", "unseen": "small"}
+    worth = measures.judge_choices(judges, picks, pool, unit, ask=False)
+    assert asked == [("large", False), ("small", False)]
+    assert answered == [("large", True), ("small", False)]
+    assert [len(table) for table in worth.values()] == [0 if missing else 4, 4]
+    assert list(worth) == ["main", "unseen"] and (worth["unseen"]["rating"] == 1).all()
+    said = capsys.readouterr().out.splitlines()
+    assert said == [
+        f"{model}: {n} judgements of 4 choices are missing"
+        for model, n in (("large", missing), ("small", 0))
+    ]
+
+
 PASSAGE = "Alba is a town in Nord with {n} people. It has a mill, a lake and {n} bridges."
 
 
@@ -111,6 +167,8 @@ def test_annotators_made_by_hand_go_through_the_whole_chain(run):
     base = points[points["policy"] == "base"]
     assert set(base["points"]) == {50.0}  # the reference against itself
     assert all(f"interaction_points/{taste}" in run.metrics for taste in measures.TASTES)
+    image = measures.by_hand_figure(run, table, name="22_by_hand")
+    assert all(f"{taste} " in image.alt for taste in measures.TASTES)
 
 
 def test_arms_and_curve_of_measured_choices(run):
@@ -132,3 +190,10 @@ def test_arms_and_curve_of_measured_choices(run):
     ]
     curve = measures.curve(run, table, 11)
     assert sorted(curve["k"].unique()) == [1, 4, 64] and "control RM" not in set(curve["condition"])
+    image = measures.win_figure(run, wins, 64, name="22_win_rates")
+    assert image.alt.startswith("ratings RM by rating 75 %; ") and image.alt.count(";") == 5
+    image = measures.curve_figure(run, curve, name="22_best_of_n_rating")
+    assert image.alt == "Curves: ratings RM ends at 75 %; rankings RM ends at 75 %."
+    power = measures.power_table(arms, ("control", "rankings"))
+    assert power["seeds"].tolist() == [3, 6, 12]
+    assert set(power["smallest"]) == {choices.SMALLEST}

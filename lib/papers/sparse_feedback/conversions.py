@@ -7,6 +7,7 @@ Text is kept exactly: a missing input is "".
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import pandas as pd
 import pydantic
 
 from lib import runtime, tables
-from lib.preferences import RANKING, RATING, alpaca_prompt, decided
+from lib.preferences import RANKING, RATING, alpaca_prompt, decided, read_rankings
 
 
 class _Record(pydantic.BaseModel):
@@ -165,6 +166,25 @@ def to_rankings_rm(rankings: pd.DataFrame) -> dict[str, dict[str, list[list[str]
         entry = pairs.setdefault(alpaca_prompt(row.instruction, row.input), {"sentences": []})
         entry["sentences"].append(pair if row.verdict == "(a)" else pair[::-1])
     return pairs
+
+
+def compare_shipped(folder: Path) -> dict[str, tuple[int, int]]:
+    """Conversion -> (equal, rows): ours of the authors' sample against the files that they ship beside it.
+
+    The two tables are compared row for row, cell by cell; the reward-model pairs prompt by prompt.
+    """
+    sample = "sample_generation"
+    items = read_generations(folder / f"{sample}.json")
+    compared = {}
+    for kind, convert in (("ratings", to_ratings_table), ("rankings", to_rankings_table)):
+        records = tables.csv_records(folder / f"{kind}_{sample}.csv")
+        _, *rows = (cells for _, cells in records)  # the header is no row
+        equal = sum(map(list.__eq__, convert(items).to_numpy().tolist(), rows))
+        compared[f"{kind} table"] = (equal, len(rows))
+    pairs = to_rankings_rm(read_rankings(folder / f"feedback_rankings_{sample}.csv"))
+    shipped = json.loads((folder / "feedback_rankings_for_rm_sample.json").read_text())
+    equal = sum(pairs.get(prompt) == entry for prompt, entry in shipped.items())
+    return compared | {"reward-model pairs, by prompt": (equal, len(shipped))}
 
 
 def to_rating_eval(

@@ -1,4 +1,4 @@
-"""What notebook 22 measures of win rates, reward models and choices: as tables, and as metrics of its run."""
+"""What notebook 22 measures of win rates, reward models and choices: metrics of its run, tables, figures."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from IPython.display import Image
 
-from lib import preferences, runtime, stats
+from lib import plots, preferences, runtime, stats
 from lib.annotator import Rubric, SimulatedAnnotator
-from lib.course.arms import Arms
+from lib.course.arms import Arms, Pair
 from lib.course.record import Run
+from lib.judge import LocalAnnotator
 from lib.papers.sparse_feedback import analysis, choices, conversions, protocols
 from lib.stats import Interval
 
@@ -102,6 +104,24 @@ def common_win_rates(run: Run, judged: dict[str, pd.DataFrame]) -> str:
 # --- reward models -------------------------------------------------------------------------------
 
 
+def training_figure(run: Run, fitted: dict[str, tuple[dict, pd.DataFrame]], *, name: str) -> Image:
+    """Each reward model's mean loss by epoch as a saved figure; every step goes to the table "history".
+
+    fitted: kind -> (weights, history), as `choices.Learner.fit` returns them.
+    """
+    histories = [h.assign(arm=f"{kind} RM", seed=run.seed) for kind, (_, h) in fitted.items()]
+    history = pd.concat(histories).rename(columns={"loss": "value"})
+    run.save_table(history, "history")
+    history["step"] = np.ceil(history["epoch"].round(6))
+    by_epoch = history.groupby(["arm", "seed", "step"], sort=False)["value"].mean().reset_index()
+    title = "Training reward models"
+    figure = plots.learning_curve(by_epoch, xlabel="epoch", ylabel="loss", title=title)
+    caption = "Mean loss by epoch: squared error for ratings, Bradley-Terry for rankings."
+    ends = by_epoch.groupby("arm")["value"].agg(["first", "last"])
+    alt = "; ".join(f"{arm} from {a:.3f} to {b:.3f}" for arm, (a, b) in ends.iterrows())
+    return run.save_figure(figure, name, caption=caption, alt=f"Loss curves: {alt}.")
+
+
 def learned(
     run: Run,
     learner: choices.Learner,
@@ -167,6 +187,16 @@ def calibration(learner, fitted: dict[str, dict], ranked: pd.DataFrame) -> pd.Da
         )
         for kind, weights in fitted.items()
     )
+
+
+def calibration_figure(run: Run, bins: pd.DataFrame, *, name: str) -> Image:
+    """The table of `calibration` as a saved figure."""
+    figure = plots.calibration_plot(bins, title="Are margins probabilities?")
+    caption = "Observed preference by predicted probability, on unseen pairs."
+    ends = bins.groupby("condition")["value"].agg(["first", "last"])
+    parts = [f"{condition} {a:.2f} to {b:.2f}" for condition, (a, b) in ends.iterrows()]
+    alt = "Share preferred from the lowest to the highest fifth: " + "; ".join(parts)
+    return run.save_figure(figure, name, caption=caption, alt=alt)
 
 
 def learned_from_released(
@@ -279,6 +309,32 @@ def claim_learned(
 # --- choices -------------------------------------------------------------------------------------
 
 
+def judge_choices(
+    judges: dict[str, str],
+    picks: pd.DataFrame,
+    pool: pd.DataFrame,
+    unit: dict[str, float],
+    *,
+    ask: bool | None,
+) -> dict[str, pd.DataFrame]:
+    """role -> the picks with what they are worth to that judge (`choices.measured`), in deviations.
+
+    judges: role -> model; all rate, and "main" alone compares.  ask: as `LocalAnnotator` takes it.  How many
+    judgements are missing is printed; where there are any, the judge's table has no rows.
+    """
+    worth = {}
+    for role, model in judges.items():
+        compare = role == "main"
+        with warnings.catch_warnings(action="ignore"):  # missing answers are counted below
+            judged = choices.judge(LocalAnnotator(model, ask=ask), picks, pool, compare=compare)
+        table = choices.measured(picks, judged, unit)
+        compared = compare & (table["n"] == picks["n"].max())
+        missing = table["rating"].isna().sum() + table.loc[compared, "ranking"].isna().sum()
+        print(f"{model}: {missing} judgements of {len(table)} choices are missing")
+        worth[role] = table[:0] if missing else table
+    return worth
+
+
 def arms_of(run: Run, measured: pd.DataFrame, n: int) -> Arms:
     """The choices among n as the arms of an experiment whose units are prompts."""
     arms = Arms(run, unit="id")
@@ -306,6 +362,23 @@ def win_table(arms: Arms, judge: str) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def win_figure(run: Run, wins: pd.DataFrame, n: int, *, name: str) -> Image:
+    """The table of `win_table`, of choices among n, as a saved figure."""
+    title = f"Best of {n} against a random response"
+    figure = plots.interval_plot(wins, xlabel="win rate, %", reference=50, title=title)
+    caption = "Win rates by model and evaluation; intervals over prompts and seeds."
+    alt = "; ".join(f"{r.condition} {r.group} {r.value:.0f} %" for r in wins.itertuples())
+    return run.save_figure(figure, name, caption=caption, alt=alt)
+
+
+def power_table(arms: Arms, pair: Pair) -> pd.DataFrame:
+    """Would 3, 6 or 12 seeds show the smallest interaction that matters?  A row each of `Arms.power`."""
+    return pd.concat(
+        arms.power([pair], ["difference"], smallest=choices.SMALLEST, seeds=seeds)
+        for seeds in (3, 6, 12)
+    )
+
+
 def curve(run: Run, measured: pd.DataFrame, seed: int) -> pd.DataFrame:
     """Win rates by rating and by number to choose among (k), of one seed, for `plots.curve_by_k`."""
     rows = []
@@ -318,6 +391,16 @@ def curve(run: Run, measured: pd.DataFrame, seed: int) -> pd.DataFrame:
             one = {"k": 1, "value": 50.0, "low": 50.0, "high": 50.0}  # the reference itself
             rows.append(rows[-1] | one)
     return pd.DataFrame(rows)
+
+
+def curve_figure(run: Run, curve: pd.DataFrame, *, name: str) -> Image:
+    """The table of `curve` as a saved figure."""
+    title = "Best of k, judged by ratings"
+    figure = plots.curve_by_k(curve, ylabel="win rate, %", title=title, log=True)
+    caption = "Win rate over a random response by k, rating evaluation, one seed."
+    ends = curve[curve["k"] == curve["k"].max()].itertuples()
+    alt = "; ".join(f"{r.condition} ends at {r.value:.0f} %" for r in ends)
+    return run.save_figure(figure, name, caption=caption, alt=f"Curves: {alt}.")
 
 
 def by_hand(
@@ -355,6 +438,16 @@ def by_hand(
             row = {"group": taste, "condition": name, "value": effect.value}
             rows.append(row | {"low": effect.low, "high": effect.high, "n": effect.n})
     return pd.DataFrame(rows), points
+
+
+def by_hand_figure(run: Run, table: pd.DataFrame, *, name: str) -> Image:
+    """The table of `by_hand` as a saved figure."""
+    title = "Annotators made by hand: the rankings model's lead"
+    figure = plots.interval_plot(table, xlabel="win-rate points", reference=0, title=title)
+    caption = "Leads and interaction by taste; intervals over prompts and annotators."
+    shown = table[table["condition"] == "interaction"]
+    alt = "; ".join(f"{r.group} {r.value:+.0f}" for r in shown.itertuples())
+    return run.save_figure(figure, name, caption=caption, alt=f"Interaction: {alt}.")
 
 
 # --- DPO -----------------------------------------------------------------------------------------
