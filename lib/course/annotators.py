@@ -152,7 +152,7 @@ def refine_with_feedback(_: str) -> list[Path]:
         if part == "test":
             study.instruct_rm(writer, study.candidates(articles, texts))
     articles, texts = imitate.material(student, writer, study_articles("train"))
-    study.instruct_rm(writer, imitate.refinements(articles, texts))
+    study.instruct_rm(writer, imitate.refinements(articles, texts), study.CHOOSING)
     study.judge(judge, articles, texts, threshold)
     return [annotator.export("refinements") for annotator in (student, writer, judge)]
 

@@ -14,10 +14,6 @@ from bs4 import BeautifulSoup
 from lib.course import address, notebooks, site
 
 ROOT = Path(__file__).parents[2]
-# Figures whose alt text is still the caption; a notebook leaves this list when it is rewritten.
-ALT_IS_CAPTION = {
-    "31_learn_from_refinements",
-}
 
 
 class Parts(HTMLParser):
@@ -117,8 +113,7 @@ def test_alt_texts_say_something_else_than_captions():
         cells = nbformat.read(path, as_version=4).cells
         if any(equal_alts(cell.source) for cell in cells if cell.cell_type == "code"):
             offending.add(path.stem)
-    assert not offending - ALT_IS_CAPTION, "an alt text says what is seen, not the caption again"
-    assert not ALT_IS_CAPTION - offending, "mended: take these out of ALT_IS_CAPTION"
+    assert not offending, "an alt text says what is seen, not the caption again"
     for path in (ROOT / "lib").rglob("*.py"):
         assert not equal_alts(path.read_text(encoding="utf-8")), path
 
