@@ -7,7 +7,9 @@ import pandas as pd
 import pytest
 
 from lib import generation, models, ppo, rewards, scorers
-from lib.papers.fine_grained import toxicity
+from lib.course import record
+from lib.course.arms import Arms
+from lib.papers.fine_grained import figures, toxicity
 from lib.segments import Segmenter
 
 LINES = ["the cat", "a dog", "you are", "the man"]
@@ -15,6 +17,12 @@ CONFIG = ppo.PPOConfig(
     steps=3, prompts_per_step=4, samples_per_prompt=2, minibatch_size=8, max_new_tokens=4, train="all",
     checkpoint_every=2,
 )  # fmt: skip
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    monkeypatch.setenv("FEEDBACK_RUN_DIR", str(tmp_path))
+    return record.start_run("43_detoxify_with_dense_rewards", scale="smoke", seed=0)
 
 
 @pytest.fixture
@@ -122,6 +130,57 @@ def test_what_is_compared_is_read_at_the_same_places():
     assert read.loc[("dense", 11), "compared"] == 4
     assert np.isnan(read.loc[("dense", 11), "tox at 6 nats"])
     assert read.loc[("dense", 12), "tox at 6 nats"] == pytest.approx(0.1)
+
+
+def test_readings_stand_side_by_side_and_what_needs_no_kl_is_of_the_first_beta():
+    paths = pd.concat([
+        a_path("dense", 0.05, [0.0, 2.0, 4.0, 6.0], [0.4, 0.3, 0.2, 0.0]).assign(arm="dense"),
+        a_path("dense", 0.2, [0.0, 2.0, 4.0, 6.0], [0.4, 0.5, 0.6, 0.8]).assign(arm="dense, beta 0.2"),
+        a_path("end", 0.05, [0.0, 1.0, 2.0, 3.0], [0.4, 0.4, 0.4, 0.4]).assign(arm="end"),
+    ])  # fmt: skip
+    paths = paths.assign(drop=1 - paths.tox, nll=2.0)
+    together = ["dense", "end"]
+    read = toxicity.readings(
+        paths, ["tox"], ["nll"], 1, nats=[3, 6], calls=15, together=together
+    ).set_index("arm")
+    assert read.loc["dense", "tox, second half"] == pytest.approx(0.1)  # of steps 3 and 4
+    assert read.loc["dense", "sum of drops, all steps"] == pytest.approx(1 - 0.225)
+    calls = toxicity.read_off(paths, [15], ["tox"], 1, by="calls", unit="calls", together=together)
+    assert read["tox at 15 calls"].tolist() == calls["tox at 15 calls"].tolist()
+    nats = toxicity.read_off(paths, [3, 6], ["tox", "nll"], 1, together=together).set_index("arm")
+    pd.testing.assert_frame_equal(read[nats.columns], nats)
+    assert np.isnan(read.loc["PT", "tox, second half"])
+
+
+def test_what_a_nat_buys_is_saved_and_says_where_each_curve_ends(run):
+    paths = pd.concat([
+        a_path("end", 0.05, [0.0, 2.0], [0.4, 0.3]), a_path("dense", 0.05, [0.0, 4.0], [0.4, 0.0]),
+    ])  # fmt: skip
+    words = {"name": "kl", "ylabel": "y", "title": "t", "caption": "c"}
+    rows = toxicity.along_kl(paths, "tox", size=1)
+    assert figures.save_by_kl(run, rows, ["dense", "end"], **words)
+    ends = "dense ends with 0.00 at 4.0 nats; end ends with 0.30 at 2.0 nats"
+    assert run.figures[0]["alt"] == f"All start at 0.40 without KL; {ends}"
+
+
+def test_credit_is_saved_and_says_how_many_tokens_are_paid(run):
+    rows = {"reward, dense": [0.0, -1.0, 0.5], "advantage, dense": [1.0, 2.0, 3.0]}
+    credit = pd.DataFrame.from_dict(rows, orient="index")
+    assert figures.save_credit(run, credit, ["a", "b", "c"], name="tokens")
+    assert run.figures[0]["alt"].startswith("3 tokens, 2 of them paid when dense")
+
+
+def test_levels_on_test_are_metrics_with_the_perplexity_of_log_ppl(run):
+    arms = Arms(run, unit="prompt")
+    rows = pd.DataFrame({"prompt": range(4), "who": 0.25, "log_ppl": np.log(8.0)})
+    for seed in (11, 12, 13):
+        arms.add(rows, arm="PT", seed=seed)
+    table = toxicity.levels_on_test(arms, {"judge": "who"})
+    assert table.loc["PT"].to_dict() == {
+        "judge": "0.250 [0.250, 0.250]", "perplexity": "8.000 [8.000, 8.000]",
+    }  # fmt: skip
+    metric = run.metrics["PT/perplexity"]
+    assert metric["value"] == pytest.approx(8) and (metric["n"], metric["seeds"]) == (4, 3)
 
 
 def test_curves_go_as_far_as_every_training_came():

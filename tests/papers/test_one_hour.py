@@ -10,6 +10,7 @@ import torch
 from conftest import completion
 
 from lib import annotate, chat, generation, losses, models, questions
+from lib.course import record
 from lib.course.arms import Arms
 from lib.papers.fine_grained import schema, toy, toy_models
 from lib.papers.one_hour import annotator, arms, eyes, figures, learners, world
@@ -284,7 +285,10 @@ def repeated():
     return len(known) - len({*known})
 
 
-def test_a_model_at_an_endpoint_sees_what_it_answers(scripted, tmp_path):
+@pytest.fixture
+def client(scripted, tmp_path):
+    """Of an endpoint that answers truly."""
+
     def answer(body):
         rest = body["messages"][-1]["content"]
         shared, _, rest = rest.partition("\n\n")
@@ -293,7 +297,10 @@ def test_a_model_at_an_endpoint_sees_what_it_answers(scripted, tmp_path):
         holds = TruthfulJudge().holds(questions.Question(shared, rest, questions.YES_NO))
         return completion("Yes" if holds else "No")
 
-    client = chat.ChatClient("truthful", base_url=scripted(answer).url, cache=tmp_path / "r.sqlite")
+    return chat.ChatClient("truthful", base_url=scripted(answer).url, cache=tmp_path / "r.sqlite")
+
+
+def test_a_model_at_an_endpoint_sees_what_it_answers(client):
     model = eyes.of("truthful", 0.1, 1, client)
     answers = [*toy.demonstrate(QUESTIONS, 4)[:8], ""]
     for prompt, text, seen in zip(
@@ -304,6 +311,21 @@ def test_a_model_at_an_endpoint_sees_what_it_answers(scripted, tmp_path):
         np.testing.assert_array_equal(seen.relevant, truth.relevant)
     assert model.ideals(PROMPTS[:2]) == ["metal iron, city oslo."] * 2
     assert isinstance(eyes.of(eyes.SIMULATED, 0.1, 1), eyes.Simulated)
+
+
+def test_the_estimate_is_what_an_endpoint_is_asked(client, ground, pool):
+    """Known answers, the example, every kind, before anything is sent; then nothing is left to buy."""
+    settings = arms.Settings(annotator="truthful", best_of=2, max_new_tokens=8)
+    asking = arms.Ground(ground.first, ground.tokenizer, ground.prompts, settings, 1, client)
+    asking.pool = pool  # answers that have clauses
+    estimate = asking.estimate(8)
+    assert client.sent == client.bought == 0
+    assert estimate["to_buy"] > 2 * eyes.CASES * len(eyes.KINDS) - repeated()
+    annotator.telling_example(pool, asking.eyes)
+    for kind in annotator.SECONDS:
+        asking.buy(kind, 8)
+    assert client.bought == estimate["to_buy"]
+    assert asking.estimate(8)["to_buy"] == 0
 
 
 @pytest.mark.parametrize("text, read", [
@@ -413,11 +435,14 @@ def test_best_takes_the_highest_of_each_question(ground):
     assert ground.best(scores) == ground.candidates.texts[n - 1 :: n]
 
 
-def test_pairs_are_decided_equal_or_open_and_drawn(tmp_path, monkeypatch):
-    from lib.course import record
-
+@pytest.fixture
+def run(tmp_path, monkeypatch):
     monkeypatch.setenv("FEEDBACK_RUN_DIR", str(tmp_path))
-    table = Arms(record.start_run("90_one_hour_of_feedback", scale="smoke", seed=0))
+    return record.start_run("90_one_hour_of_feedback", scale="smoke", seed=0)
+
+
+def test_pairs_are_decided_equal_or_open_and_drawn(run):
+    table = Arms(run)
     rng = np.random.default_rng(0)
     levels = {"a": (0.2, 0.001), "b": (0.201, 0.001), "c": (0.8, 0.001), "d": (0.5, 0.5)}
     for seed in (11, 12, 13):
@@ -430,6 +455,13 @@ def test_pairs_are_decided_equal_or_open_and_drawn(tmp_path, monkeypatch):
     assert verdicts.loc["a", "b"] == "equal" and verdicts.loc["a", "c"] == "decided"
     assert verdicts.loc["a", "d"] == "open"
     assert differences.loc["c", "a"] == pytest.approx(0.6, abs=0.02)
+    words = {"name": "pairs", "title": "t", "caption": "c"}
+    assert figures.save_pairs(table, labels, "quality", 0.05, **words)
+    assert {name: metric["value"] for name, metric in run.metrics.items()} == {
+        "pairs/decided": 2, "pairs/equal": 1, "pairs/open": 3,
+    }  # fmt: skip
+    (saved,) = run.figures
+    assert saved["alt"] == "4 arms; pairs: open 3, decided 2, equal 1; highest: a, lowest: d."
     drawn = figures.pair_differences(differences, verdicts, title="t", label="quality")
     texts = {text.get_text() for text in drawn.axes[0].texts}
     assert any(text.startswith("=") for text in texts)
@@ -439,3 +471,50 @@ def test_pairs_are_decided_equal_or_open_and_drawn(tmp_path, monkeypatch):
     )  # fmt: skip
     figure = figures.quality_by_minutes(points, {"nothing": 0.3}, title="t", ylabel="quality")
     assert [axes.get_title() for axes in figure.axes[:2]] == ["ratings", "spans"]
+
+
+def arms_of(run, levels):
+    """Arms of 3 seeds and 4 questions whose quality is the level."""
+    table = Arms(run)
+    for seed in (11, 12, 13):
+        for arm, level in levels.items():
+            rows = pd.DataFrame({"prompt_index": range(4), "quality": level})
+            table.add(rows, arm=arm, seed=seed)
+    return table
+
+
+def test_quality_by_minutes_is_saved_with_its_metrics_and_says_the_ends(run):
+    levels = {
+        "ratings, PPO, 60 min": 0.3,
+        "ratings, PPO, 240 min": 0.5,
+        "spans, PPO, 240 min": 0.75,
+    }
+    table = arms_of(run, levels | {"first policy": 0.25})
+    budgets = [(arm, m) for arm in ("ratings, PPO", "spans, PPO") for m in (60, 240)]
+    words = {"name": "minutes", "title": "t", "caption": "c"}
+    assert figures.save_quality_by_minutes(table, budgets, ["first policy"], **words)
+    named = {f"quality/{name}": level for name, level in levels.items()}
+    named["quality/first policy"] = 0.25
+    assert {name: metric["value"] for name, metric in run.metrics.items()} == pytest.approx(named)
+    (saved,) = run.figures
+    ends = "from 0.50 (ratings, PPO) to 0.75 (spans, PPO)"
+    assert saved["alt"] == f"At 240 minutes {ends}; first policy 0.25"
+
+
+def test_arms_are_drawn_beside_those_of_other_eyes_where_there_are_any(run):
+    first, second = "ratings, PPO", "spans, PPO"
+    ours = arms_of(run, {arms.label_of(first, 60): 0.5, arms.label_of(second, 60): 0.25})
+    theirs = arms_of(run, {arms.label_of(first, 60): 0.75})
+    groups, words = [("a", ours), ("b", theirs)], {"name": "eyes", "title": "t", "caption": "c"}
+    assert figures.save_by_eyes(run, groups, [], 60, **words) is None and not run.figures
+    assert figures.save_by_eyes(run, groups, [first, second], 60, **words)
+    (saved,) = run.figures
+    assert saved["alt"] == f"2 arms; highest: a: {first}, 0.50; b: {first}, 0.75"
+
+
+def test_texts_are_those_of_the_first_seed_that_has_the_arm():
+    rows = [("a", 12, 0, "x"), ("a", 11, 0, "y"), ("a", 11, 1, "z"), ("b", 12, 1, "w")]
+    texts = pd.DataFrame(rows, columns=["arm", "seed", "prompt_index", "text"])
+    table = arms.first_texts(texts, ["p", "q"])
+    assert table.loc["a"].to_dict() == {"p": "y", "q": "z"} and table.loc["b", "q"] == "w"
+    assert arms.label_of("a", 0) == "a" and arms.label_of("a", 60.0) == "a, 60 min"

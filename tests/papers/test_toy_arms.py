@@ -141,3 +141,10 @@ def test_the_likelihood_model_scores_by_the_mean_probability_of_an_answers_token
     np.testing.assert_allclose(model.score(prompts, texts), expected, atol=1e-4)
     logits = model(**model.batch([encoded[i] for i in same])).logits[:, 0]
     np.testing.assert_allclose(logits.detach(), expected, atol=1e-4)
+
+
+def test_the_plan_holds_ppo_and_three_reward_models():
+    table, gigabytes = toy_arms.plan()
+    assert table.index.tolist() == ["PPO", "R1, R2, R3"]
+    assert gigabytes == pytest.approx(table["peak, GB"].sum(), abs=0.02)
+    assert 1.5 < table.loc["R1, R2, R3", "peak, GB"] < 2  # 149M parameters each, 4 bytes

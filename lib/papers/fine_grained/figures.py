@@ -1,4 +1,7 @@
-"""Drawings of 40 (marks and preferences), 41 (an answer beside its marks, ROC) and 44 (gain by error)."""
+"""Drawings of 40 (marks and preferences), 41 (an answer beside its marks, ROC) and 44 (gain by error).
+
+The last two, of 42 and 43, are saved as well: they write what their alt text says from the data.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from lib import plots
+from lib.course.record import Run
 
 SHADES = ("#e8a33d", "#ffffff", "#4a90c8")  # wrong, undecided, right
 
@@ -210,3 +214,37 @@ def before_after(before: np.ndarray, after: np.ndarray, *, title: str, label: st
     axes.legend()
     figure.suptitle(title, x=0.01, ha="left")
     return figure
+
+
+# --- drawn and saved -------------------------------------------------------------------------------
+
+
+def save_credit(run: Run, credit: pd.DataFrame, tokens: Sequence[str], *, name: str):
+    """Save what each token of one answer is paid and credited with (42, 43); return the image to show.
+
+    `credit`: (rows, tokens), in units of reward, with a row "reward, dense".
+    """
+    title = "One answer: what each token is paid, and what it is credited with"
+    figure = plots.token_heatmap(credit, tokens, title=title, label="reward units")
+    caption = "The same sum, paid dense or at the end, and the advantages made of it."
+    paid = int((credit.loc["reward, dense"] != 0).sum())
+    alt = f"{len(tokens)} tokens, {paid} of them paid when dense, one when at the end."
+    return run.save_figure(figure, name, caption=caption, alt=alt)
+
+
+def save_by_kl(
+    run: Run, rows: pd.DataFrame, order: Sequence[str], *,
+    name: str, ylabel: str, title: str, caption: str,
+):  # fmt: skip
+    """Save a score against KL, a line for each way of paying, in this order (43); return the image to show.
+
+    `rows` as `toxicity.along_kl` gives them.
+    """
+    rows = rows.assign(arm=pd.Categorical(rows.arm, order))
+    labels = {"xlabel": "KL from PT, nats an answer", "ylabel": ylabel, "title": title}
+    figure = plots.learning_curve(rows, **labels)
+    means = rows.groupby(["arm", "step"], observed=True).value.mean().reset_index()
+    ends = means.groupby("arm", observed=True).last().itertuples()
+    parts = [f"All start at {means.value[means.step == 0].mean():.2f} without KL"]
+    parts += [f"{x.Index} ends with {x.value:.2f} at {x.step:.1f} nats" for x in ends]
+    return run.save_figure(figure, name, caption=caption, alt="; ".join(parts))

@@ -24,6 +24,7 @@ from lib import (
     stats,
     tables,
 )
+from lib.course.arms import Arms
 from lib.text import distinct_n_by_prompt
 
 DIVERSITY = ("distinct_2", "distinct_3")
@@ -228,6 +229,28 @@ def _reach(
     return min(curves[rival][by].max() for rival in wanted)
 
 
+def readings(
+    paths: pd.DataFrame, scores: Sequence[str], others: Sequence[str], size: int, *,
+    nats: Sequence[float], calls: int, together: Sequence[str],
+) -> pd.DataFrame:  # fmt: skip
+    """All that 43 reads off of its trainings: columns arm (the method), seed, and the readings.
+
+    `read_off` of the scores and the `others` at each of `nats`, and of the scores at so many scorer calls.
+    Of the trainings at each method's first beta: "<score>, second half", the mean of the later half of the
+    steps, and "sum of drops, all steps".
+    """
+    keys, together = ["arm", "seed"], {"together": together}
+    read = read_off(paths, nats, [*scores, *others], size, **together)
+    asked = read_off(paths, [calls], scores, size, by="calls", unit="calls", **together)
+    single = paths[paths["arm"] == paths["method"]]
+    late = single[single["step"] > single["step"].max() / 2].groupby(keys)[list(scores)].mean()
+    drop = single.groupby(keys)["drop"].mean().rename("sum of drops, all steps")
+    asked = asked.set_index(keys).drop(columns="compared")
+    for table in (asked, late.add_suffix(", second half"), drop):
+        read = read.join(table, on=keys)
+    return read
+
+
 def along_kl(paths: pd.DataFrame, column: str, size: int, points: int = 41) -> pd.DataFrame:
     """A column against KL as `plots.learning_curve` draws it: columns step (nats), arm (method), seed, value.
 
@@ -276,6 +299,23 @@ def measure_policy(
     table |= {name: np.reshape(values, (-1, n)).sum(1) for name, values in sums.items()}
     table = pd.DataFrame(table).rename_axis("prompt").reset_index()
     return table.assign(log_ppl=table["nll"] / table["tokens"]), drawn.texts[::n]
+
+
+def levels_on_test(arms: Arms, measures: Mapping[str, str]) -> pd.DataFrame:
+    """Each arm's measures on test prompts as "0.123 [0.100, 0.150]", (arms, measures); each becomes a metric.
+
+    `measures`: name -> column of `measure_policy`.  Beside them stands perplexity, of log_ppl.
+    """
+    rows = {}
+    for arm in arms.names:
+        levels = {name: arms.level(arm, column) for name, column in measures.items()}
+        ends = {name: (x.value, x.low, x.high) for name, x in levels.items()}
+        nll = arms.level(arm, "log_ppl")
+        ends["perplexity"] = tuple(np.exp([nll.value, nll.low, nll.high]))
+        for name, values in ends.items():
+            arms.run.metric(f"{arm}/{name}", *values, n=nll.n, seeds=nll.seeds)
+        rows[arm] = {name: "{:.3f} [{:.3f}, {:.3f}]".format(*x) for name, x in ends.items()}
+    return pd.DataFrame(rows).T
 
 
 def plan(steps: int, episodes: int, model: str, parts: int = 3) -> pd.DataFrame:

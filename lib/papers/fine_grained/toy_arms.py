@@ -1,4 +1,7 @@
-"""Training in the toy world (notebooks 42 and 44): rewards, the learned rival, PPO measured on the way."""
+"""Training in the toy world (notebooks 42 and 44): rewards, the learned rival, PPO measured on the way.
+
+Last, what the paper's own run would hold.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ import pandas as pd
 import torch
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from lib import generation, ppo, reward_models, rewards, stats
+from lib import generation, memory, ppo, reward_models, rewards, stats
 from lib.papers.fine_grained import toy
 from lib.rewards import RewardFunction
 
@@ -211,3 +214,20 @@ def preference_reward(model, tokenizer, answers: generation.Samples) -> RewardFu
 
     part = rewards.SegmentReward("preference", toy.Segmenter("sequence"), score)
     return rewards.compose([part.fitted(answers.prompts, answers.texts)], tokenizer)
+
+
+# --- the plan of the paper's own run ---------------------------------------------------------------
+
+
+def plan() -> tuple[pd.DataFrame, float]:
+    """What the paper's PPO on its long-form answers holds at its peak: `memory.table`, and all of it in GB.
+
+    A T5-large policy with T5-base values, and three Longformers as R1, R2 and R3; no weight is loaded.
+    """
+    policy, values = memory.skeleton("google-t5/t5-large"), memory.skeleton("google-t5/t5-base")
+    reader = memory.bytes_of(memory.skeleton("allenai/longformer-base-4096"))
+    stages = (
+        memory.ppo(policy, 4, 1024, 200, episodes=64, value_model=values),
+        memory.Stage("R1, R2, R3", {"weights": 3 * reader}),
+    )
+    return memory.table(*stages), sum(stage.total for stage in stages) / 1e9

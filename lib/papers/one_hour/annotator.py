@@ -35,6 +35,7 @@ SECONDS = {
     "demonstrations": IDEAL,
 }
 LOWEST, HIGHEST = 1, 7  # the ratings of sparse feedback
+EXAMPLES = 40  # answers among which one is looked for that shows what a look is
 
 
 @dataclass(frozen=True)
@@ -114,10 +115,14 @@ def _written(items, prompts, eyes) -> Bought:
 
 
 def telling_example(pool: generation.Samples, eyes: Eyes) -> int:
-    """The number of an answer of four clauses, or about, of which one look misjudges one, or about."""
+    """The number of an answer of four clauses, or about, of which one look misjudges one, or about.
+
+    Of the pool's first `EXAMPLES` answers.
+    """
     far = []
-    looks = eyes.looks(pool.prompts, pool.texts, "")
-    for prompt, answer, seen in zip(pool.prompts, pool.texts, looks, strict=True):
+    prompts, answers = pool.prompts[:EXAMPLES], pool.texts[:EXAMPLES]
+    looks = eyes.looks(prompts, answers, "")
+    for prompt, answer, seen in zip(prompts, answers, looks, strict=True):
         truth = toy.judge(prompt, answer)
         misjudged = (truth.true != seen.true).sum() + (truth.relevant != seen.relevant).sum()
         kinds = len({*zip(truth.relevant, truth.true, strict=True)})

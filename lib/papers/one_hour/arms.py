@@ -121,6 +121,19 @@ class Ground:
         items = annotator.items_of(kind, minutes, self.settings.seconds)
         return annotator.buy(kind, items, self.pool, self.eyes)
 
+    def estimate(self, minutes: float) -> dict:
+        """`ChatClient.estimate` of all that the endpoint is asked for so many minutes of every kind.
+
+        Known answers and the example included: nobody is asked what the endpoint will be.
+        """
+        nobody, s = eyes.Nobody(self.client.model), self.settings
+        model = eyes.of(s.annotator, s.error, self.seed, nobody)
+        annotator.telling_example(self.pool, model)
+        for kind in s.seconds:
+            items = annotator.items_of(kind, minutes, s.seconds)
+            annotator.buy(kind, items, self.pool, model)
+        return self.client.estimate(nobody.requests)
+
     def policy(self) -> PreTrainedModel:
         """A new copy of the first policy."""
         return copy.deepcopy(self.first)
@@ -347,6 +360,21 @@ class Arm(NamedTuple):
     setting: str
     tried: tuple[float, ...]
     knob: float
+
+
+def label_of(arm: str, minutes: float) -> str:
+    """The name of an arm at a budget; without minutes that of the arm alone."""
+    return f"{arm}, {minutes:g} min" if minutes else arm
+
+
+def first_texts(texts: pd.DataFrame, prompts: Sequence[str]) -> pd.DataFrame:
+    """Each arm's texts at the first seed that has it, (arms, prompts).
+
+    `texts`: columns arm, seed, prompt_index, text.
+    """
+    first = texts[texts.seed == texts.groupby("arm").seed.transform("min")]
+    table = first.pivot_table("text", "arm", "prompt_index", aggfunc="first")
+    return table.set_axis([prompts[int(i)] for i in table], axis=1)
 
 
 _dense = functools.partial(reinforce, place="dense")

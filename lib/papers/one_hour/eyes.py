@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol
 
 import numpy as np
 
 from lib import questions, training
-from lib.chat import ChatClient
+from lib.chat import ChatClient, Reply
 from lib.course import gate
 from lib.judge import Annotator, EndpointAnnotator, LocalAnnotator
 from lib.papers.fine_grained import toy
@@ -40,7 +40,20 @@ class Eyes(Protocol):
     def ideals(self, prompts: Sequence[str]) -> list[str]: ...
 
 
-def of(name: str, error: float, seed: int, client: ChatClient | None = None) -> Eyes:
+@dataclass
+class Nobody:
+    """In the place of a chat client: keeps what it is asked, sends nothing, and answers No."""
+
+    model: str
+    requests: list[dict] = field(default_factory=list)
+
+    def ask(self, requests: Sequence[dict], **options) -> list[Reply]:
+        """A reply to each request."""
+        self.requests += requests
+        return [Reply("No", self.model, {}, "") for _ in requests]
+
+
+def of(name: str, error: float, seed: int, client: ChatClient | Nobody | None = None) -> Eyes:
     """The eyes of an annotator: `SIMULATED`, which errs with a probability, or a model by its name.
 
     client: of the endpoint where the model is asked; None: it is a local one.

@@ -1,4 +1,7 @@
-"""Drawings of notebook 90: quality by annotator minutes, a panel a kind; and which pairs are decided."""
+"""Figures of notebook 90: quality by annotator minutes, which pairs are decided, by whose eyes looked.
+
+What is saved of an experiment's arms writes what its alt text says from the data.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,8 @@ from matplotlib.ticker import NullLocator
 
 from lib import plots
 from lib.course.arms import Arms, decide, is_equal
+from lib.course.record import Run
+from lib.papers.one_hour.arms import label_of
 
 
 def quality_by_minutes(
@@ -49,6 +54,38 @@ def quality_by_minutes(
     return figure
 
 
+def save_quality_by_minutes(
+    arms: Arms, budgets: Sequence[tuple[str, float]], free: Sequence[str], *,
+    name: str, title: str, caption: str,
+):  # fmt: skip
+    """Save `quality_by_minutes` of some arms; return the image to show.  Each quality becomes a metric.
+
+    `budgets`: arm and minutes, of which those that did not run are left out.  `free`: the arms that no
+    minutes bought, drawn as grey lines.
+    """
+    rows, levels = [], {}
+    for arm, minutes in budgets:
+        label = label_of(arm, minutes)
+        if label in arms.names:
+            level = arms.level(label, "quality")
+            arms.run.metric(f"quality/{label}", level)
+            row = dict(zip(("kind", "learner"), arm.split(", ", 1), strict=True))
+            row |= {"value": level.value, "low": level.low, "high": level.high}
+            rows.append(row | {"minutes": minutes})
+    for arm in free:
+        level = arms.level(arm, "quality")
+        arms.run.metric(f"quality/{arm}", level)
+        levels[arm] = level.value
+    table = pd.DataFrame(rows)
+    figure = quality_by_minutes(table, levels, title=title, ylabel="quality")
+    last = table[table.minutes == table.minutes.max()].sort_values("value")
+    ends = last.iloc[[0, -1]].itertuples()
+    worst, best = (f"{x.value:.2f} ({x.kind}, {x.learner})" for x in ends)
+    alt = f"At {table.minutes.max():g} minutes from {worst} to {best}"
+    alt += "".join(f"; {arm} {value:.2f}" for arm, value in levels.items())
+    return arms.run.save_figure(figure, name, caption=caption, alt=alt)
+
+
 def _panel(axes, table: pd.DataFrame, styles: Mapping[str, dict]) -> None:
     for learner, rows in table.groupby("learner", sort=False, observed=True):
         rows = rows.sort_values("minutes")
@@ -76,6 +113,26 @@ def compare_pairs(
         verdict = "equal" if is_equal(effect, smallest) else verdict
         verdicts.loc[a, b] = verdicts.loc[b, a] = verdict
     return differences, verdicts
+
+
+def save_pairs(
+    arms: Arms, labels: Mapping[str, str], column: str, smallest: float, *,
+    name: str, title: str, caption: str,
+):  # fmt: skip
+    """Save `pair_differences` of `compare_pairs`; return the image to show.
+
+    How many pairs are decided, equal and open becomes a metric each.  `labels`: from the best arm to the
+    worst.
+    """
+    differences, verdicts = compare_pairs(arms, labels, column, smallest)
+    pairs = verdicts.stack().value_counts() // 2
+    for verdict in ("decided", "equal", "open"):
+        arms.run.metric(f"pairs/{verdict}", int(pairs.get(verdict, 0)), n=len(labels))
+    figure = pair_differences(differences, verdicts, title=title, label=column)
+    counts = ", ".join(f"{verdict} {n}" for verdict, n in pairs.items() if verdict)
+    names = list(labels)
+    alt = f"{len(names)} arms; pairs: {counts}; highest: {names[0]}, lowest: {names[-1]}."
+    return arms.run.save_figure(figure, name, caption=caption, alt=alt)
 
 
 def pair_differences(
@@ -107,3 +164,27 @@ def pair_differences(
     figure.colorbar(image, ax=axes, label=label, shrink=0.6)
     figure.suptitle(title, x=0.01, ha="left")
     return figure
+
+
+def save_by_eyes(
+    run: Run, groups: Sequence[tuple[str, Arms]], names: Sequence[str], minutes: float, *,
+    name: str, title: str, caption: str,
+):  # fmt: skip
+    """Save the quality of arms at one budget, by whose eyes looked; return the image to show.
+
+    `groups`: an annotator and the arms that learned from it.  None where no arm is named.
+    """
+    rows = []
+    for arm, (annotator, arms) in itertools.product(names, groups):
+        if label_of(arm, minutes) in arms.names:
+            level = arms.level(label_of(arm, minutes), "quality")
+            row = {"value": level.value, "low": level.low, "high": level.high}
+            rows.append({"group": arm, "condition": annotator, **row})
+    if not rows:
+        return None
+    table = pd.DataFrame(rows)
+    figure = plots.interval_plot(table, xlabel="quality", title=title)
+    top = table.sort_values("value").groupby("condition").tail(1).itertuples()
+    parts = [f"{x.condition}: {x.group}, {x.value:.2f}" for x in top]
+    alt = f"{len(names)} arms; highest: {'; '.join(parts)}"
+    return run.save_figure(figure, name, caption=caption, alt=alt)
