@@ -81,6 +81,14 @@ def test_code_cells_are_short_and_narrow(path):
 
 
 @each_notebook
+def test_a_lesson_is_read_in_one_sitting(path):
+    """25 to 50 cells, and at most 400 lines of code; bookkeeping belongs to lib."""
+    lines = [line for cell in cells(path, "code") for line in cell.source.splitlines()]
+    assert sum(bool(line.strip()) for line in lines) <= 400
+    assert 25 <= sum(len(cells(path, kind)) for kind in ("code", "markdown")) <= 50
+
+
+@each_notebook
 def test_closing(path):
     book = nbformat.read(path, as_version=4)
     code = "\n".join(c.source for c in cells(path, "code"))
