@@ -31,6 +31,7 @@ replies        replies that cost money or time, each bought once; Retry-After
 answers        what a chat endpoint answered, and what a reply says after its reasoning
 chat           the chat client: any OpenAI-compatible endpoint, stored replies, a cap on cost
 sft            supervised fine-tuning
+shards         fine-tuning a model too large for one GPU, in shards
 reward_models  one score for a prompt and a response, from ratings or rankings
 segments       segments of a response, and the token at which each ends
 rewards        where rewards are paid: on tokens, segments, or whole responses

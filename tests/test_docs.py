@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lib.course import cli
+from lib.course import cli, reference
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(
@@ -87,6 +87,14 @@ def test_names_of_the_library_that_pages_name_exist(page):
         for name in match[2].split(".")[1:]:
             assert hasattr(thing, name), f"{page.name} names {text}"
             thing = getattr(thing, name)
+
+
+def test_the_library_is_documented_name_by_name():
+    """docs/library.md is what its command writes, and says something of every public name."""
+    text = (ROOT / "docs/library.md").read_text(encoding="utf-8")
+    assert text == reference.page(ROOT), "run: python -m lib.course.reference"
+    names = re.findall(r"^\* `(\w+\.\w+)`: \S", text, re.MULTILINE)
+    assert "ppo.train_ppo" in names and len(names) == len(re.findall(r"^\* ", text, re.MULTILINE))
 
 
 def test_the_scorer_of_contributing_scores():
