@@ -148,6 +148,15 @@ def test_likelihood_is_the_mean_over_the_target_s_tokens(tiny):
     assert scored["perplexity"][0] == pytest.approx(np.exp(scored["nll"][0]))
 
 
+def test_what_a_template_writes_after_the_end_is_no_part_of_the_target(tiny):
+    """Many chat templates end a turn with a line break, after the end token: without loss."""
+    row = {"input_ids": [7, 8, 9, 5, 6], "labels": [sft.NO_LOSS, sft.NO_LOSS, 9, 5, sft.NO_LOSS]}
+    assert im.context_and_target(row) == ([7, 8], [9, 5])
+    bare = {name: values[:4] for name, values in row.items()}
+    with_break, without = (im.likelihood(*tiny, [each])["nll"][0] for each in (row, bare))
+    assert with_break == pytest.approx(without)
+
+
 def test_a_measured_student_has_texts_likelihood_and_distance(tiny):
     model, tokenizer = tiny
     test = articles(2)

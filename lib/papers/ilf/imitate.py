@@ -282,12 +282,17 @@ def likelihood(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict]
 ) -> pd.DataFrame:
     """nll (mean over the tokens with loss, nats), tokens, perplexity of encoded rows, a row each."""
-    sides = [([], []) for _ in rows]
-    for (context, target), row in zip(sides, rows, strict=True):
-        for token, label in zip(row["input_ids"], row["labels"], strict=True):
-            (context if label == sft.NO_LOSS else target).append(token)
-    contexts, targets = zip(*sides, strict=True)
+    contexts, targets = zip(*map(context_and_target, rows), strict=True)
     return logprobs.perplexity(model, tokenizer, contexts, targets)
+
+
+def context_and_target(row: dict) -> tuple[list[int], list[int]]:
+    """An encoded row's tokens before its target, and those of its target, which carry loss.
+
+    What a chat template writes after the target's end is neither.
+    """
+    places = [i for i, label in enumerate(row["labels"]) if label != sft.NO_LOSS]
+    return row["input_ids"][: places[0]], row["input_ids"][places[0] : places[-1] + 1]
 
 
 def target_likelihoods(
