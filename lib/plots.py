@@ -96,7 +96,7 @@ def _finish(figure: Figure, title: str) -> Figure:
 def _mark(draw: Callable, at: float | None, label: str) -> None:
     """A thin dotted line (`draw` is axvline or axhline), named in the legend."""
     if at is not None:
-        draw(at, color="0.3", lw=1, ls=(0, (2, 2)), label=f"{label} {at:g}")
+        draw(at, color="0.3", lw=1, ls=(0, (2, 2)), label=f"{label} {at:.3g}")
 
 
 def _plain(text: object) -> str:
