@@ -124,7 +124,7 @@ def at_gpu(notebook):
                                 x["max_new_tokens"], episodes=x["episodes"])),
     ("40", lambda x: memory.fine_tuning(skeleton(x["model"], x["train"]), x["batch"],
                                         x["max_answer"], x["max_prompt"])),
-    ("31", lambda x: memory.fine_tuning(skeleton(x["model"], "top", layers=x["train_layers"]),
+    ("31", lambda x: memory.fine_tuning(skeleton(x["student"], "top", layers=x["train_layers"]),
                                         x["batch"], x["max_length"])),
     ("51", lambda x: memory.ppo(skeleton(x["model"], x["train"], layers=x["layers"]), 32, 40,
                                 x["max_new_tokens"], episodes=512)),

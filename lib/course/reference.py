@@ -38,7 +38,7 @@ def _section(path: Path) -> str:
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_")
     ]
     rows = [f"* `{path.stem}.{node.name}`: {_first_sentence(node)}" for node in public]
-    return "\n".join([f"## {path.stem}", "", _first_sentence(module), "", *rows, ""])
+    return "\n".join([f"## lib/{path.name}", "", _first_sentence(module), "", *rows, ""])
 
 
 def _first_sentence(node: ast.AST) -> str:
