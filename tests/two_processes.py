@@ -55,12 +55,12 @@ def train_rl(trainer, folder, reward=share_of_yes):
 def make(kind):
     """A tiny model; tied: whose output layer is its embeddings; lora: of which adapters learn."""
     model, tokenizer = tiny("tiny" if kind in ("tied", "lora") else kind)
+    torch.manual_seed(0)  # whatever ran in this process before
     if kind == "tied":
         model.config.tie_word_embeddings = True
         model = type(model)(model.config)
-        torch.nn.init.normal_(model.lm_head.weight, std=0.1, generator=torch.manual_seed(0))
+        torch.nn.init.normal_(model.lm_head.weight, std=0.1)
     if kind == "lora":
-        torch.manual_seed(0)
         models.set_trainable(model, "lora", layers=1, lora_rank=2)
     return model, tokenizer
 

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lib import logprobs, sft
 from lib.papers.ilf.refine import Question
+from lib.questions import log_odds
 
 CLASSIFICATION = Question(
     "{asked}\n\nSummary: {text}\n\nIs this summary excellent, that is coherent, accurate, concise and "
@@ -99,5 +100,4 @@ def margins(
 
 def _log_odds(model, tokenizer, asked: list[str], question: Question) -> np.ndarray:
     answers = (question.yes, question.no)
-    log_probs = logprobs.answer_log_probs(model, tokenizer, asked, answers)
-    return log_probs[:, 0] - log_probs[:, 1]
+    return log_odds(logprobs.answer_log_probs(model, tokenizer, asked, answers))

@@ -33,9 +33,8 @@ STUDENT, WRITER, JUDGE = "policy", "qwen-1.5b", "qwen-0.5b"
 PARTS = {"tuning": 24, "test": 96, "train": 96}  # articles; more can be added to a part at its end
 N_WORDS = (60, 110)
 N = {"feedback": 5, "second try": 2, "other feedback": 2}  # texts an article
-CHOOSING = refine.QUESTIONS[
-    :3
-]  # InstructRM's that choose for the train part (the paper's are five)
+# InstructRM's questions that choose for the train part (the paper's are five)
+CHOOSING = refine.QUESTIONS[:3]
 FIRST, OWN = "first summary", "writer's summary"
 LENGTH = " Write two or three sentences."
 TOKENS = {"summary": 90, "feedback": 70}
