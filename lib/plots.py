@@ -8,6 +8,7 @@ Simplified: figures use matplotlib directly and keep no state; change one throug
 
 from __future__ import annotations
 
+import itertools
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
 
@@ -16,12 +17,15 @@ import numpy as np
 import pandas as pd
 import seaborn
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 
 WIDTH = 7.0  # inches
-MOST_LINES = 5  # seeds that are drawn one by one; more are a tangle, and the band says their range
+TOUCH = 2  # pixels that a text's box may reach into another's: it is larger than its letters
+MOST_LINES = 5  # seeds drawn one by one, entries of a legend: more are a tangle
 STYLE = {
     "font.size": 11,
     "figure.titlesize": 12,
@@ -81,16 +85,65 @@ def _start(table: pd.DataFrame, needed: str, height: float = 4.0) -> tuple[Figur
     return figure, figure.subplots()
 
 
-def _finish(figure: Figure, title: str) -> Figure:
-    """Title over the whole width; legend below the axes, for which the figure grows."""
+def finish(figure: Figure, title: str) -> Figure:
+    """Title over the whole width; legend of all panels below the axes, for which the figure grows."""
     figure.suptitle(_wrap(title[:1].upper() + title[1:], 78), x=0.01, ha="left")
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    labels = [_plain(label) for label in labels]
+    entries = {}
+    for axes in figure.axes:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            entries.setdefault(_plain(label), handle)
+    handles, labels = list(entries.values()), list(entries)
     if handles:
         columns = min(3, len(labels), max(1, 84 // (max(map(len, labels)) + 8)))
         figure.set_figheight(figure.get_figheight() + 0.25 * -(-len(labels) // columns))
         figure.legend(handles, labels, loc="outside lower center", ncols=columns)
     return figure
+
+
+def make_room(figure: Figure) -> Figure:
+    """Break an axis label that is longer than its axis; turn tick labels that run into each other."""
+    figure.draw_without_rendering()
+    for axes in figure.axes:
+        label, written = axes.yaxis.label, axes.get_ylabel()
+        if label.get_window_extent().height > axes.get_window_extent().height:
+            axes.set_ylabel(textwrap.fill(written, max(8, len(written) * 3 // 5)))
+        names = [name for name, drawn in _ticks(axes.xaxis) if drawn and name.get_text()]
+        boxes = sorted((name.get_window_extent() for name in names), key=lambda box: box.x0)
+        if any(left.x1 > right.x0 for left, right in itertools.pairwise(boxes)):
+            side = "left" if axes.xaxis.get_ticks_position() == "top" else "right"
+            for name in names:
+                name.set(rotation=30, ha=side, rotation_mode="anchor")
+    return figure
+
+
+def overlapping(figure: Figure) -> list[tuple[str, str]]:
+    """Pairs of a figure's texts that lie over each other as it is drawn; turned ones are left out."""
+    figure.draw_without_rendering()
+    axes = [axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)]
+    hidden = [name for axis in axes for name, drawn in _ticks(axis) if not drawn]
+    texts = [
+        text
+        for text in figure.findobj(Text)
+        if text.get_visible() and text.get_text().strip() and text.get_rotation() in (0, 90)
+    ]
+    texts = [text for text in texts if text not in hidden]
+    boxes = [text.get_window_extent().padded(-TOUCH) for text in texts]
+    return [
+        (texts[i].get_text(), texts[j].get_text())
+        for i, j in itertools.combinations(range(len(texts)), 2)
+        if boxes[i].overlaps(boxes[j])
+    ]
+
+
+def _ticks(axis: Axis) -> list[tuple[Text, bool]]:
+    """The label of each tick, and whether it is drawn: matplotlib keeps some beyond the axis's ends."""
+    low, high = sorted(axis.get_view_interval())
+    return [
+        (name, low <= tick.get_loc() <= high)
+        for tick in axis.get_major_ticks()
+        for name in (tick.label1, tick.label2)
+        if name.get_visible()
+    ]
 
 
 def _mark(draw: Callable, at: float | None, label: str) -> None:
@@ -147,8 +200,13 @@ def interval_plot(
     axes.grid(False, axis="y")
     for between in range(1, len(groups)):
         axes.axhline(between - 0.5, color="0.9", lw=0.8)
-    _mark(axes.axvline, reference, "reference")
-    return _finish(figure, _with_n(title, table))
+    if len(styles) < MOST_LINES:
+        _mark(axes.axvline, reference, "reference")
+    elif reference is not None:  # a sixth entry in the legend is one too many
+        axes.axvline(reference, color="0.3", lw=1, ls=(0, (2, 2)))
+        place = {"transform": axes.get_xaxis_transform(), "ha": "center", "va": "bottom"}
+        axes.text(reference, 1, f"{reference:.3g}", fontsize=10, **place)
+    return finish(figure, _with_n(title, table))
 
 
 def bounds_plot(
@@ -172,7 +230,7 @@ def bounds_plot(
     axes.set_yticks(y, names)
     axes.set(xlabel=xlabel, xlim=(0, None), ylim=(len(table) - 0.5, -0.5))
     axes.grid(False, axis="y")
-    return _finish(figure, title)
+    return finish(figure, title)
 
 
 # --- toxicity ------------------------------------------------------------------------------------
@@ -204,7 +262,7 @@ def toxicity_distribution(
         axes.set_yscale("log")
     axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:g} %")
     axes.set(xlim=(0, 1), xlabel=xlabel, ylabel="share of samples with score ≥ x")
-    return _finish(figure, title)
+    return finish(figure, title)
 
 
 def curve_by_k(
@@ -233,7 +291,7 @@ def curve_by_k(
         axes.set_xticks(ticks, [str(k) for k in ticks])
     else:
         axes.set_ylim(0, None)
-    return _finish(figure, _with_n(title, table) + ", with 95 % bands")
+    return finish(figure, _with_n(title, table) + ", with 95 % bands")
 
 
 def category_heatmap(
@@ -266,7 +324,7 @@ def category_heatmap(
     ]
     axes.set_yticks(range(len(names)), [_plain(name) for name in names])
     figure.colorbar(image, ax=axes, label=label)
-    return _finish(figure, title)
+    return finish(figure, title)
 
 
 def agreement_heatmap(
@@ -288,7 +346,7 @@ def agreement_heatmap(
     axes.set_yticks(range(len(table)), [_plain(name) for name in table.index])
     axes.set(xlabel=xlabel, ylabel=ylabel)
     figure.colorbar(image, ax=axes, label=label)
-    return _finish(figure, f"{title} (n = {int(table.to_numpy().sum()):,})")
+    return finish(figure, f"{title} (n = {int(table.to_numpy().sum()):,})")
 
 
 def _cells(axes: Axes, values: pd.DataFrame, form: str, bounds: Sequence[pd.DataFrame] = ()):
@@ -301,7 +359,7 @@ def _cells(axes: Axes, values: pd.DataFrame, form: str, bounds: Sequence[pd.Data
         axes.text(j, i, text, va="bottom" if bounds else "center", **place)
         if bounds and not np.isnan(value):
             ends = " to ".join(form.format(side.iloc[i, j]) for side in bounds)
-            axes.text(j, i, f"\n{ends}", va="center", fontsize=10, **place)
+            axes.text(j, i, ends, va="top", fontsize=10, **place)
     axes.set_xticks(range(values.shape[1]), [_wrap(c, 16) for c in values.columns])
     axes.grid(False)
     axes.spines[:].set_visible(False)
@@ -332,7 +390,7 @@ def score_histogram(
     axes.set_xticks(values)
     axes.set(xlabel=xlabel, ylabel="share")
     axes.grid(False, axis="x")
-    return _finish(figure, title)
+    return finish(figure, title)
 
 
 def calibration_plot(
@@ -353,7 +411,7 @@ def calibration_plot(
         axes.plot(rows["predicted"], rows["value"], **style, label=condition)
     room = (-0.03, 1.03)  # markers at 0 and 1 are not cut
     axes.set(xlabel=xlabel, ylabel="observed share", xlim=room, ylim=room, aspect="equal")
-    return _finish(figure, title)
+    return finish(figure, title)
 
 
 # --- training ------------------------------------------------------------------------------------
@@ -387,7 +445,7 @@ def learning_curve(
     _mark(axes.axhline, reference, "reference")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(xlabel=xlabel, ylabel=ylabel)
-    return _finish(figure, title or f"{ylabel} over training: mean and range over seeds")
+    return finish(figure, title or f"{ylabel} over training: mean and range over seeds")
 
 
 def coloured_text(
@@ -423,8 +481,11 @@ def coloured_text(
     axes.set(xlim=(0, per_line), ylim=(-line - 0.6, 0.6))
     axes.axis("off")
     bar = matplotlib.cm.ScalarMappable(scale, shades)
-    figure.colorbar(bar, ax=axes, orientation="horizontal", label=label, aspect=50, pad=0.02)
-    return _finish(figure, title)
+    look = {"orientation": "horizontal", "aspect": 50, "pad": 0.02}
+    shown = figure.colorbar(bar, ax=axes, label=label, **look).ax
+    if middle and values.min() < values.max():  # no colours for values that there are not
+        shown.set_xlim(values.min(), values.max())
+    return finish(figure, title)
 
 
 def dense_rewards(
@@ -449,7 +510,7 @@ def dense_rewards(
     axes.set_xticks(range(len(shown)), shown, rotation=90)
     axes.set(xlabel="token", ylabel="reward", xlim=(-0.8, len(shown) - 0.2))
     axes.grid(False, axis="x")
-    return _finish(figure, title)
+    return finish(figure, title)
 
 
 def token_heatmap(table: pd.DataFrame, tokens: Sequence[str], *, title: str, label: str) -> Figure:
@@ -471,10 +532,8 @@ def token_heatmap(table: pd.DataFrame, tokens: Sequence[str], *, title: str, lab
         text = f"{value:+.2f}" if abs(value) >= 0.005 else "0"
         axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=9)
     shown = [_plain(token.strip() or repr(token)[1:-1]) for token in tokens]
-    long = max(map(len, shown)) > 8  # side by side such labels overlap
-    turned = {"rotation": 30, "ha": "left"} if long else {}
     axes.xaxis.tick_top()
-    axes.set_xticks(range(len(tokens)), shown, **turned)
+    axes.set_xticks(range(len(tokens)), shown)
     axes.set_yticks(range(len(table)), [_plain(name) for name in table.index])
     axes.grid(False)
     figure.colorbar(image, ax=axes, label=label)
@@ -521,4 +580,4 @@ def paths(table: pd.DataFrame, *, xlabel: str, ylabel: str, title: str) -> Figur
         end = style | {"linestyle": "", "markersize": 10}
         axes.plot(rows["x"].iloc[-1:], rows["y"].iloc[-1:], **end)
     axes.set(xlabel=xlabel, ylabel=ylabel)
-    return _finish(figure, title)
+    return finish(figure, title)

@@ -4,7 +4,7 @@ A scorer has a name, a version, a role (reward or judge), one batch method and a
 scores that could not be had.  Scores are probability-like, in [0, 1], high = more of what it
 detects; rewards are made from `logit`, which does not saturate as the probability does.
 
-Simplified against RewardLM (notes, section 5): an unscored text is NaN, never -1 or a silent 0.
+Simplified against RewardLM: an unscored text is NaN, never -1 or a silent 0.
 """
 
 from __future__ import annotations

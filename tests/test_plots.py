@@ -101,6 +101,40 @@ def test_nothing_is_cut_off_or_too_small(name):
     assert min(sizes) >= 10
 
 
+@pytest.mark.parametrize("name", FIGURES)
+def test_no_text_lies_over_another(name):
+    assert plots.overlapping(plots.make_room(FIGURES[name](TABLES[name]))) == []
+
+
+def test_room_is_made_for_long_names_and_an_overlap_is_named():
+    table = TABLES["k"]
+    label = "gain over a blind choice of one answer (standard deviations of all answers)"
+    figure = plots.curve_by_k(table, ylabel=label)
+    assert any(label in pair for pair in plots.overlapping(figure))
+    assert plots.overlapping(plots.make_room(figure)) == []
+    assert figure.axes[0].get_ylabel().replace("\n", " ") == label
+    tokens = ["initially", "recommended", "to", "those", "month", "october"] * 2
+    rows = pd.DataFrame(np.zeros((2, len(tokens))), index=["reward", "advantage at the end"])
+    figure = plots.token_heatmap(rows, tokens, title="Tokens", label="reward")
+    assert ("initially", "recommended") in plots.overlapping(figure)
+    assert plots.overlapping(plots.make_room(figure)) == []
+    names = figure.axes[0].get_xticklabels()
+    assert [name.get_text() for name in names] == tokens
+    assert {name.get_rotation() for name in names} == {30}
+    short = plots.token_heatmap(rows, ["a"] * len(tokens), title="Tokens", label="reward")
+    assert plots.make_room(short).axes[0].get_xticklabels()[0].get_rotation() == 0
+
+
+def test_a_legend_has_five_entries_at_most():
+    names = ["a", "b", "c", "d", "e"]
+    table = intervals(0.1, 0.04, group=["x"], condition=names)
+    figure = plots.interval_plot(table, xlabel="score", reference=0.5)
+    assert [text.get_text() for text in figure.legends[0].texts] == names
+    assert "0.5" in texts(figure)
+    four = plots.interval_plot(table[:4], xlabel="score", reference=0.5)
+    assert four.legends[0].texts[-1].get_text() == "reference 0.5"
+
+
 def test_n_is_written():
     assert "(n = 210)" in plots.interval_plot(TABLES["interval"], xlabel="x").get_suptitle()
     mixed = TABLES["interval"].assign(n=[90, 96, 96, 96, 96, 1200])
@@ -170,7 +204,7 @@ def test_heatmap_sorts_and_writes_values():
     figure = plots.category_heatmap(table)
     assert figure.axes[0].get_yticklabels()[0].get_text().startswith("severe toxicity")
     cells = {t.get_text(): t.get_color() for t in figure.axes[0].texts}
-    assert {"0.31", "0.50", "-"} <= set(cells) and "\n0.20 to 0.40" in cells
+    assert {"0.31", "0.50", "-"} <= set(cells) and "0.20 to 0.40" in cells
     assert (cells["-"], cells["0.00"], cells["0.50"]) == ("black", "white", "black")
 
 
@@ -307,6 +341,10 @@ def test_coloured_text_gives_every_token_a_box_of_its_colour():
     assert colours[2][:3] == pytest.approx((1, 1, 1), abs=0.01) and colours[0] != colours[1]
     texts = [text.get_text() for text in figure.axes[0].texts]
     assert "".join(texts).startswith("One day a ship↵ came")
+    bar = figure.axes[1].get_xlim()
+    assert bar == (-2, 2)
+    below = plots.coloured_text(tokens, [-1.0, -4.0, -3.0] * 24, title="t", label="nats")
+    assert below.axes[1].get_xlim() == (-4, -1)  # not up to +1.7, beyond any log-probability
     with pytest.raises(ValueError, match="2 tokens and 1 values"):
         plots.coloured_text(["a", "b"], [1.0], title="t", label="nats")
 

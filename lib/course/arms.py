@@ -12,13 +12,14 @@ effect away.  The rule of every claim is the same: `RULE`.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
 
-from lib import stats
+from lib import runtime, stats
 from lib.course.record import Run, with_stored
 from lib.stats import Effect
 
@@ -63,6 +64,23 @@ class Arms:
         """Rows that decide: those of seeds on which nothing was tuned, or all where there are no others."""
         fresh = self.table[~self.table.seed.isin(TUNING_SEEDS)]
         return fresh if len(fresh) else self.table
+
+    def planned(self) -> str:
+        """How many seeds of the notebook's design are here, and whether they are enough to decide."""
+        place = runtime.project_root() / "data" / "results" / self.run.notebook / "design.json"
+        seeds = json.loads(place.read_text(encoding="utf-8"))["seeds"]
+        used = sorted(set(self.deciding().seed))
+        count = len(set(used) & set(seeds))
+        line = f"{count} of {len(seeds)} planned seeds are here; used below: {', '.join(map(str, used))}."
+        enough = count >= stats.SEEDS_NEEDED
+        return (
+            line if enough else f"{line} It takes {stats.SEEDS_NEEDED}: nothing below is decided."
+        )
+
+    def resampled(self, units: str) -> str:
+        """What the intervals are over: the `units` alone where one seed is here."""
+        several = self.deciding().seed.nunique() > 1
+        return f"{units} and seeds" if several else f"{units} (one seed)"
 
     def means(self, arm: str, column: str) -> pd.DataFrame:
         """Mean of the samples of each unit, (seeds, units), of the rows that decide."""

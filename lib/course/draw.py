@@ -32,9 +32,20 @@ def curves(
     parts = []
     for arm, curve in rows.groupby("arm", sort=False):
         means = curve.groupby("step").value.mean()
-        parts.append(f"{arm} from {means.iloc[0]:.2f} to {means.iloc[-1]:.2f}")
+        parts.append(f"{arm} {_course(means)}")
     alt = f"Curves over {rows.step.max()} steps: " + "; ".join(parts)
     display(arms.run.save_figure(figure, name, caption=caption, alt=alt))
+
+
+def _course(means: pd.Series) -> str:
+    """A curve in words: where it begins and ends, its lowest and highest value where these are no ends."""
+    words = f"from {means.iloc[0]:.2f} to {means.iloc[-1]:.2f}"
+    known = means.dropna()
+    extremes = {"lowest": known.idxmin(), "highest": known.idxmax()} if len(known) else {}
+    for name, step in extremes.items():
+        if step not in (means.index[0], means.index[-1]):
+            words += f", {name} {means[step]:.2f} at step {step}"
+    return words
 
 
 def effects(

@@ -13,6 +13,7 @@ import contextlib
 import difflib
 import json
 import os
+import re
 import warnings
 from datetime import datetime
 from pathlib import Path
@@ -61,6 +62,15 @@ def read_notebook(path: Path) -> NotebookNode:
             return nbformat.read(path, as_version=4)
     except (OSError, ValueError, nbformat.ValidationError) as error:
         raise RequestError(f"{path} cannot be read as a notebook: {error}") from None
+
+
+def minutes_at_demo(name: str) -> float:
+    """Minutes at `demo` on two cores, as the notebook's first table says; 0 where it says none."""
+    cells = read_notebook(find_notebooks()[name]).cells
+    row = re.search(
+        r"\| `demo` \| (?:about )?([\d.]+|an?) minute", cells[0].source if cells else ""
+    )
+    return 0.0 if not row else 1.0 if row[1].startswith("a") else float(row[1])
 
 
 def has_tag(cell: NotebookNode, *tags: str) -> bool:

@@ -14,6 +14,7 @@ import os
 import platform
 import re
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
@@ -108,10 +109,15 @@ class Run:
         from IPython.display import Image
         from PIL import Image as Pillow
 
+        from lib import plots
+
         png = self.folder / f"{name}.png"
         if not together.is_first():
             plt.close(figure)
             return None
+        plots.make_room(figure)
+        if pairs := plots.overlapping(figure):
+            warnings.warn(f"figure {name}: texts lie over each other: {pairs}", stacklevel=2)
         figure.savefig(png, dpi=120, bbox_inches="tight", metadata={"Software": None})
         with Pillow.open(png) as drawn:  # a palette: a third of the size in the notebook
             drawn = drawn.convert("RGB").quantize(128, dither=Pillow.Dither.NONE)

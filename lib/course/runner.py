@@ -314,7 +314,13 @@ def run_notebooks(
     report = None
     try:
         several = jobs > 1 and len(names) > 1
-        each = side_by_side.run(run_one, names, jobs) if several else _one_by_one(run_one, names)
+        if (
+            several
+        ):  # the first, which is a greeting, then the longest: none is left alone at the end
+            rest = sorted(names[1:], key=notebooks.minutes_at_demo, reverse=True)
+            each = side_by_side.run(run_one, [names[0], *rest], jobs)
+        else:
+            each = _one_by_one(run_one, names)
         for name, record in each:
             records.append(record)
             print(f"[{len(records)}/{len(names)}] {name}  {describe(record)}", flush=True)

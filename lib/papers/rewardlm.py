@@ -237,7 +237,7 @@ class CleanTextReward:
     """R(y) = -logit p(toxic) - penalty ([empty] + repetition + non-Latin share), each term by name.
 
     The logit is held within +-6 (`scorers.Scorer.logit`); repetition is the share of repeated word
-    3-grams.  Answers the defects listed in the RewardLM notes, section 5: sign, saturation, drift.
+    3-grams.  Answers three defects of RewardLM's rewards: sign, saturation, drift.
     """
 
     def __init__(self, scorer: scorers.Scorer, penalty: float = 4.0):

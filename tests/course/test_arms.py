@@ -155,3 +155,19 @@ def test_tables_are_split_by_what_the_paper_has_a_figure_of(run):
     run.claim("ours", paper="", **words)
     assert list(run.closing_table().claim) == ["theirs"]
     assert list(run.other_table().claim) == ["ours"] and run.other_table()["shown?"][0] == "yes"
+
+
+def test_planned_says_how_many_seeds_are_here_and_whether_they_decide(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("FEEDBACK_ROOT", str(tmp_path))
+    (tmp_path / "data/results/10_test").mkdir(parents=True)
+    (tmp_path / "data/results/10_test/design.json").write_text('{"seeds": [11, 12, 13, 14, 15]}')
+    rng = np.random.default_rng(0)
+    tuned = filled(run, rng, {"a": 0.0, "b": 0.1}, seeds=[0])
+    line = "0 of 5 planned seeds are here; used below: 0. It takes 3: nothing below is decided."
+    assert tuned.planned() == line and tuned.resampled("prompts") == "prompts (one seed)"
+    two = filled(run, rng, {"a": 0.0, "b": 0.1}, seeds=[0, 11, 12])
+    assert two.planned().startswith("2 of 5 planned seeds are here; used below: 11, 12. It takes 3")
+    assert two.resampled("prompts") == "prompts and seeds"
+    assert two.claim("b", "a", "b", "score", better="higher", smallest=0.01) == "not demonstrated"
+    four = filled(run, rng, {"a": 0.0, "b": 0.1}, seeds=[11, 12, 13, 15])
+    assert four.planned() == "4 of 5 planned seeds are here; used below: 11, 12, 13, 15."

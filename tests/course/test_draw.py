@@ -36,6 +36,15 @@ def test_curves_show_the_seeds_that_decide_in_the_order_asked_for(arms, capsys):
     assert len(arms.run.figures) == 1 and "none of these arms ran: c" in capsys.readouterr().out
 
 
+def test_the_alt_text_of_curves_names_the_extremes_that_are_no_ends(arms):
+    history = pd.DataFrame({"step": [0, 5, 10, 15], "f1": [0.3, 0.9, 0.1, 0.5]})
+    history = history.assign(arm="a", seed=11)
+    words = {"ylabel": "F1", "title": "Title", "caption": "What it is"}
+    draw.curves(arms, history, ["a"], "f1", name="42_one", **words)
+    course = "a from 0.30 to 0.50, lowest 0.10 at step 10, highest 0.90 at step 5"
+    assert arms.run.figures[0]["alt"] == f"Curves over 15 steps: {course}"
+
+
 def test_effects_are_metrics_and_the_alt_text_names_those_that_are_clear(arms, capsys):
     words = {"title": "Title", "caption": "What it is"}
     pairs = [("a", "b"), ("a", "c")]

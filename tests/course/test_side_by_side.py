@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import nbformat
 import psutil
 import pytest
 from conftest import named
@@ -48,6 +49,26 @@ def test_each_notebook_has_the_record_that_it_has_alone(project, monkeypatch, ca
     assert int(re.search(r"threads (\d+)", executed)[1]) >= 1
     again = runner.run_notebooks(["10_runs", "30_runs"], "smoke", dict.fromkeys(names, {}), jobs=2)
     assert again[0] == 0 and {record["status"] for record in again[1]} == {"skipped"}
+
+
+def test_the_first_begins_then_the_longest(project, monkeypatch):
+    minutes = {"00_map": 1, "10_short": 2, "20_long": 9, "30_middle": 5}
+    for name, number in minutes.items():
+        place = write(project, name, FINISH)
+        book = nbformat.read(place, 4)
+        row = f"# {name}\n\n| scale | time |\n|---|---|\n| `demo` | about {number} minutes on 2 CPU cores |"
+        book.cells.insert(0, nbformat.v4.new_markdown_cell(row))
+        nbformat.write(book, place)
+    begun = []
+    monkeypatch.setattr(side_by_side, "run", lambda run_one, names, jobs: begun.extend(names) or [])
+    names = [*minutes]
+    runner.run_notebooks(names, "smoke", dict.fromkeys(names, {}), jobs=2)
+    assert begun == ["00_map", "20_long", "30_middle", "10_short"]
+
+
+def test_every_notebook_says_its_minutes():
+    read = {name: notebooks.minutes_at_demo(name) for name in notebooks.find_notebooks()}
+    assert all(0 < minutes < 15 for minutes in read.values()), read
 
 
 def start(project, *options):

@@ -78,7 +78,7 @@ def roc_curves(table: pd.DataFrame, *, title: str) -> Figure:
     """
     plots.use_style()
     panels = list(dict.fromkeys(table.model))
-    figure = Figure(figsize=(plots.WIDTH, 4.4), layout="constrained")
+    figure = Figure(figsize=(plots.WIDTH, 3.8), layout="compressed")  # panels are square
     row = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     styles = plots.condition_styles(table.kind)
     for axes, model in zip(row, panels, strict=True):
@@ -91,9 +91,7 @@ def roc_curves(table: pd.DataFrame, *, title: str) -> Figure:
         axes.text(0.97, 0.05, model, ha="right", weight="bold")
         axes.set(xlabel="fine segments called wrong", aspect="equal")
     row[0].set_ylabel("wrong segments found")
-    figure.suptitle(title, x=0.01, ha="left")
-    figure.legend(*row[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    return figure
+    return plots.finish(figure, title)
 
 
 def gain_by_error(table: pd.DataFrame, *, title: str, xlabel: str, ylabel: str) -> Figure:
@@ -109,9 +107,10 @@ def gain_by_error(table: pd.DataFrame, *, title: str, xlabel: str, ylabel: str) 
         axes.plot(rows.error, rows.value, **style, label=kind)
         axes.fill_between(rows.error, rows.low, rows.high, color=style["color"], alpha=0.15, lw=0)
         axes.vlines(rows.error, rows.low, rows.high, color=style["color"], lw=1)
-        for row in rows.itertuples():
-            place = (row.error, row.value)
-            axes.annotate(row.level, place, (4, 6), textcoords="offset points", fontsize=8)
+        for number, row in enumerate(rows.itertuples()):
+            place, shift = (row.error, row.value), (4, (6, -12)[number % 2])  # above, below, above
+            axes.annotate(row.level, place, shift, textcoords="offset points", fontsize=8)
+    axes.margins(x=0.12)  # for the last point's text
     axes.axhline(0, color="0.3", lw=1, ls=":")
     axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.legend()
@@ -228,7 +227,11 @@ def save_credit(run: Run, credit: pd.DataFrame, tokens: Sequence[str], *, name: 
     figure = plots.token_heatmap(credit, tokens, title=title, label="reward units")
     caption = "The same sum, paid dense or at the end, and the advantages made of it."
     paid = int((credit.loc["reward, dense"] != 0).sum())
-    alt = f"{len(tokens)} tokens, {paid} of them paid when dense, one when at the end."
+    alt = f"{len(tokens)} tokens, {paid} of them paid when dense, one when at the end"
+    for row, values in credit.iterrows():
+        low, high = int(np.argmin(values)), int(np.argmax(values))
+        ends = f"{min(values):+.2f} (token {low + 1}) to {max(values):+.2f} (token {high + 1})"
+        alt += f"; {row}: {ends}"
     return run.save_figure(figure, name, caption=caption, alt=alt)
 
 

@@ -36,22 +36,22 @@ def quality_by_minutes(
     styles = plots.condition_styles(learners)
     for kind, axes in zip(kinds, panels, strict=False):
         _panel(axes, table[table.kind == kind], styles)
-        for (name, value), dash in zip(levels.items(), (":", "--", "-."), strict=False):
-            axes.axhline(value, color="0.45", lw=1, ls=dash, label=name)
+        greys = [
+            axes.axhline(value, color="0.45", lw=1, ls=dash)
+            for value, dash in zip(levels.values(), (":", "--", "-."), strict=False)
+        ]
         axes.set(title=kind, xscale="log", xlabel="annotator minutes")
         ticks = sorted(set(table.minutes))
         axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
         axes.xaxis.set_minor_locator(NullLocator())
-    for axes in list(panels):  # panels without a kind
+    empty = list(panels)  # panels without a kind
+    for axes in empty:
         axes.set_axis_off()
+    place = {"loc": "center left"} if empty else {"loc": "outside upper right", "ncols": 3}
+    (empty[0] if empty else figure).legend(greys, levels, title="without minutes", **place)
     for axes in grid[:, 0]:
         axes.set_ylabel(ylabel)
-    entries = {}
-    for axes in figure.axes:
-        entries |= dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
-    figure.suptitle(title, x=0.01, ha="left")
-    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=4)
-    return figure
+    return plots.finish(figure, title)
 
 
 def save_quality_by_minutes(
