@@ -229,7 +229,7 @@ class LexiconScorer(Scorer):
 
 
 class ClassifierScorer(Scorer):
-    """Any sequence classifier with a toxic label; RewardLM's reward model is one (notes, 1.3).
+    """Any sequence classifier with a toxic label; RewardLM's reward model is one.
 
     `label` names the label to report where no name says it.  Texts are cut to `max_tokens`.
     """

@@ -52,8 +52,7 @@ def distinct_n(texts: Sequence[str], n: int) -> float:
 def distinct_n_by_prompt(groups: Sequence[Sequence[str]], n: int) -> float:
     """Unique n-grams / all *words*, pooled over one prompt's texts, then averaged over prompts.
 
-    The definition of ALT and Quark's toxicity task (ALT notes, section 2); prompts without a word
-    are left out.
+    The definition of ALT and Quark's toxicity task; prompts without a word are left out.
     """
     counts = [
         (
@@ -84,8 +83,8 @@ def repetition_share(text: str, n: int = 3) -> float:
 def fluency_panel(texts: Sequence[str]) -> dict[str, float]:
     """Does it still read like text?  What a falling toxicity score must be shown beside.
 
-    distinct_1..3 (pooled), empty_share, non_latin_share (texts with > 20% non-Latin letters, the
-    rule of the RewardLM notes, 3.3), mean_words, repetition (mean share of repeated 3-grams), n.
+    distinct_1..3 (pooled), empty_share, non_latin_share (texts with > 20% non-Latin letters, our
+    rule for RewardLM's drift into other scripts), mean_words, repetition (mean share of repeated 3-grams), n.
     """
     check_texts(texts)
     if not len(texts):
