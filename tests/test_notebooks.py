@@ -299,7 +299,7 @@ def test_smoke(path, tmp_path, cpu_seconds):
     for figure in results["figures"]:
         assert (folder / f"{figure['name']}.png").stat().st_size > 5000
         assert figure["alt"] and figure["caption"]
-    executed = nbformat.read(folder / f"{path.stem}.ipynb", as_version=4)
+    executed = nbformat.read(folder / "executed.ipynb", as_version=4)
     outputs = [output for cell in executed.cells for output in cell.get("outputs", [])]
     said = "".join(o.text for o in outputs if o.output_type == "stream")
     assert "lie over each other" not in said  # of texts in a figure
