@@ -314,9 +314,8 @@ def run_notebooks(
     report = None
     try:
         several = jobs > 1 and len(names) > 1
-        if (
-            several
-        ):  # the first, which is a greeting, then the longest: none is left alone at the end
+        if several:
+            # the first, which is a greeting, then the longest: none is left alone at the end
             rest = sorted(names[1:], key=notebooks.minutes_at_demo, reverse=True)
             each = side_by_side.run(run_one, [names[0], *rest], jobs)
         else:
