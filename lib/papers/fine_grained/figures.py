@@ -185,8 +185,7 @@ def preference_bars(shares: pd.DataFrame, *, title: str) -> Figure:
         bars = axes.barh(
             shares.group, width, 0.7, left, color=colour, hatch=hatch, ec="white", label=name
         )
-        fits = width > 0.04
-        written = [f"{100 * x:.0f} %" * fit for x, fit in zip(width, fits, strict=True)]
+        written = [f"{100 * share:.0f} %" if share > 0.04 else "" for share in width]
         box = {"facecolor": "white", "edgecolor": "none", "pad": 1.5} if hatch else None
         axes.bar_label(bars, written, label_type="center", fontsize=9, bbox=box)
         left += width
