@@ -147,9 +147,10 @@ def _ticks(axis: Axis) -> list[tuple[Text, bool]]:
 
 
 def _mark(draw: Callable, at: float | None, label: str) -> None:
-    """A thin dotted line (`draw` is axvline or axhline), named in the legend."""
+    """A thin dotted line (`draw` is axvline or axhline), named in the legend unless the label is empty."""
     if at is not None:
-        draw(at, color="0.3", lw=1, ls=(0, (2, 2)), label=f"{label} {at:.3g}")
+        name = f"{label} {at:.3g}" if label else None
+        draw(at, color="0.3", lw=1, ls=(0, (2, 2)), label=name)
 
 
 def _plain(text: object) -> str:
@@ -200,10 +201,9 @@ def interval_plot(
     axes.grid(False, axis="y")
     for between in range(1, len(groups)):
         axes.axhline(between - 0.5, color="0.9", lw=0.8)
-    if len(styles) < MOST_LINES:
-        _mark(axes.axvline, reference, "reference")
-    elif reference is not None:  # a sixth entry in the legend is one too many
-        axes.axvline(reference, color="0.3", lw=1, ls=(0, (2, 2)))
+    in_legend = len(styles) < MOST_LINES  # a sixth entry is one too many
+    _mark(axes.axvline, reference, "reference" if in_legend else "")
+    if reference is not None and not in_legend:
         place = {"transform": axes.get_xaxis_transform(), "ha": "center", "va": "bottom"}
         axes.text(reference, 1, f"{reference:.3g}", fontsize=10, **place)
     return finish(figure, _with_n(title, table))

@@ -439,11 +439,8 @@ def test_refinements_and_a_reward_model_of_your_own_are_used_by_31(tmp_path):
     scores = pd.read_csv(folder / "scores.csv")
     assert set(scores.arm) == {"first student", "the writer", "refinement"}
     assert not set(scores.id) & set(mine.id)
-    rivals = {
-        "longer",
-        "reward model",
-        *forms.FORMS,
-    }  # the paper's other two learn from the same pairs
+    # the paper's other two forms learn from the same pairs
+    rivals = {"longer", "reward model", *forms.FORMS}
     assert set(pd.read_csv(folder / "reward.csv").arm) == rivals
     trained = {path.name for path in (folder / "models").iterdir()}
     assert trained == {"refinement", *forms.FORMS}

@@ -72,10 +72,9 @@ class Arms:
         used = sorted(set(self.deciding().seed))
         count = len(set(used) & set(seeds))
         line = f"{count} of {len(seeds)} planned seeds are here; used below: {', '.join(map(str, used))}."
-        enough = count >= stats.SEEDS_NEEDED
-        return (
-            line if enough else f"{line} It takes {stats.SEEDS_NEEDED}: nothing below is decided."
-        )
+        if count >= stats.SEEDS_NEEDED:
+            return line
+        return f"{line} It takes {stats.SEEDS_NEEDED}: nothing below is decided."
 
     def resampled(self, units: str) -> str:
         """What the intervals are over: the `units` alone where one seed is here."""
