@@ -26,6 +26,4 @@ def trade_off(points: pd.DataFrame, *, xlabel: str, ylabel: str, title: str) -> 
         axes.hlines(row.y.value, row.x.low, row.x.high, color=style["color"], lw=1.5)
         axes.vlines(row.x.value, row.y.low, row.y.high, color=style["color"], lw=1.5)
     axes.set(xlabel=xlabel, ylabel=ylabel)
-    figure.suptitle(title, x=0.01, ha="left")
-    figure.legend(loc="outside lower center", ncols=3)
-    return figure
+    return plots.finish(figure, title)
