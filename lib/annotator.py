@@ -145,10 +145,6 @@ class Rubric:
         held = _stem_set(response)
         return bool(needed) and sum(stem in held for stem in needed) >= len(needed) / 2
 
-    def foreign(self, source: str, response: str) -> frozenset[str]:
-        """Stems of the response that the source does not have."""
-        return _stem_set(response) - _stem_set(source)
-
     def judge(self, source: str, response: str) -> Judgement:
         """Judge one response about the passage `source`.  An empty response covers and supports nothing."""
         facts = self.facts(source)
@@ -277,15 +273,11 @@ class SimulatedAnnotator:
         swapped = self.compare(sources, second, first, occasion)
         return list(map(preferences.verdict_of_orders, shown, swapped))
 
-    def critique(self, source: str, response: str, *, name_facts: bool = True) -> str:
-        """A sentence on the worst part, as a person would write it; "" if nothing is wrong.
+    def remark(self, source: str, response: str) -> Critique:
+        """A sentence on the worst part, as a person would write it, with its category and what it is about.
 
-        name_facts=False names the category only (naming a missing fact gives the answer away).
+        `target` is the missing fact, or the clause to drop; `text` is "" if nothing is wrong.
         """
-        return self.remark(source, response, name_facts=name_facts).text
-
-    def remark(self, source: str, response: str, *, name_facts: bool = True) -> Critique:
-        """`critique` with its category and what it is about: the missing fact, or the clause to drop."""
         judgement = self.rubric.judge(source, response)
         category, target = judgement.category, ""
         if category == "none":
@@ -296,11 +288,11 @@ class SimulatedAnnotator:
         if category == "coverage":
             missing = judgement.missing  # one of them, drawn: not always the definition
             target = missing[draw // 8 % len(missing)] if missing else ""
-            filled = [target if name_facts and target else "an important fact"]
+            filled = [target or "an important fact"]
         elif category == "support":
             wrong = [s for s in judgement.spans if s.category == "support"]
             target = response[wrong[0].start : wrong[0].end].strip(" .,;:!?") if wrong else ""
-            filled = [f'"{target}"' if name_facts and target else "some of its statements"]
+            filled = [f'"{target}"' if target else "some of its statements"]
         else:
             short = judgement.words < self.rubric.min_words
             filled = ["short", "longer"] if short else ["long", "shorter"]

@@ -373,21 +373,6 @@ def _exact_log_probs(model, states: torch.Tensor, tokens: torch.Tensor) -> torch
     return chosen - logits.logsumexp(-1, keepdim=True)
 
 
-def text_log_probs(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
-    texts: Sequence[str],
-) -> np.ndarray:
-    """log p(" " + text | prompt), summed over tokens, (rows,)."""
-    pairs = [
-        encoding.encode(tokenizer, prompt, f" {text}", joined=True)
-        for prompt, text in zip(prompts, texts, strict=True)
-    ]
-    log_probs = token_log_probs(model, [a for a, _ in pairs], [b for _, b in pairs])
-    return np.array([row.sum(dtype=np.float64) for row in log_probs])
-
-
 # --- distance between two models ----------------------------------------------------------------
 
 

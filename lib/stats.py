@@ -264,21 +264,6 @@ def paired_difference(
     return PairedDifference(*interval, d=float(d), p=float(p))
 
 
-def paired_over_seeds(
-    table: pd.DataFrame, a: str, b: str, column: str, *, unit: str = "prompt_index", seed: int = 0
-) -> tuple[PairedDifference, pd.Series]:
-    """Arm b minus arm a over units (prompts, articles), and the mean difference in each seed.
-
-    `table` has a row for each sample, with columns arm, seed, `unit` and `column`.  A unit counts with
-    its mean over samples, then over the seeds in which both arms have it.
-    """
-    rows = table[table.arm.isin([a, b])].groupby(["seed", unit, "arm"])[column].mean()
-    rows = rows.unstack("arm").reindex(columns=[a, b]).dropna()
-    sides = rows.groupby(unit).mean()
-    by_seed = (rows[b] - rows[a]).groupby("seed").mean()
-    return paired_difference(sides[a], sides[b], seed=seed), by_seed
-
-
 def over_units_and_seeds(
     differences: pd.DataFrame, *, seed: int = 0, resamples: int = RESAMPLES
 ) -> Effect:

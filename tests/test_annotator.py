@@ -121,11 +121,9 @@ def test_critique_names_the_worst_part():
     missing = annotator().rubric.judge(SOURCE, FIRST).missing
     named = {annotator(seed=seed).remark(SOURCE, FIRST).target for seed in range(40)}
     assert said.target in said.text and named == set(missing)  # any of them, as the seed draws
-    assert annotator().critique(SOURCE, FIRST) == said.text
-    assert said.target not in annotator().critique(SOURCE, FIRST, name_facts=False)
     wrong = f"{SOURCE} Tomas Reed, mayor of Lindholm, sold everything to a bank for money in 2011."
-    assert "Tomas Reed" in annotator().critique(SOURCE, wrong)
-    assert annotator().critique(SOURCE, SOURCE) == ""
+    assert "Tomas Reed" in annotator().remark(SOURCE, wrong).text
+    assert annotator().remark(SOURCE, SOURCE).text == ""
 
 
 def test_settings_out_of_range_are_refused():

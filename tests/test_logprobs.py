@@ -158,14 +158,6 @@ def test_the_reference_is_the_policy_at_its_start(tiny):
     assert np.abs(moved - before).max() > 1e-3
 
 
-def test_text_log_probs_are_those_of_the_tokens(tiny):
-    model, tokenizer = tiny
-    asked, said = "the cat sat on the mat", "a dog"
-    (scored,) = logprobs.text_log_probs(model, tokenizer, [asked], [said])
-    prompt, text = (tokenizer(t)["input_ids"] for t in (asked, said))
-    assert np.isclose(scored, by_hand(model, prompt, text).sum())
-
-
 def test_kl_to_itself_is_zero_and_to_another_is_positive(tiny):
     model, tokenizer = tiny
     same = logprobs.sequence_kl(model, model, tokenizer, n=8, max_new_tokens=6)

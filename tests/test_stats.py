@@ -3,7 +3,6 @@
 import itertools
 
 import numpy as np
-import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -193,21 +192,6 @@ def test_decide_looks_at_each_seed(by_seed, verdict):
     below = stats.Interval(-0.2, -0.3, -0.1, 9)
     signs = [-value for value in by_seed]
     assert stats.decide(below, better="lower", by_seed=signs) == verdict
-
-
-def test_paired_over_seeds_by_hand():
-    rows = [  # arm, seed, article, score; the arms share seeds 0 and 1, and articles 1 and 2 of seed 1
-        ("a", 0, 1, 0.0), ("a", 0, 1, 2.0), ("a", 0, 2, 3.0), ("a", 1, 1, 5.0), ("a", 1, 2, 1.0),
-        ("b", 0, 1, 2.0), ("b", 0, 2, 5.0), ("b", 1, 1, 7.0), ("b", 1, 2, 1.0), ("b", 1, 3, 90.0),
-        ("b", 2, 1, 90.0), ("c", 0, 1, 90.0),
-    ]  # fmt: skip
-    table = pd.DataFrame(rows, columns=["arm", "seed", "article", "score"])
-    found, by_seed = stats.paired_over_seeds(table, "a", "b", "score", unit="article")
-    assert found.n == 2 and found.value == pytest.approx(1.25)  # (1 + 2) / 2 and (2 + 0) / 2
-    assert by_seed.to_dict() == {0: 1.5, 1: 1.0}
-    none, by_seed = stats.paired_over_seeds(table, "a", "missing", "score", unit="article")
-    assert none.n == 0 and len(by_seed) == 0
-    assert stats.decide(none, better="higher", by_seed=by_seed) == "not demonstrated"
 
 
 def test_combine_needs_agreement():
