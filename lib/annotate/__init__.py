@@ -194,7 +194,8 @@ def show(path: str | Path, height: int = 640) -> HtmlWithText:
     return HtmlWithText(
         f'<p>Annotation page: <a href="{html.escape(link)}">{html.escape(str(place))}</a> '
         f"(open it in a browser; it needs no network)</p>"
-        '<div style="display: grid"><div style="grid-area: 1 / 1; padding: 1em">'
+        '<div style="display: grid; grid-template-columns: minmax(0, 1fr)">'
+        '<div style="grid-area: 1 / 1; padding: 1em">'
         f"{_excerpt(page)}</div>{frame}</div>",
         plain,
     )

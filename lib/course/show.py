@@ -13,7 +13,7 @@ _CSS = """<style>
 .veiled {overflow-x: auto} .veiled table {border-collapse: collapse; width: 100%}
 .veiled :is(th, td, caption) {text-align: left; vertical-align: top; padding: .4em .6em}
 .veiled tr {border-bottom: 1px solid #8886} .veiled caption {caption-side: top}
-.veiled bdi {white-space: pre-wrap; overflow-wrap: anywhere} .veiled details {min-width: 9em}
+.veiled bdi {white-space: pre-wrap; overflow-wrap: break-word} .veiled details {min-width: 9em}
 .veiled summary {cursor: pointer} .veiled details[open] span[aria-hidden] {display: none}
 .veiled span[aria-hidden] {filter: blur(3px); opacity: .55; overflow-wrap: anywhere; user-select: none}
 </style>"""

@@ -8,6 +8,7 @@ Simplified: files of an earlier build are overwritten, not removed.
 
 from __future__ import annotations
 
+import base64
 import os
 import re
 import shutil
@@ -48,6 +49,11 @@ class Page:
     note: str = ""  # said above the text
     body: str = ""
     sections: list[tuple[str, str]] = field(default_factory=list)  # (anchor, words)
+
+    @property
+    def called(self) -> str:
+        """Its label where the heading of its part is not beside it."""
+        return f"Solutions: {self.label}" if self.part == "Solutions" else self.label
 
     @property
     def place(self) -> PurePosixPath:
@@ -160,7 +166,8 @@ def _finish_images(soup: BeautifulSoup, page: Page, root: Path) -> set[PurePosix
     return images
 
 
-LONG_CELL = 60  # characters
+BROAD = 900  # pixels; most figures have 853
+CELLS = ((60, "long"), (24, "words"))  # a text of so many characters needs some width
 
 
 def _finish_tables(soup: BeautifulSoup) -> None:
@@ -171,10 +178,21 @@ def _finish_tables(soup: BeautifulSoup) -> None:
     for table in soup.find_all("table"):
         del table["border"]
         for cell in table.find_all("td"):
-            if len(cell.get_text()) > LONG_CELL:
-                cell["class"] = "long"
+            if needs := [name for size, name in CELLS if len(cell.get_text()) > size]:
+                cell["class"] = needs[0]
         box = {"class": "wide", "tabindex": "0", "role": "region", "aria-label": "Table"}
         table.wrap(soup.new_tag("div", attrs=box))
+
+
+def _finish_outputs(soup: BeautifulSoup) -> None:
+    """Printed columns stay under each other; a figure with many small texts stays legible on a phone."""
+    for text in soup.find_all("div", "output_text"):
+        if re.search(r"\S {3,}\S", text.get_text()):
+            text["class"] = [*text["class"], "aligned"]
+    for image in soup.select(".output_png img"):
+        header = base64.b64decode(image["src"].partition("base64,")[2][:64])
+        if int.from_bytes(header[16:20], "big") > BROAD:  # the width that a PNG file begins with
+            image["class"] = "broad"
 
 
 def _drop_foreign_styles(soup: BeautifulSoup) -> None:
@@ -212,6 +230,7 @@ def _fill(page: Page, known: dict, root: Path, exporter: HTMLExporter) -> set[Pu
     _finish_headings(soup, page)
     _finish_links(soup, page, known, root)
     _finish_tables(soup)
+    _finish_outputs(soup)
     _drop_foreign_styles(soup)
     _fold_setup(soup)
     images = _finish_images(soup, page, root)

@@ -3,6 +3,7 @@
 import ast
 import posixpath
 import re
+from base64 import b64encode
 from html.parser import HTMLParser
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote
@@ -226,10 +227,33 @@ def test_the_menu_opens_on_a_phone_without_a_script(folder, chromium):
 
 
 def test_long_texts_of_a_table_keep_a_width_and_short_ones_do_not():
-    texts = ["short", "word " * 30]
-    soup = BeautifulSoup(
-        f"<table><tr><td>{texts[0]}</td><td>{texts[1]}</td></tr></table>", "html.parser"
-    )
+    texts = ["short", "word " * 6, "word " * 30]
+    cells = "".join(f"<td>{text}</td>" for text in texts)
+    soup = BeautifulSoup(f"<table><tr>{cells}</tr></table>", "html.parser")
     site._finish_tables(soup)
-    assert [cell.get("class") for cell in soup.find_all("td")] == [None, "long"]
-    assert "td.long" in site._styles()
+    assert [cell.get("class") for cell in soup.find_all("td")] == [None, "words", "long"]
+    styles = site._styles()
+    assert "td.long" in styles and "td.words" in styles
+
+
+def test_printed_columns_and_broad_figures_are_marked():
+    def png(width):
+        head = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + width.to_bytes(4, "big") + bytes(20)
+        return f'<div class="output_png"><img src="data:image/png;base64,{b64encode(head).decode()}"></div>'
+
+    printed = [
+        '<div class="output_text"><pre>a word    another</pre></div>',
+        '<div class="output_text"><pre>plain words</pre></div>',
+    ]
+    soup = BeautifulSoup("".join([*printed, png(853), png(1900)]), "html.parser")
+    site._finish_outputs(soup)
+    classes = [text["class"] for text in soup.find_all("div", "output_text")]
+    assert classes == [["output_text", "aligned"], ["output_text"]]
+    assert [image.get("class") for image in soup.find_all("img")] == [None, "broad"]
+
+
+def test_solutions_are_not_taken_for_lessons():
+    source = PurePosixPath("notebooks/solutions/10_toxicity_meter.ipynb")
+    label = "10 toxicity meter"
+    assert site.Page(source, "Solutions", label).called == f"Solutions: {label}"
+    assert site.Page(source, "RewardLM", label).called == label
