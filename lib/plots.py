@@ -537,8 +537,7 @@ def token_heatmap(table: pd.DataFrame, tokens: Sequence[str], *, title: str, lab
     axes.set_yticks(range(len(table)), [_plain(name) for name in table.index])
     axes.grid(False)
     figure.colorbar(image, ax=axes, label=label)
-    figure.suptitle(title, x=0.01, ha="left")
-    return figure
+    return finish(figure, title)
 
 
 def clipped_objective(clip: float = 0.2) -> Figure:

@@ -49,8 +49,7 @@ def marked_text(table: pd.DataFrame, *, title: str, label: str, per_line: int = 
     axes.axis("off")
     bar = matplotlib.cm.ScalarMappable(scale, colours)
     figure.colorbar(bar, ax=axes, orientation="horizontal", label=label, aspect=50, pad=0.02)
-    figure.suptitle(title, x=0.01, ha="left")
-    return figure
+    return plots.finish(figure, title)
 
 
 def pieces_of(record: dict, row: str) -> list[tuple[str, str, float, str]]:
@@ -113,9 +112,7 @@ def gain_by_error(table: pd.DataFrame, *, title: str, xlabel: str, ylabel: str) 
     axes.margins(x=0.12)  # for the last point's text
     axes.axhline(0, color="0.3", lw=1, ls=":")
     axes.set(xlabel=xlabel, ylabel=ylabel)
-    axes.legend()
-    figure.suptitle(title, x=0.01, ha="left")
-    return figure
+    return plots.finish(figure, title)
 
 
 def label_counts(table: pd.DataFrame, *, title: str) -> Figure:
@@ -137,9 +134,7 @@ def label_counts(table: pd.DataFrame, *, title: str) -> Figure:
         bottom += height
     axes.set(xlabel="labels of an answer", ylabel="answers", xticks=counts)
     axes.grid(False, axis="x")
-    axes.legend()
-    figure.suptitle(title, x=0.01, ha="left")
-    return figure
+    return plots.finish(figure, title)
 
 
 def span_lengths(
@@ -164,8 +159,7 @@ def span_lengths(
         axes.set_yticks([])
     rows[-1].set(xlabel=f"words in a span (last bar: over {longest})")
     figure.supylabel("share of the type's spans", fontsize=10)
-    figure.suptitle(title, x=0.01, ha="left")
-    return figure
+    return plots.finish(figure, title)
 
 
 def preference_bars(shares: pd.DataFrame, *, title: str) -> Figure:
@@ -196,9 +190,7 @@ def preference_bars(shares: pd.DataFrame, *, title: str) -> Figure:
     )
     axes.set(xlim=(0, 1), xlabel="share of pairs", ylim=(len(shares) - 0.5, -0.5))
     axes.grid(False)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4)
-    figure.suptitle(title, x=0.01, ha="left")
-    return figure
+    return plots.finish(figure, title)
 
 
 def before_after(before: np.ndarray, after: np.ndarray, *, title: str, label: str) -> Figure:
@@ -210,9 +202,7 @@ def before_after(before: np.ndarray, after: np.ndarray, *, title: str, label: st
     axes.plot(ends, ends, color="0.5", lw=1, ls=":", label="unchanged")
     axes.plot(before, after, "o", color="#4a90c8", markeredgecolor="black", label="one question")
     axes.set(xlabel=f"{label}, before", ylabel=f"{label}, after", aspect="equal")
-    axes.legend()
-    figure.suptitle(title, x=0.01, ha="left")
-    return figure
+    return plots.finish(figure, title)
 
 
 # --- drawn and saved -------------------------------------------------------------------------------

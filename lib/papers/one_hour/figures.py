@@ -155,15 +155,14 @@ def pair_differences(
     for (row, column), value in np.ndenumerate(values):
         if row == column or np.isnan(value):
             continue
-        mark, colour, weight = looks.get(verdicts.iloc[row, column], ("", "0.5", "normal"))
+        mark, colour, weight = looks.get(verdicts.iloc[row, column], ("", "0.35", "normal"))
         options = {"ha": "center", "va": "center", "fontsize": 8, "color": colour}
         axes.text(column, row, f"{mark}{value:+.2f}", fontweight=weight, **options)
     axes.set_xticks(range(len(names)), names, rotation=40, ha="right")
     axes.set_yticks(range(len(names)), names)
     axes.grid(False)
     figure.colorbar(image, ax=axes, label=label, shrink=0.6)
-    figure.suptitle(title, x=0.01, ha="left")
-    return figure
+    return plots.finish(figure, title)
 
 
 def save_by_eyes(
