@@ -42,9 +42,12 @@ def _section(path: Path) -> str:
 
 
 def _first_sentence(node: ast.AST) -> str:
-    """The first sentence of a docstring, on one line."""
+    """The first sentence of a docstring, on one line; a <tag> in it is code, or a page would swallow it."""
     lines = (ast.get_docstring(node) or "").split("\n\n")[0].split()
-    return re.split(r"(?<!et al)(?<=\.) (?=[A-Z`])", " ".join(lines))[0]
+    sentence = re.split(r"(?<!et al)(?<=\.) (?=[A-Z`])", " ".join(lines))[0]
+    parts = sentence.split("`")  # every second one is code already
+    parts[::2] = [re.sub(r"<[^<>]+>", r"`\g<0>`", part) for part in parts[::2]]
+    return "`".join(parts)
 
 
 def write(root: Path) -> Path:

@@ -11,8 +11,8 @@ from IPython.display import HTML
 
 _CSS = """<style>
 .veiled {overflow-x: auto} .veiled table {border-collapse: collapse; width: 100%}
-.veiled :is(th, td, caption) {text-align: left; vertical-align: top; padding: .4em .6em}
-.veiled tr {border-bottom: 1px solid #8886} .veiled caption {caption-side: top}
+.veiled :is(th, td) {text-align: left; vertical-align: top; padding: .4em .6em}
+.veiled tr {border-bottom: 1px solid #8886}
 .veiled bdi {white-space: pre-wrap; overflow-wrap: break-word} .veiled details {min-width: 9em}
 .veiled summary {cursor: pointer} .veiled details[open] span[aria-hidden] {display: none}
 .veiled span[aria-hidden] {filter: blur(3px); opacity: .55; overflow-wrap: anywhere; user-select: none}
@@ -50,8 +50,8 @@ def blurred_examples(
     rows = [[_cell(row[c], c in hidden) for c in table] for row in table.to_dict("records")]
     body = "".join(f"<tr><td>{'</td><td>'.join(cells)}</td></tr>" for cells in rows)
     head = "".join(f'<th scope="col">{_escape(c)}</th>' for c in table)
-    note = f"<caption>{_WARNING}</caption>" if hidden else ""
-    markup = f'{_CSS}<div class="veiled"><table>{note}<thead><tr>{head}</tr></thead>'
+    note = f"<p>{_WARNING}</p>" if hidden else ""
+    markup = f'{_CSS}{note}<div class="veiled"><table><thead><tr>{head}</tr></thead>'
     lengths = {c: [f"[{len(str(v))} characters, hidden]" for v in table[c]] for c in hidden}
     plain = table.assign(**lengths).to_string(index=False)
     return HtmlWithText(f"{markup}<tbody>{body}</tbody></table></div>", plain)

@@ -38,6 +38,14 @@ PARTS = {  # first digit of a notebook's number -> the paper or part it belongs 
 }
 
 
+FOLDED = (
+    "Solutions",
+    "Using the course",
+    "Behind it",
+    "The project",
+)  # in the menu, but where one is
+
+
 @dataclass
 class Page:
     """A file of the course on its way to the site; `source` and `place` are relative paths."""
@@ -162,6 +170,8 @@ def _finish_images(soup: BeautifulSoup, page: Page, root: Path) -> set[PurePosix
         if not re.match(r"\w+:", image["src"]):
             goal = _goal(page, image["src"], root)
             image["src"] = page.path_to(goal)
+            if goal.suffix == ".svg":  # a drawing: its words stay legible on a phone
+                image["class"] = "broad"
             images.add(goal)
     return images
 
@@ -180,6 +190,11 @@ def _finish_tables(soup: BeautifulSoup) -> None:
         for cell in table.find_all("td"):
             if needs := [name for size, name in CELLS if len(cell.get_text()) > size]:
                 cell["class"] = needs[0]
+        for name in table.find_all(string=re.compile(r"\w_\w")):  # a long name may break
+            parts = name.split("_")
+            name.replace_with(
+                *(x for part in parts[:-1] for x in (f"{part}_", soup.new_tag("wbr"))), parts[-1]
+            )
         box = {"class": "wide", "tabindex": "0", "role": "region", "aria-label": "Table"}
         table.wrap(soup.new_tag("div", attrs=box))
 
@@ -273,7 +288,7 @@ def build(out: Path) -> Path:
     template = templates.get_template("site.html.j2")
     parts = [(part, list(group)) for part, group in groupby(pages, lambda page: page.part)]
     for page, before, after in zip(pages, [None, *pages], [*pages[1:], None], strict=False):
-        html = template.render(page=page, parts=parts, before=before, after=after)
+        html = template.render(page=page, parts=parts, folded=FOLDED, before=before, after=after)
         runtime.write_atomic(out / page.place, html)
     for image in images:
         (out / image).parent.mkdir(parents=True, exist_ok=True)

@@ -221,6 +221,7 @@ def test_the_menu_opens_on_a_phone_without_a_script(folder, chromium):
     page.goto((folder / "index.html").as_uri())
     assert not page.locator("nav").is_visible()
     page.locator("header label").click()
+    page.locator("nav summary >> text=Using the course").click()
     page.locator("nav >> text=Glossary").click()
     assert page.title().startswith("Glossary")
     context.close()
@@ -257,3 +258,19 @@ def test_solutions_are_not_taken_for_lessons():
     label = "10 toxicity meter"
     assert site.Page(source, "Solutions", label).called == f"Solutions: {label}"
     assert site.Page(source, "RewardLM", label).called == label
+
+
+def test_a_long_name_in_a_table_may_break_and_tags_stay_words():
+    soup = BeautifulSoup("<table><tr><td>42_dense_reward_ppo</td></tr></table>", "html.parser")
+    site._finish_tables(soup)
+    assert len(soup.find_all("wbr")) == 3 and soup.get_text() == "42_dense_reward_ppo"
+    page = (ROOT / "docs" / "library.md").read_text(encoding="utf-8")
+    words = "".join(page.split("`")[::2])  # outside code
+    assert not re.search(r"<\w", words)
+
+
+def test_the_menu_shows_where_one_is(folder):
+    soup = BeautifulSoup((folder / "docs" / "glossary.html").read_text("utf-8"), "html.parser")
+    opened = [part for part in soup.nav.find_all("details") if part.has_attr("open")]
+    assert [part.summary.get_text() for part in opened] == ["Using the course"]
+    assert opened[0].find("a", {"aria-current": "page"})
