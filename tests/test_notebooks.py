@@ -127,6 +127,36 @@ def test_committed_form(path):
                 assert output["metadata"]["image/png"]["alt"]
 
 
+def shows(source):
+    """Whether a cell prints or displays something whatever happens in it."""
+    calls = [
+        node.value for node in ast.parse(source).body
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)
+    ]  # fmt: skip
+    return any(isinstance(c.func, ast.Name) and c.func.id in ("print", "display") for c in calls)
+
+
+@each_notebook
+def test_what_a_cell_shows_is_published(path):
+    for cell in cells(path, "code"):
+        assert cell.outputs or not shows(cell.source), f"publish again: {cell.source[:200]}"
+
+
+RAW = re.compile(r"PosixPath\(|np\.(float|int|bool_)\w*\(|^['\"]")
+
+
+@each_notebook
+def test_outputs_are_words_and_numbers_not_reprs(path):
+    """No path, numpy scalar or string in quotes that a last line returned by the way."""
+    for cell in cells(path, "code"):
+        for output in cell.outputs:
+            data = output.get("data", {})
+            if output.output_type == "execute_result" and "text/html" not in data:
+                assert not RAW.search(data["text/plain"]), (
+                    f"{cell.source[-200:]}: {data['text/plain']}"
+                )
+
+
 @each_notebook
 def test_published_with_outputs_and_figures(path):
     book = nbformat.read(path, as_version=4)
