@@ -298,8 +298,10 @@ def settings_table(settings: dict[str, tuple]) -> pd.DataFrame:
     if wrong := [name for name, row in settings.items() if len(row) != len(columns)]:
         raise ValueError(f"{', '.join(wrong)}: give a value for each of {', '.join(columns)}.")
     rows = [list(row) for row in settings.values()]
-    table = pd.DataFrame(rows, index=pd.Index(settings, name="setting"), columns=columns)
-    return table.astype(object)
+    index = pd.Index(settings, name="setting")
+    return pd.DataFrame(
+        rows, index=index, columns=columns, dtype=object
+    )  # 12 stays 12 beside 0.002
 
 
 def scale_settings(settings: dict[str, tuple], scale: str, task: dict | None = None) -> dict:

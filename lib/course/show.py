@@ -6,6 +6,7 @@ import html
 import re
 from collections.abc import Sequence
 
+import numpy as np
 import pandas as pd
 from IPython.display import HTML
 
@@ -102,13 +103,29 @@ def _aligned(row: re.Match, sides: list[str]) -> str:
     return re.sub(r"<(t[hd])([ >])", mark, row[0])
 
 
+def _readable(values: pd.Series) -> pd.Series:
+    """A text's line breaks as a sign, and whole numbers without a point."""
+    if pd.api.types.is_float_dtype(values) and len(known := values.dropna()):
+        whole = np.isfinite(known).all() and (known == known.round()).all()
+        return values.astype("Int64") if whole and known.abs().max() < 2**53 else values
+    if _is_text(values):
+        return values.map(lambda v: v.replace("\n", " ↵ ") if isinstance(v, str) else v)
+    return values
+
+
 def table_html(table: pd.DataFrame) -> str:
-    """The table as pandas writes it, with the columns of text aligned to the left, their headings too."""
+    """The table as pandas writes it, with the columns of text aligned to the left, their headings too.
+
+    What is not there is "-", a line break "↵"; a column of whole numbers has no points.
+    """
+    table = table.copy()
+    for place in range(table.shape[1]):
+        table.isetitem(place, _readable(table.iloc[:, place]))
     index = [table.index.get_level_values(level) for level in range(table.index.nlevels)]
     columns = [pd.Series(values) for values in index]
     columns += [table.iloc[:, place] for place in range(table.shape[1])]
     sides = ["left" if _is_text(values) else "right" for values in columns]
-    markup = table._repr_html_() or ""
+    markup = re.sub(r">(NaN|nan|None|NaT|&lt;NA&gt;)</td>", ">-</td>", table._repr_html_() or "")
     return re.sub(r"(?s)<tr[^>]*>.*?</tr>", lambda row: _aligned(row, sides), markup)
 
 
