@@ -467,7 +467,7 @@ def coloured_text(
     scale = matplotlib.colors.Normalize(middle - reach, middle + reach)
     places, line, column = [], 0, 0
     for token in tokens:
-        shown = token.replace("\n", "\u21b5")
+        shown = token.replace("\n", "\u21b5 ")
         if column and column + len(shown) > per_line:
             line, column = line + 1, 0
         places.append((line, column, shown))

@@ -340,7 +340,7 @@ def test_coloured_text_gives_every_token_a_box_of_its_colour():
     colours = [box.get_facecolor() for box in boxes[:3]]
     assert colours[2][:3] == pytest.approx((1, 1, 1), abs=0.01) and colours[0] != colours[1]
     texts = [text.get_text() for text in figure.axes[0].texts]
-    assert "".join(texts).startswith("One day a ship↵ came")
+    assert "".join(texts).startswith("One day a ship↵  came")
     bar = figure.axes[1].get_xlim()
     assert bar == (-2, 2)
     below = plots.coloured_text(tokens, [-1.0, -4.0, -3.0] * 24, title="t", label="nats")

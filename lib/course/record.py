@@ -97,11 +97,12 @@ class Run:
         )
 
     def other_table(self) -> pd.DataFrame:
-        """What else was seen, of which the paper gives no figure: claim | here | shown? | why."""
+        """What else was seen, of which the paper gives no figure: claim | here | shown? | why, if given."""
         rows = [(c.claim, c.here, c.verdict, c.why) for c in self.claims if not c.paper]
         table = pd.DataFrame(rows, columns=["claim", "here", "shown?", "why"])
         words = {"same direction": "yes", "opposite": "the opposite"}
-        return table.replace({"shown?": words})
+        table = table.replace({"shown?": words})
+        return table if table["why"].any() else table.drop(columns="why")
 
     def save_figure(self, figure, name: str, *, caption: str, alt: str):
         """Write `<name>.png` and `.svg` into the run's folder; return an image with alt text to show."""

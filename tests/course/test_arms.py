@@ -155,6 +155,9 @@ def test_tables_are_split_by_what_the_paper_has_a_figure_of(run):
     run.claim("ours", paper="", **words)
     assert list(run.closing_table().claim) == ["theirs"]
     assert list(run.other_table().claim) == ["ours"] and run.other_table()["shown?"][0] == "yes"
+    assert "why" not in run.other_table()  # nobody gave a reason
+    run.claim("ours too", paper="", why="few seeds", **words)
+    assert list(run.other_table().why) == ["", "few seeds"]
 
 
 def test_planned_says_how_many_seeds_are_here_and_whether_they_decide(run, tmp_path, monkeypatch):
