@@ -171,7 +171,7 @@ def _finish_images(soup: BeautifulSoup, page: Page, root: Path) -> set[PurePosix
             goal = _goal(page, image["src"], root)
             image["src"] = page.path_to(goal)
             if goal.suffix == ".svg":  # a drawing: its words stay legible on a phone
-                image["class"] = "broad"
+                image["class"] = "drawing"
             images.add(goal)
     return images
 
@@ -206,8 +206,9 @@ def _finish_outputs(soup: BeautifulSoup) -> None:
             text["class"] = [*text["class"], "aligned"]
     for image in soup.select(".output_png img"):
         header = base64.b64decode(image["src"].partition("base64,")[2][:64])
-        if int.from_bytes(header[16:20], "big") > BROAD:  # the width that a PNG file begins with
-            image["class"] = "broad"
+        width = int.from_bytes(header[16:20], "big")  # which a PNG file begins with
+        if width > BROAD:
+            image["class"], image["style"] = "broad", f"--wide: {round(0.75 * width)}px"
 
 
 def _drop_foreign_styles(soup: BeautifulSoup) -> None:

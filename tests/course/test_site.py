@@ -251,6 +251,7 @@ def test_printed_columns_and_broad_figures_are_marked():
     classes = [text["class"] for text in soup.find_all("div", "output_text")]
     assert classes == [["output_text", "aligned"], ["output_text"]]
     assert [image.get("class") for image in soup.find_all("img")] == [None, "broad"]
+    assert soup.find_all("img")[1]["style"] == "--wide: 1425px"
 
 
 def test_solutions_are_not_taken_for_lessons():
