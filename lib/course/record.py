@@ -300,9 +300,8 @@ def settings_table(settings: dict[str, tuple]) -> pd.DataFrame:
         raise ValueError(f"{', '.join(wrong)}: give a value for each of {', '.join(columns)}.")
     rows = [list(row) for row in settings.values()]
     index = pd.Index(settings, name="setting")
-    return pd.DataFrame(
-        rows, index=index, columns=columns, dtype=object
-    )  # 12 stays 12 beside 0.002
+    # objects: 12 stays 12 beside 0.002
+    return pd.DataFrame(rows, index=index, columns=columns, dtype=object)
 
 
 def scale_settings(settings: dict[str, tuple], scale: str, task: dict | None = None) -> dict:

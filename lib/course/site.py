@@ -38,12 +38,8 @@ PARTS = {  # first digit of a notebook's number -> the paper or part it belongs 
 }
 
 
-FOLDED = (
-    "Solutions",
-    "Using the course",
-    "Behind it",
-    "The project",
-)  # in the menu, but where one is
+# parts that the menu folds, but for the one where the reader is
+FOLDED = ("Solutions", "Using the course", "Behind it", "The project")
 
 
 @dataclass
@@ -191,10 +187,9 @@ def _finish_tables(soup: BeautifulSoup) -> None:
             if needs := [name for size, name in CELLS if len(cell.get_text()) > size]:
                 cell["class"] = needs[0]
         for name in table.find_all(string=re.compile(r"\w_\w")):  # a long name may break
-            parts = name.split("_")
-            name.replace_with(
-                *(x for part in parts[:-1] for x in (f"{part}_", soup.new_tag("wbr"))), parts[-1]
-            )
+            *parts, last = name.split("_")
+            broken = [x for part in parts for x in (f"{part}_", soup.new_tag("wbr"))]
+            name.replace_with(*broken, last)
         box = {"class": "wide", "tabindex": "0", "role": "region", "aria-label": "Table"}
         table.wrap(soup.new_tag("div", attrs=box))
 
