@@ -138,5 +138,5 @@ def test_gain_by_error_draws_a_line_a_kind():
     figure = figures.gain_by_error(
         pd.DataFrame(rows, columns=columns), title="t", xlabel="x", ylabel="y"
     )
-    labels = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
     assert labels == ["flipped", "learned"]
