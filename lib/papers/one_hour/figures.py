@@ -22,7 +22,7 @@ from lib.papers.one_hour.arms import label_of
 def quality_by_minutes(
     table: pd.DataFrame, levels: Mapping[str, float], *, title: str, ylabel: str
 ) -> Figure:
-    """A panel for each kind of feedback, a line for each learner, grey lines for what no minutes bought.
+    """A panel with its own legend for each kind of feedback, a line for each learner, grey: without minutes.
 
     Columns kind, learner, minutes, value, low, high.  `levels`: name -> height of a grey line.
     """
@@ -41,6 +41,7 @@ def quality_by_minutes(
             for value, dash in zip(levels.values(), (":", "--", "-."), strict=False)
         ]
         axes.set(title=kind, xscale="log", xlabel="annotator minutes")
+        axes.legend(loc="upper left", fontsize=8, handlelength=1.6)
         ticks = sorted(set(table.minutes))
         axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
         axes.xaxis.set_minor_locator(NullLocator())
@@ -51,7 +52,8 @@ def quality_by_minutes(
     (empty[0] if empty else figure).legend(greys, levels, title="without minutes", **place)
     for axes in grid[:, 0]:
         axes.set_ylabel(ylabel)
-    return plots.finish(figure, title)
+    figure.suptitle(title, x=0.01, ha="left")
+    return figure
 
 
 def save_quality_by_minutes(
