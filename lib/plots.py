@@ -86,10 +86,10 @@ def _start(table: pd.DataFrame, needed: str, height: float = 4.0) -> tuple[Figur
 
 
 def finish(figure: Figure, title: str) -> Figure:
-    """Title over the whole width; legend of all panels below the axes, for which the figure grows."""
+    """Title over the whole width; legend of panels without one below, for which it grows."""
     figure.suptitle(_wrap(title[:1].upper() + title[1:], 78), x=0.01, ha="left")
     entries = {}
-    for axes in figure.axes:
+    for axes in (axes for axes in figure.axes if axes.get_legend() is None):
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             entries.setdefault(_plain(label), handle)
     handles, labels = list(entries.values()), list(entries)

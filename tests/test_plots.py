@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
 
 from lib import plots
 from lib.course import show
@@ -380,3 +381,13 @@ def test_drawings_show_every_token_and_where_the_objective_is_flat():
         ratio, gain = (np.asarray(x, dtype=float) for x in axes.lines[1].get_data())
         beyond = ratio > flat + 0.01 if flat > 1 else ratio < flat - 0.01
         assert np.ptp(gain[beyond]) < 1e-6 and np.ptp(gain[~beyond]) > 0.5
+
+
+def test_a_panel_with_a_legend_of_its_own_is_not_in_the_figures():
+    figure = Figure()
+    left, right = figure.subplots(1, 2)
+    left.plot([0, 1], label="here")
+    left.legend()
+    right.plot([0, 1], label="below")
+    plots.finish(figure, "title")
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["below"]

@@ -52,8 +52,7 @@ def quality_by_minutes(
     (empty[0] if empty else figure).legend(greys, levels, title="without minutes", **place)
     for axes in grid[:, 0]:
         axes.set_ylabel(ylabel)
-    figure.suptitle(title, x=0.01, ha="left")
-    return figure
+    return plots.finish(figure, title)
 
 
 def save_quality_by_minutes(
